@@ -1,0 +1,268 @@
+"""The YAML loader that every config shares: strict keys, typed values, overrides, dump.
+
+A config is a frozen pydantic dataclass that inherits from :class:`Config`::
+
+    @config_dataclass
+    class BinDataConfig(Config):
+        folder: ClassVar[str] = "data"
+        train_path: str
+        block_size: int = Field(ge=1, description="tokens in a window")
+
+    config = BinDataConfig.from_yaml("tinystories-8k", {"block_size": 128})
+
+Whatever is wrong with a file ends in one :class:`~tiny_lm.errors.UserError` that names file, key, value and the
+nearest valid key.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from typing_extensions import Self, dataclass_transform
+
+from tiny_lm.errors import UserError
+from tiny_lm.files import write_text
+
+_T = TypeVar("_T")
+_FILE_LIMIT = 2**20  # bytes; the largest shipped config has under 2,000
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def config_dataclass(cls: type[_T]) -> type[_T]:
+    """Make ``cls`` a frozen, keyword-only pydantic dataclass that refuses unknown keys."""
+    return pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))(cls)
+
+
+class Config:
+    """What all configs can do; ``folder`` names the folder under ``configs/`` where the YAML files of a kind live."""
+
+    folder: ClassVar[str]
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Mapping[str, Any] | None = None) -> Self:
+        """Load a config from a YAML file, or from a shipped config by its bare name.
+
+        Args:
+            path: a file, or the name of a config such as ``tinystories-8k``.
+            overrides: values by key that win over the file; a dotted key reaches into a mapping (``splits.train``).
+
+        Raises:
+            UserError: the file is missing or is no valid config of this kind.
+        """
+        file = find_config(cls.folder, path)
+        return cls.from_dict(override(read_yaml(file), overrides or {}), source=str(file))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, source: str = "config") -> Self:
+        """Build a config from plain values; ``source`` is what an error names as the place."""
+        return validate(cls, values, source=source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as plain values that :meth:`from_dict` takes."""
+        values: dict[str, Any] = TypeAdapter(type(self)).dump_python(self, mode="json")
+        return values
+
+    def to_yaml(self) -> str:
+        """Return the resolved config as YAML text."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+    def save(self, path: Path) -> None:
+        """Write the resolved config to ``path`` as YAML."""
+        write_text(path, self.to_yaml())
+
+
+def validate(kind: type[_T], values: Mapping[str, Any], *, source: str) -> _T:
+    """Build the config class ``kind`` from ``values``, strictly: a string is no number and a float no integer.
+
+    Raises:
+        UserError: naming source, key and value; for an unknown key also the nearest valid one.
+    """
+    try:
+        # Strict mode on JSON (unlike on Python values) lets a list be a tuple and an int be a float, and nothing more.
+        text = json.dumps(values)
+        return TypeAdapter(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_describe(kind, error)}") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{source}: holds a value that no config has ({error})") from None
+
+
+def _describe(kind: type, error: ValidationError) -> str:
+    """Tell the first problem of a pydantic error in one line."""
+    # pydantic reports problems in field order; a misspelt key explains the missing one, so it comes first.
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "unexpected_keyword_argument")
+    problem = problems[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "unexpected_keyword_argument":
+        return f"unknown key {key!r}{nearest(key, [field.name for field in _fields(kind)])}"
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if problem["type"].startswith("missing"):
+        return f"the key {key!r} is missing"
+    if not key:
+        return message
+    return f"{key}: {message} (it is {shorten(problem['input'])})"
+
+
+def _fields(kind: type) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+
+
+def shorten(value: object, limit: int = 60) -> str:
+    """Show a value in an error line, cut when it is long."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str:
+    """Return ``; did you mean 'x'?`` for the candidate nearest to ``name``, else the list of candidates."""
+    choices = sorted(candidates)
+    close = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there are: {', '.join(choices)}" if choices else ""
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def shipped_configs() -> Path:
+    """Return the folder of the configs that come with the package: inside a wheel, or at the root of a checkout."""
+    package = Path(__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def find_config(kind: str, path: str | Path) -> Path:
+    """Find the YAML file that ``path`` means.
+
+    An existing file wins; else the file of that name in ``./configs/<kind>/`` and then among the shipped ones, so that
+    ``tinystories-8k`` and ``configs/data/tinystories-8k.yaml`` work in an empty folder too.
+
+    Raises:
+        UserError: there is no such file; the nearest name is suggested.
+    """
+    given = Path(path)
+    if given.is_file():
+        return given
+    folders = [Path("configs") / kind, shipped_configs() / kind]
+    # A name that leads elsewhere (`other/place.yaml`) means that place only.
+    if given.parent in (Path(), Path("configs") / kind) and given.suffix in ("", ".yaml", ".yml"):
+        for folder in folders:
+            candidate = folder / f"{given.stem if given.suffix else given.name}.yaml"
+            if candidate.is_file():
+                return candidate
+    known = {file.stem for folder in folders if folder.is_dir() for file in folder.glob("*.yaml")}
+    raise UserError(f"{given}: no such {kind} config{nearest(given.stem, known)}")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML that cannot surprise: no repeated keys, no aliases (which can blow up), and 1e-3 is a number."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.get_event()
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not supported", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[object] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                problem = f"the key {shorten(key)} is no text"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            if key in seen:
+                problem = f"the key {key!r} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+# PyYAML follows YAML 1.1, where 3e-4 is a string for want of a dot; this is the float of YAML 1.2.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def parse_yaml(text: str, *, source: str) -> Any:
+    """Parse YAML text strictly.
+
+    Raises:
+        UserError: with the place in ``source`` and what is wrong there.
+    """
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
+        raise UserError(f"{source}{place}: is no valid YAML ({problem})") from None
+    except (ValueError, RecursionError, OverflowError) as error:
+        raise UserError(f"{source}: is no valid YAML ({error})") from None
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """Read a YAML file that holds one mapping.
+
+    Raises:
+        UserError: the file cannot be read, is too large, or holds anything else.
+    """
+    try:
+        if file.stat().st_size > _FILE_LIMIT:
+            raise UserError(f"{file}: larger than {_FILE_LIMIT} bytes, which no config is")
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{file}: could not be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: is no UTF-8 text (byte {error.start})") from None
+    values = parse_yaml(text, source=str(file))
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: must hold keys and values, but holds {shorten(values)}")
+    return values
+
+
+# --- overrides -------------------------------------------------------------------------------------------------------
+
+
+def override(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``values`` with each dotted key of ``overrides`` replaced."""
+    result = dict(values)
+    for key, value in overrides.items():
+        head, _, rest = key.partition(".")
+        if rest:
+            inner = result.get(head)
+            result[head] = override(inner if isinstance(inner, dict) else {}, {rest: value})
+        else:
+            result[head] = value
+    return result
+
+
+def parse_overrides(settings: Iterable[str], sections: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Read ``section.key=value`` settings of the command line; values are YAML.
+
+    Returns:
+        for each section its overrides by key.
+
+    Raises:
+        UserError: a setting has another form or names an unknown section.
+    """
+    result: dict[str, dict[str, Any]] = {section: {} for section in sections}
+    for setting in settings:
+        path, equals, text = setting.partition("=")
+        section, dot, key = path.strip().partition(".")
+        if not (equals and dot and key):
+            raise UserError(f"--set {setting}: the form is section.key=value, for example {min(result)}.name=x")
+        if section not in result:
+            raise UserError(f"--set {setting}: unknown section {section!r}{nearest(section, result)}")
+        result[section][key] = parse_yaml(text, source=f"--set {setting}")
+    return result
