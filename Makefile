@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test lint types wheel clean
+.PHONY: quickstart test lint types wheel lock clean
 
 # The stamp is renewed whenever the project's declared dependencies or their pins change.
 $(VENV)/installed: pyproject.toml requirements.lock
@@ -29,6 +29,16 @@ types: $(VENV)/installed
 
 wheel: $(VENV)/installed
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+# Pins for every platform and Python >= 3.10. What torch itself brings for GPUs is left to torch: its wheels differ by
+# platform, and a CPU machine must not download them.
+lock:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile pyproject.toml --quiet --group dev --universal --python-version 3.10 --no-header --no-annotate \
+	  --no-emit-index-url --no-emit-find-links --color never \
+	  | grep --invert-match --extended-regexp '^(nvidia-|cuda-|triton|torch==|pip==|setuptools==)' > requirements.lock
+	echo "torch==2.13.0" >> requirements.lock
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache

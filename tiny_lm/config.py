@@ -20,7 +20,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -37,7 +37,8 @@ _FILE_LIMIT = 2**20  # bytes; the largest shipped config has under 2,000
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def config_dataclass(cls: type[_T]) -> type[_T]:
     """Make ``cls`` a frozen, keyword-only pydantic dataclass that refuses unknown keys."""
-    return pydantic_dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))(cls)
+    settings = ConfigDict(extra="forbid", allow_inf_nan=False)
+    return cast(type[_T], pydantic_dataclass(frozen=True, kw_only=True, config=settings)(cls))
 
 
 class Config:
@@ -168,8 +169,8 @@ class _StrictLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            event = self.get_event()
-            raise yaml.constructor.ConstructorError(None, None, "aliases are not supported", event.start_mark)
+            mark = self.get_mark()
+            raise yaml.constructor.ConstructorError(None, None, "aliases are not supported", mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -1,0 +1,83 @@
+"""The command line: the table of commands, and what becomes of an error.
+
+Each command is a plain function in a module of this folder. Those modules import nothing heavy at their top, so that
+``tiny-lm --help`` answers at once.
+"""
+
+import errno
+import os
+import sys
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from tiny_lm import __version__
+from tiny_lm.cli.data import data_app, tokenize
+from tiny_lm.cli.generate import generate, generate_from_checkpoint
+from tiny_lm.cli.params import params
+from tiny_lm.cli.quickstart import quickstart
+from tiny_lm.cli.tokenizer import tokenizer_app
+from tiny_lm.cli.train import train
+from tiny_lm.errors import UserError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="tiny-lm",
+    help="Pre-train small language models from raw text, end to end, and ship them everywhere.",
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(quickstart)
+app.add_typer(data_app, name="data")
+app.add_typer(tokenizer_app, name="tokenizer")
+app.command()(tokenize)
+app.command()(train)
+app.command()(params)
+app.command()(generate)
+app.command(hidden=True)(generate_from_checkpoint)  # scripts/inference/generate_from_ckpt.py
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"tiny-lm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+def main(*command: str) -> None:
+    """Run the command line and exit.
+
+    Results go to standard output, everything else to standard error. A user's mistake exits with code 2 and one line.
+
+    Args:
+        command: words put before those that the user typed: the documented scripts name their command here.
+    """
+    arguments = [*command, *sys.argv[1:]] or ["--help"]
+    try:
+        code = app(arguments, prog_name="tiny-lm", standalone_mode=False)
+    except (UserError, TyperException) as error:
+        code = _fail(error.format_message() if isinstance(error, TyperException) else str(error))
+    except BrokenPipeError:
+        # Who reads our output has had enough, as in `tiny-lm generate ... | head`; nothing more may be written.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        code = _fail(f"{error.filename or 'the disk'}: no space is left; make room and run the command again")
+    sys.exit(code or 0)
+
+
+def _fail(message: str) -> int:
+    """Print one line; the messages of libraries may hold more."""
+    print("error: " + " ".join(message.split("\n")).strip(), file=sys.stderr)
+    return 2

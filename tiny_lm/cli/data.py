@@ -1,0 +1,135 @@
+"""Commands about text: fetch it, write the built-in stories, turn it into token streams."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
+
+import typer
+
+from tiny_lm.cli.options import DryRun, ReplaceErrors, Settings, print_configs
+from tiny_lm.config import nearest, parse_overrides
+from tiny_lm.errors import UserError
+
+if TYPE_CHECKING:
+    from tiny_lm.data import StreamMetadata
+    from tiny_lm.dataset import DatasetConfig
+    from tiny_lm.tokenizer import Tokenizer, TokenizerConfig
+
+data_app = typer.Typer(help="Fetch a data set, or write the built-in one.", rich_markup_mode=None)
+
+
+@data_app.command()
+def download(
+    config: Annotated[
+        str, typer.Option(help="Dataset config: a YAML file or the name of a shipped one.")
+    ] = "tinystories",
+    settings: Settings = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Fetch or cache a raw data set and count its documents."""
+    from tiny_lm import dataset
+
+    overrides = parse_overrides(settings or [], ["dataset"])
+    dataset_config = dataset.DatasetConfig.from_yaml(config, overrides["dataset"])
+    if dry_run:
+        print_configs([("dataset", dataset_config)])
+        return
+    for split, count in dataset.download(dataset_config).items():
+        print(f"{dataset.describe(dataset_config)}  {split}: {count:,} documents")
+
+
+@data_app.command()
+def stories(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Text file to write.")] = Path("stories.txt"),
+    count: Annotated[int, typer.Option(min=1, max=10**9, help="Number of stories.")] = 20_000,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed tells other stories.")] = 0,
+    split: Annotated[str, typer.Option(metavar="train|validation", help="No story is in both.")] = "train",
+) -> None:
+    """Write the built-in children's stories to a text file, separated by a line <|endoftext|>."""
+    from tiny_lm.cli.progress import track
+    from tiny_lm.dataset import Split, write_documents
+    from tiny_lm.dataset.stories import generate_stories
+
+    if split not in get_args(Split):
+        raise UserError(f"--split {split}: unknown{nearest(split, get_args(Split))}")
+    chosen: Split = "train" if split == "train" else "validation"
+    documents = track(generate_stories(count, seed=seed, split=chosen), "writing stories", total=count)
+    print(f"{output}: {write_documents(documents, output):,} stories")
+
+
+def tokenize(
+    config: Annotated[str, typer.Option(help="Tokenizer config: a YAML file or the name of a shipped one.")],
+    seed: Annotated[int, typer.Option(min=0, help="Divides train and validation where the data set does not.")] = 0,
+    errors: ReplaceErrors = "strict",
+    settings: Settings = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Turn a corpus into token streams: train.bin, val.bin and metadata.json.
+
+    The corpus is the one that the tokenizer config names, the tokenizer is the one in its output folder (train it first
+    with `tiny-lm tokenizer train`), and the streams go to its tokenized_output_dir.
+    """
+    from tiny_lm.tokenizer import load_tokenizer
+
+    tokenizer_config, dataset_config = load_corpus_configs(config, settings)
+    if dry_run:
+        print_configs([("tokenizer", tokenizer_config), ("dataset", dataset_config)])
+        return
+    tokenizer = load_tokenizer(tokenizer_config.output_dir)
+    metadata = write_streams(tokenizer, tokenizer_config, dataset_config, seed=seed, errors=check_errors(errors))
+    for name, file in metadata.files.items():
+        print(
+            f"{Path(tokenizer_config.tokenized_output_dir) / name}: {file.tokens:,} tokens, "
+            f"{file.documents:,} documents, {file.bytes_per_token:.2f} bytes per token"
+        )
+
+
+def load_corpus_configs(config: str, settings: list[str] | None) -> "tuple[TokenizerConfig, DatasetConfig]":
+    """Load a tokenizer config and the dataset config that it names."""
+    from tiny_lm.dataset import DatasetConfig
+    from tiny_lm.tokenizer import TokenizerConfig
+
+    overrides = parse_overrides(settings or [], ["tokenizer", "dataset"])
+    tokenizer_config = TokenizerConfig.from_yaml(config, overrides["tokenizer"])
+    return tokenizer_config, DatasetConfig.from_yaml(tokenizer_config.dataset_config, overrides["dataset"])
+
+
+def write_streams(
+    tokenizer: "Tokenizer",
+    tokenizer_config: "TokenizerConfig",
+    dataset_config: "DatasetConfig",
+    *,
+    seed: int = 0,
+    errors: Literal["strict", "replace"] = "strict",
+) -> "StreamMetadata":
+    """Tokenize both splits of a data set, with a progress bar for each."""
+    from tiny_lm.cli.progress import track
+    from tiny_lm.data.tokenize import tokenize_corpus
+    from tiny_lm.dataset import Split, describe, iter_documents
+
+    splits: dict[str, Split] = {"train": "train", "val": "validation"}
+    corpus = {
+        name: track(
+            iter_documents(dataset_config, split, val_split=tokenizer_config.val_split, seed=seed, errors=errors),
+            f"tokenizing {name}",
+        )
+        for name, split in splits.items()
+    }
+    return tokenize_corpus(
+        tokenizer,
+        corpus,
+        Path(tokenizer_config.tokenized_output_dir),
+        source=describe(dataset_config),
+        seed=seed,
+        num_threads=tokenizer_config.num_threads,
+    )
+
+
+def check_errors(errors: str) -> Literal["strict", "replace"]:
+    """Return what `--errors` says.
+
+    Raises:
+        UserError: it is neither strict nor replace.
+    """
+    if errors not in ("strict", "replace"):
+        raise UserError(f"--errors {errors}: unknown{nearest(errors, ['strict', 'replace'])}")
+    return "strict" if errors == "strict" else "replace"

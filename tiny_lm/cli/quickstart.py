@@ -1,0 +1,149 @@
+"""The command that goes all the way, from raw text to a story."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tiny_lm.cli.train import Configs, run_training
+from tiny_lm.errors import UserError
+from tiny_lm.runs import RUNS_FOLDER, Run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from tiny_lm.dataset import DatasetConfig
+    from tiny_lm.training.fit import TrainingResult
+
+_NAME = "quickstart"
+_PROMPTS = ("Once upon a time", "One day,", "")
+
+
+def quickstart(
+    text: Annotated[
+        Path | None, typer.Option(help="Train on your own text: a file, a folder or a glob; default: built-in stories.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0.05, max=10_000, help="Time for the training itself.")] = 3.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same model.")] = 0,
+) -> None:
+    """From raw text to a story in minutes: data, tokenizer, token stream, model, training, generation."""
+    from rich.console import Console
+
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    started = time.perf_counter()
+    console.print("[bold]1 of 4[/]  text to tokens")
+    stream = _prepare_text(text, console)
+    console.print("[bold]2 of 4[/]  measuring this machine")
+    configs = _fit_to_minutes(minutes, seed, console)
+    console.print("[bold]3 of 4[/]  training")
+    run = _fresh_run()
+    result = run_training(run, configs, (_NAME, _NAME))
+    console.print("[bold]4 of 4[/]  three stories")
+    _report(run, result, stream, time.perf_counter() - started)
+    _tell_stories(run, text is None, seed)
+    print(
+        f"Next:\n"
+        f"  tiny-lm generate {run.folder} --prompt 'Once upon a time' --temperature 0.7\n"
+        f"  tiny-lm quickstart --text your-own.txt --minutes 10\n"
+        f"  tiny-lm train speed --dry-run"
+    )
+
+
+def _dataset(text: Path | None) -> "DatasetConfig":
+    from tiny_lm.dataset import DatasetConfig
+
+    if text is None:
+        return DatasetConfig.from_yaml(_NAME)
+    if not text.exists() and not any(character in str(text) for character in "*?["):
+        raise UserError(f"--text {text}: no such file or folder")
+    return DatasetConfig(name=str(text), source="local")
+
+
+def _prepare_text(text: Path | None, console: "Console") -> dict[str, Any]:
+    """Train the tokenizer and write the token streams; return what the final table tells of them."""
+    from tiny_lm.cli.data import write_streams
+    from tiny_lm.cli.tokenizer import train_and_save
+    from tiny_lm.tokenizer import TokenizerConfig
+
+    dataset_config = _dataset(text)
+    tokenizer_config = TokenizerConfig.from_yaml(_NAME, {"val_split": 0.05})
+    tokenizer = train_and_save(tokenizer_config, dataset_config)
+    metadata = write_streams(tokenizer, tokenizer_config, dataset_config)
+    train, val = metadata.files["train.bin"], metadata.files["val.bin"]
+    console.print(
+        f"        {train.documents:,} documents, {train.tokens:,} tokens of {train.bytes_per_token:.2f} bytes"
+    )
+    return {
+        "text": "the built-in stories" if text is None else str(text),
+        "documents": f"{train.documents:,} to train on, {val.documents:,} to validate",
+        "tokenizer": f"{tokenizer.vocab_size:,} tokens, {train.bytes_per_token:.2f} bytes each",
+        "token stream": f"{train.tokens:,} tokens in {tokenizer_config.tokenized_output_dir}",
+    }
+
+
+def _fit_to_minutes(minutes: float, seed: int, console: "Console") -> Configs:
+    """Load the configs of the quickstart and set the number of steps that fits into the time."""
+    from tiny_lm.data import BinDataConfig
+    from tiny_lm.data.module import BinTokenDataModule
+    from tiny_lm.model.config import load_model_config
+    from tiny_lm.training import TrainingConfig
+    from tiny_lm.training.speed import measure_seconds
+
+    model_config = load_model_config(_NAME)
+    training_config = TrainingConfig.from_yaml(_NAME, {"seed": seed})
+    data_config = BinDataConfig.from_yaml(_NAME)
+    data = BinTokenDataModule(data_config, seed=seed)
+    step_seconds, validation_seconds = measure_seconds(model_config, training_config, data)
+    validations = 8
+    steps = max(int((minutes * 60 - validations * validation_seconds) / step_seconds), 20)
+    tokens_per_step = data_config.batch_size * data_config.block_size
+    console.print(f"        {tokens_per_step / step_seconds:,.0f} tokens/s, so {steps:,} steps in {minutes:g} minutes")
+    every = -(-steps // validations)
+    training_config = replace(
+        training_config, max_steps=steps, val_every_n_steps=every, save_every_n_steps=every, run_name=_NAME
+    )
+    return model_config, training_config, data_config
+
+
+def _fresh_run() -> Run:
+    """Return `runs/quickstart`, empty: a run that is there already is kept under a name with its time."""
+    run = Run(RUNS_FOLDER / _NAME)
+    if run.folder.exists():
+        when = time.strftime("%Y%m%d-%H%M%S", time.gmtime(run.folder.stat().st_mtime))
+        run.folder.rename(run.folder.with_name(f"{_NAME}-{when}"))
+    return run
+
+
+def _report(run: Run, result: "TrainingResult", stream: dict[str, Any], seconds: float) -> None:
+    """Print the table of what was done."""
+    from rich.console import Console
+    from rich.table import Table
+
+    record = run.read_record()
+    rows = {
+        **stream,
+        "model": f"{record['parameters']:,} parameters",
+        "training": f"{result.steps:,} steps, {record['tokens']:,} tokens, {record['seconds']:,.0f} s on {record['device']}",
+        "val loss": f"{result.metrics['val_loss']:.3f} (perplexity {result.metrics['val_ppl']:.2f})",
+        "bits per byte": f"{result.metrics['val_bpb']:.3f}",
+        "loss curve": str(run.plots / "loss.png"),
+        "in all": f"{seconds:,.0f} s",
+    }
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in rows.items():
+        table.add_row(f"[bold]{name}[/]", value)
+    Console(soft_wrap=True, highlight=False).print(table)
+
+
+def _tell_stories(run: Run, built_in: bool, seed: int) -> None:
+    """Print three stories."""
+    from tiny_lm.inference import Sampling, TextGenerator
+
+    generator = TextGenerator.from_run(run.folder)
+    for number, prompt in enumerate(_PROMPTS if built_in else ("", "", ""), start=1):
+        print(f"\n--- {number} " + "-" * 74)
+        story = generator.stream(prompt, 300, sampling=Sampling(temperature=0.7, top_p=0.95), seed=seed + number)
+        print(prompt + "".join(story))
+    print("-" * 80)

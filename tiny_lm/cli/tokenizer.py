@@ -1,0 +1,80 @@
+"""Commands about tokenizers: train one, look at one, import an old one."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tiny_lm.cli.data import check_errors, load_corpus_configs
+from tiny_lm.cli.options import DryRun, ReplaceErrors, Settings, print_configs
+
+if TYPE_CHECKING:
+    from tiny_lm.dataset import DatasetConfig, Errors
+    from tiny_lm.tokenizer import Tokenizer, TokenizerConfig
+
+tokenizer_app = typer.Typer(help="Train, inspect or import a tokenizer.", rich_markup_mode=None)
+
+
+@tokenizer_app.command("train")
+def train(
+    config: Annotated[str, typer.Option(help="Tokenizer config: a YAML file or the name of a shipped one.")],
+    errors: ReplaceErrors = "strict",
+    settings: Settings = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a tokenizer on the corpus that its config names."""
+    tokenizer_config, dataset_config = load_corpus_configs(config, settings)
+    if dry_run:
+        print_configs([("tokenizer", tokenizer_config), ("dataset", dataset_config)])
+        return
+    tokenizer = train_and_save(tokenizer_config, dataset_config, errors=check_errors(errors))
+    print(f"{tokenizer_config.output_dir}: {tokenizer.vocab_size:,} tokens")
+
+
+def train_and_save(
+    tokenizer_config: "TokenizerConfig", dataset_config: "DatasetConfig", *, errors: "Errors" = "strict"
+) -> "Tokenizer":
+    """Train a tokenizer on the training split and write its folder."""
+    from tiny_lm.cli.progress import track
+    from tiny_lm.dataset import iter_documents
+    from tiny_lm.tokenizer import train_tokenizer
+
+    documents = iter_documents(dataset_config, "train", val_split=tokenizer_config.val_split, errors=errors)
+    tokenizer = train_tokenizer(tokenizer_config, track(documents, "reading for the tokenizer"))
+    tokenizer.save(Path(tokenizer_config.output_dir))
+    return tokenizer
+
+
+@tokenizer_app.command()
+def inspect(
+    tokenizer: Annotated[Path, typer.Argument(metavar="FOLDER", help="Tokenizer folder, or any file in it.")],
+    text: Annotated[str, typer.Option(help="Text to show as tokens.")] = "Once upon a time, there was a little bear.",
+) -> None:
+    """Print what a tokenizer is and how it splits a text."""
+    from tiny_lm.tokenizer import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer)
+    ids = loaded.encode(text)
+    print(f"kind            {loaded.kind}")
+    print(f"tokens          {loaded.vocab_size:,}")
+    for token in loaded.specials:
+        print(f"{token.role:<15} {token.id} {token.text}")
+    print(f"hash            {loaded.hash}")
+    print(f"bytes per token {len(text.encode()) / max(len(ids), 1):.2f} on this text:")
+    for token_id in ids:
+        print(f"{token_id:>8} {loaded.token_text(token_id)!r}")
+
+
+@tokenizer_app.command("import")
+def import_(
+    pickle_file: Annotated[
+        Path, typer.Argument(metavar="PICKLE", help="An old tokenizer.pkl with a tiktoken encoding.")
+    ],
+    output_dir: Annotated[Path, typer.Option(help="Tokenizer folder to write.")],
+) -> None:
+    """Import an old pickled tokenizer, admitting nothing but tiktoken's own data."""
+    from tiny_lm.tokenizer import import_pickled_tokenizer
+
+    imported = import_pickled_tokenizer(pickle_file)
+    imported.save(output_dir)
+    print(f"{output_dir}: {imported.vocab_size:,} tokens")

@@ -1,0 +1,148 @@
+"""The command that trains a model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+import typer
+
+from tiny_lm.cli.options import DryRun, Settings, print_configs
+from tiny_lm.config import parse_overrides
+from tiny_lm.errors import UserError
+from tiny_lm.runs import RUNS_FOLDER, Run, find_newest_run, new_run_name, open_run
+
+if TYPE_CHECKING:
+    from tiny_lm.data import BinDataConfig
+    from tiny_lm.model.config import ModelConfig
+    from tiny_lm.training import TrainingConfig
+    from tiny_lm.training.fit import TrainingResult
+
+Configs: TypeAlias = "tuple[ModelConfig, TrainingConfig, BinDataConfig]"
+
+
+def train(
+    profile: Annotated[str | None, typer.Argument(help="A named triple of configs, such as speed.")] = None,
+    model_config: Annotated[str | None, typer.Option(help="Model config: a YAML file or a shipped name.")] = None,
+    training_config: Annotated[str | None, typer.Option(help="Training config: a YAML file or a shipped name.")] = None,
+    data_config: Annotated[str | None, typer.Option(help="Data config: a YAML file or a shipped name.")] = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="auto|RUN|CHECKPOINT", help="Go on; auto: with this run's newest checkpoint.")
+    ] = None,
+    settings: Settings = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Train a model: a profile, or a model, a training and a data config, or both, where a config replaces its part."""
+    resumed = _run_to_resume(resume)
+    if resumed is not None and not (profile or model_config or training_config or data_config):
+        # The run's own configs, so that `--resume runs/x` needs nothing else.
+        model_config, training_config, data_config = (
+            str(resumed.configs / f"{section}.yaml") for section in ("model", "training", "data")
+        )
+    files = _config_files(profile, model_config, training_config, data_config)
+    configs = _load(files, settings)
+    if dry_run:
+        print_configs(zip(("model", "training", "data"), configs, strict=True))
+        return
+    names = (Path(files[0]).stem, Path(files[2]).stem)
+    if resumed is not None:
+        names = tuple(resumed.read_record().get("configs", names))
+    run, checkpoint = _choose_run(configs[1], resume or configs[1].resume_from_checkpoint, resumed, names)
+    run_training(run, configs, names, checkpoint)
+    _print_summary(run)
+
+
+def _run_to_resume(resume: str | None) -> Run | None:
+    """Return the run that `--resume` names, if it names one."""
+    if resume is None or resume == "auto":
+        return None
+    path = Path(resume)
+    return Run(path.parent.parent) if path.suffix == ".ckpt" else open_run(path)
+
+
+def _config_files(profile: str | None, *given: str | None) -> tuple[str, str, str]:
+    """Return the config files of model, training and data: the given ones, else those of the profile."""
+    from tiny_lm.training.profile import Profile
+
+    sections = ("model", "training", "data")
+    chosen = Profile.from_yaml(profile) if profile else None
+    files = [file or (chosen and getattr(chosen, section)) for section, file in zip(sections, given, strict=True)]
+    missing = [f"--{section}-config" for section, file in zip(sections, files, strict=True) if not file]
+    if missing:
+        raise UserError(f"name a profile (such as `tiny-lm train speed`) or give {' and '.join(missing)}")
+    model, training, data = (str(file) for file in files)
+    return model, training, data
+
+
+def _load(files: tuple[str, str, str], settings: list[str] | None) -> Configs:
+    from tiny_lm.data import BinDataConfig
+    from tiny_lm.model.config import load_model_config
+    from tiny_lm.training import TrainingConfig
+
+    overrides = parse_overrides(settings or [], ["model", "training", "data"])
+    return (
+        load_model_config(files[0], overrides["model"]),
+        TrainingConfig.from_yaml(files[1], overrides["training"]),
+        BinDataConfig.from_yaml(files[2], overrides["data"]),
+    )
+
+
+def _choose_run(
+    config: "TrainingConfig", resume: str | None, resumed: Run | None, names: tuple[str, ...]
+) -> tuple[Run, Path | None]:
+    """Return the run folder to write and the checkpoint to go on from."""
+    if resume == "auto":
+        found = Run(RUNS_FOLDER / config.run_name) if config.run_name else find_newest_run(names[0], names[1])
+        if found is not None and found.last_checkpoint.is_file():
+            return found, found.last_checkpoint
+    elif resume is not None:
+        run = resumed or _run_to_resume(resume)
+        assert run is not None
+        return run, Path(resume) if resume.endswith(".ckpt") else run.last_checkpoint
+    run = Run(RUNS_FOLDER / (config.run_name or new_run_name(names[0], names[1])))
+    if run.last_checkpoint.exists():
+        raise UserError(f"{run.folder}: is there already; go on with --resume auto, or choose another run_name")
+    return run, None
+
+
+def run_training(
+    run: Run, configs: Configs, names: tuple[str, ...], checkpoint: Path | None = None
+) -> "TrainingResult":
+    """Train and draw the loss curve.
+
+    Raises:
+        typer.Exit: with code 130 where the user stopped the run.
+    """
+    from rich.console import Console
+
+    from tiny_lm.evaluation.plots import plot_loss
+    from tiny_lm.training.fit import train as fit
+    from tiny_lm.training.trackers import read_metrics
+
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    start = f"going on from {checkpoint}" if checkpoint else "from the beginning"
+    console.print(f"run folder {run.folder}, {start}")
+    result = fit(*configs, run, resume_from=checkpoint, names=(names[0], names[1]), console=console)
+    if not result.finished:
+        console.print(f"stopped at step {result.steps:,}; go on with: tiny-lm train --resume {run.folder}")
+        raise typer.Exit(130)
+    plot_loss(run, read_metrics(run.metrics))
+    return result
+
+
+def _print_summary(run: Run) -> None:
+    """Print what the run came to."""
+    record: dict[str, Any] = run.read_record()
+    metrics = record["metrics"]
+    rows = {
+        "run": str(run.folder),
+        "parameters": f"{record['parameters']:,}",
+        "steps": f"{record['steps']:,} of {record['tokens_per_step']:,} tokens",
+        "time": f"{record['seconds']:,.0f} s",
+        "train loss": f"{metrics['train_loss']:.4f}",
+        "val loss": f"{metrics['val_loss']:.4f} (best {metrics['best_val_loss']:.4f})",
+        "val perplexity": f"{metrics['val_ppl']:.3f}",
+        "bits per byte": f"{metrics['val_bpb']:.4f}",
+        "loss curve": str(run.plots / "loss.png"),
+        "next": f"tiny-lm generate {run.folder} --prompt 'Once upon a time'",
+    }
+    for name, value in rows.items():
+        print(f"{name:<15} {value}")

@@ -1,0 +1,177 @@
+"""Windows of a memory-mapped token stream.
+
+A stream is one ``.bin`` file or a glob of them, flat little-endian uint16 or uint32. Windows never cross from one
+file into the next.
+"""
+
+import glob
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from tiny_lm.data.config import BinDataConfig
+from tiny_lm.data.metadata import StreamMetadata
+from tiny_lm.errors import UserError
+
+_Tokens = np.memmap[Any, np.dtype[Any]]
+
+IGNORE_INDEX = -100
+"""Target that counts in no loss unless a config says otherwise; the default of ``F.cross_entropy``."""
+
+TOKENIZER_FOLDER = "tokenizer"
+"""Folder inside a stream folder that holds the tokenizer which wrote it."""
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """The ``.bin`` files behind one path of a data config, checked against their metadata."""
+
+    files: tuple[Path, ...]
+    metadata: StreamMetadata
+    tokens_per_file: tuple[int, ...]
+    bytes_per_token: float
+    """UTF-8 bytes of text for each token, over all files."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all files."""
+        return sum(self.tokens_per_file)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer that wrote the stream lies."""
+        return self.files[0].parent / TOKENIZER_FOLDER
+
+
+def open_stream(path: str, config: BinDataConfig) -> TokenStream:
+    """Find the files that ``path`` (a file or a glob) means and check each against its metadata.
+
+    Raises:
+        UserError: a file is missing, its size does not fit its metadata, or files of different tokenizers are mixed.
+    """
+    files = tuple(Path(name) for name in sorted(glob.glob(path)))
+    if not files:
+        raise UserError(f"{path}: no such token stream; write one with `tiny-lm tokenize`")
+    metadata = [StreamMetadata.read(file.parent) for file in files]
+    first = metadata[0]
+    tokens, text_bytes = [], 0
+    for file, meta in zip(files, metadata, strict=True):
+        if meta.tokenizer_hash != first.tokenizer_hash:
+            raise UserError(f"{file}: written by another tokenizer than {files[0]}; streams of one path must share it")
+        statistics = meta.files.get(file.name)
+        if statistics is None:
+            raise UserError(f"{file}: is not listed in {file.parent / 'metadata.json'}; run `tiny-lm tokenize` again")
+        expected = statistics.tokens * np.dtype(meta.dtype).itemsize
+        size = file.stat().st_size
+        if size != expected:
+            raise UserError(f"{file}: has {size:,} bytes where its metadata.json says {expected:,}; tokenize again")
+        tokens.append(statistics.tokens)
+        text_bytes += statistics.bytes
+    for key, given, true in [
+        ("dtype", config.dtype, first.dtype),
+        ("eos_token_id", config.eos_token_id, first.eos_id),
+    ]:
+        if given is not None and given != true:
+            raise UserError(f"{key}: the data config says {given}, the metadata.json beside {files[0]} says {true}")
+    return TokenStream(files, first, tuple(tokens), text_bytes / max(sum(tokens), 1))
+
+
+class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Windows ``(x, y)`` of a token stream, y being x shifted by one.
+
+    Indexed with an integer it gives one window, x and y int64 ``[T]``; with a sequence of integers a batch of them,
+    ``[B, T]``, gathered by one vectorised read. T is ``block_size``.
+    """
+
+    def __init__(
+        self, stream: TokenStream, config: BinDataConfig, *, every_token: bool = False, ignore_index: int = IGNORE_INDEX
+    ) -> None:
+        """Cut the stream into windows.
+
+        Args:
+            stream: what to read.
+            config: window length, stride and masking.
+            every_token: for exact evaluation: windows stand side by side, and the last one of a file, where the stream
+                ends inside it, is filled up with targets that are ignored; so each target counts exactly once.
+            ignore_index: target that counts in no loss.
+
+        Raises:
+            UserError: no file holds a whole window.
+        """
+        self.stream = stream
+        self.block_size = config.block_size
+        self._stride = config.block_size if every_token else config.window_stride
+        self._mask_after_eos = config.mask_after_eos
+        self._ignore_index = ignore_index
+        targets = np.array(stream.tokens_per_file) - 1
+        whole = (targets - self.block_size) // self._stride + 1
+        windows = np.maximum(-(-targets // self._stride) if every_token else whole, 0)  # rounded up, or down
+        self._first_window = np.concatenate([[0], np.cumsum(windows)])  # [F+1]
+        self._maps = [np.memmap(file, dtype=_little_endian(stream), mode="r") for file in stream.files if _size(file)]
+        if len(self._maps) < len(stream.files) or len(self) == 0:
+            raise UserError(
+                f"{stream.files[0]}: {stream.tokens:,} tokens are too few for one window of block_size "
+                f"{self.block_size} and its next token; use more text or a smaller block_size"
+            )
+
+    def __len__(self) -> int:
+        return int(self._first_window[-1])
+
+    def __getitem__(self, index: int | Sequence[int]) -> tuple[Tensor, Tensor]:
+        if isinstance(index, (int, np.integer)):
+            x, y = self[[int(index)]]
+            return x[0], y[0]
+        windows = np.asarray(index, dtype=np.int64)  # [B]
+        ids = np.empty((len(windows), self.block_size + 1), dtype=np.int64)  # [B, T+1]
+        short = np.full(len(windows), self.block_size + 1)  # [B] tokens really read
+        file_of = np.searchsorted(self._first_window, windows, side="right") - 1
+        for file in np.unique(file_of):
+            rows = np.flatnonzero(file_of == file)
+            starts = (windows[rows] - self._first_window[file]) * self._stride
+            ids[rows], short[rows] = self._read(self._maps[file], starts)
+        x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())  # [B, T] each
+        if (short <= self.block_size).any():
+            y[torch.arange(self.block_size) + 1 >= torch.from_numpy(short)[:, None]] = self._ignore_index
+        if self._mask_after_eos:
+            _mask_after_first(y, self.stream.metadata.eos_id, self._ignore_index)
+        return x, y
+
+    def _read(self, tokens: _Tokens, starts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """Read windows of one file: ids ``[N, T+1]`` (past the end: 0) and how many of each are real ``[N]``."""
+        positions = starts[:, None] + np.arange(self.block_size + 1)  # [N, T+1]
+        last = len(tokens) - 1
+        ids = tokens[np.minimum(positions, last)]
+        ids[positions > last] = 0
+        # Otherwise the pages read stay in the process's resident set, which would grow to the size of the file.
+        _forget_pages(tokens)
+        return ids, np.minimum(last + 1 - starts, self.block_size + 1)
+
+
+def _little_endian(stream: TokenStream) -> np.dtype[Any]:
+    dtype: np.dtype[Any] = np.dtype(stream.metadata.dtype)
+    return dtype.newbyteorder("<")
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size
+
+
+def _forget_pages(tokens: _Tokens) -> None:
+    mapping = tokens._mmap  # type: ignore[attr-defined]  # numpy gives the mapping no public name
+    if hasattr(mapping, "madvise"):  # not on Windows
+        mapping.madvise(mmap.MADV_DONTNEED)
+
+
+def _mask_after_first(y: Tensor, eos_id: int, ignore_index: int) -> None:
+    """Ignore, in place, the targets of ``[B, T]`` behind the first eos of each row."""
+    is_eos = y == eos_id
+    after = (is_eos.cumsum(dim=1) - is_eos.long()) > 0
+    y[after] = ignore_index

@@ -1,0 +1,16 @@
+"""Raw text: where documents come from, which of them count, and how they are split."""
+
+from tiny_lm.dataset.config import DatasetConfig, Errors, Filters, Split, Splits
+from tiny_lm.dataset.sources import describe, download, iter_documents, write_documents
+
+__all__ = [
+    "DatasetConfig",
+    "Errors",
+    "Filters",
+    "Split",
+    "Splits",
+    "describe",
+    "download",
+    "iter_documents",
+    "write_documents",
+]

@@ -1,0 +1,145 @@
+"""The documents of a data set, wherever they come from, and a writer for text files of documents."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tiny_lm.dataset.config import BLANK_LINE, END_OF_TEXT, DatasetConfig, Errors, Split
+from tiny_lm.dataset.filters import apply_filters, in_validation
+from tiny_lm.dataset.local import BOM, DOCUMENT_LIMIT, HEAD, read_local, tidy
+from tiny_lm.errors import UserError
+from tiny_lm.files import atomic_path
+
+_SPLITS: tuple[Split, Split] = ("train", "validation")
+
+
+def iter_documents(
+    config: DatasetConfig,
+    split: Split,
+    *,
+    val_split: float = 0.01,
+    seed: int = 0,
+    errors: Errors = "strict",
+) -> Iterator[str]:
+    """Yield the documents of one split, filtered, in the order of the source, in constant memory.
+
+    Where the data set names a validation split, that is used. Where it names none, the documents that pass the filters
+    are divided by their content (see :func:`~tiny_lm.dataset.filters.in_validation`): no document is in both splits.
+
+    Args:
+        config: the data set.
+        split: ``train`` or ``validation``.
+        val_split: share of the documents held out where the data set names no validation split.
+        seed: another seed holds out other documents.
+        errors: invalid UTF-8 in local files: ``strict`` refuses it, ``replace`` reads it as U+FFFD.
+
+    Raises:
+        UserError: the source cannot be reached or read; on the first step of the iterator or wherever the trouble is.
+    """
+    if not 0 <= val_split < 1:
+        raise UserError(f"val_split: must be at least 0 and below 1 (it is {val_split})")
+    if config.source == "stories" or config.split_name("validation") is not None:
+        yield from apply_filters(_raw_documents(config, split, errors), config.filters)
+        return
+    for text in apply_filters(_raw_documents(config, "train", errors), config.filters):
+        if in_validation(text, val_split, seed) == (split == "validation"):
+            yield text
+
+
+def _raw_documents(config: DatasetConfig, split: Split, errors: Errors) -> Iterator[str]:
+    """Yield every document of a split that the data set itself has."""
+    if config.source == "local":
+        return read_local(config, split, errors)
+    if config.source == "stories":
+        from tiny_lm.dataset.stories import generate_stories
+
+        return generate_stories(story_count(config, split), seed=config.seed, split=split)
+    from tiny_lm.dataset.huggingface import read_huggingface
+
+    return read_huggingface(config, split)
+
+
+def story_count(config: DatasetConfig, split: Split) -> int:
+    """Return the number of stories that `source: stories` tells in ``split``."""
+    return config.num_stories if split == "train" else config.num_validation
+
+
+def describe(config: DatasetConfig) -> str:
+    """Return where the documents come from in one word for metadata, such as ``huggingface:owner/name@revision``."""
+    if config.source == "stories":
+        return f"stories:{config.num_stories}:seed{config.seed}"
+    if config.source == "local":
+        return f"local:{config.name}"
+    part = f":{config.config_name}" if config.config_name else ""
+    revision = f"@{config.revision}" if config.revision else ""
+    return f"huggingface:{config.name}{part}{revision}"
+
+
+def download(config: DatasetConfig, *, errors: Errors = "strict") -> dict[Split, int]:
+    """Fetch a data set so that later commands find it at hand, and count its documents.
+
+    A Hub data set is downloaded into the cache of the `datasets` library; local files are read through once, which
+    finds their faults early; the built-in stories need nothing.
+
+    Returns:
+        the documents in each split that the data set itself has, before any filter.
+
+    Raises:
+        UserError: the data set cannot be reached or read.
+    """
+    names = {split: config.split_name(split) for split in _SPLITS}
+    if config.source == "stories":
+        return {split: story_count(config, split) for split in _SPLITS}
+    splits = [split for split in _SPLITS if split == "train" or names[split] is not None]
+    if config.source == "local":
+        return {split: sum(1 for _ in read_local(config, split, errors)) for split in splits}
+    from tiny_lm.dataset.huggingface import download_huggingface
+
+    return {split: download_huggingface(config, split) for split in splits}
+
+
+def write_documents(documents: Iterable[str], path: Path, *, separator: str = END_OF_TEXT) -> int:
+    """Write documents to a .txt file that the local source reads back, atomically and one at a time.
+
+    Each document loses the blank space around it, and ``\\r\\n`` becomes ``\\n``; empty ones are left out.
+
+    Args:
+        documents: the texts.
+        path: the file.
+        separator: the line after each document, or ``blank-line``.
+
+    Returns:
+        the number of documents written.
+
+    Raises:
+        UserError: a document holds what cannot be read back (a line that is the separator, a NUL, half of a surrogate
+            pair, more than 64 MiB), or the file cannot be written.
+    """
+    marker = b"" if separator == BLANK_LINE else separator.encode("utf-8")
+    count = 0
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        for index, document in enumerate(documents):
+            data = _encode(tidy(document), marker, f"document {index}")
+            if not data:
+                continue
+            if count == 0 and (data.startswith(BOM) or len(data) >= HEAD):
+                file.write(marker + b"\n")  # keeps a reader from taking off the mark, or from missing the separator
+            file.write(data + b"\n" + marker + b"\n")
+            count += 1
+    return count
+
+
+def _encode(text: str, marker: bytes, place: str) -> bytes:
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{place}: holds half of a surrogate pair at character {error.start}, which is no text"
+        ) from None
+    if b"\0" in data:
+        raise UserError(f"{place}: holds a NUL character, which marks binary files; remove it")
+    if len(data) >= DOCUMENT_LIMIT:
+        raise UserError(f"{place}: is larger than {DOCUMENT_LIMIT // 2**20} MiB; split it")
+    if data and any(line.strip() == marker for line in data.split(b"\n")):
+        line = f"a line {marker.decode()!r}" if marker else "a blank line"
+        raise UserError(f"{place}: holds {line}, which separates documents; choose another separator")
+    return data

@@ -1,0 +1,164 @@
+"""Causal self-attention, its key-value cache, and a readable reference of its kernel.
+
+Shapes: B batch, T new tokens, S tokens seen (cached and new), D model width, H query heads, G key and value heads,
+K head size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class KVCache:
+    """Keys and values of the tokens that a model has read, so that each is computed once.
+
+    Memory is taken once, for ``max_length`` tokens. Setting ``length`` to a smaller number forgets the last tokens.
+    Only this class knows how many tokens are held: the model asks it for positions and mask.
+
+    Attributes:
+        keys: one tensor [B, G, max_length, K] per layer.
+        values: one tensor [B, G, max_length, K] per layer.
+        length: number of tokens held.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        n_layers: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
+        self.batch_size, _, self.max_length, _ = shape
+        self.length = 0
+
+    def positions(self, batch_size: int, count: int) -> Tensor:
+        """Return the positions [count] of the next ``count`` tokens.
+
+        Raises:
+            ValueError: the cache was made for another batch size, or has no room for them.
+        """
+        if batch_size != self.batch_size:
+            raise ValueError(f"the cache is for a batch of {self.batch_size}, not of {batch_size}")
+        if self.length + count > self.max_length:
+            raise ValueError(
+                f"the cache holds {self.length} of at most {self.max_length} tokens: no room for {count} more"
+            )
+        return torch.arange(self.length, self.length + count, device=self.keys[0].device)
+
+    def mask(self, count: int) -> Tensor | None:
+        """Return which tokens each of the next ``count`` may see: [count, S], or None where plain causality says so."""
+        if self.length == 0 or count == 1:
+            return None
+        seen = torch.ones(count, self.length + count, dtype=torch.bool, device=self.keys[0].device)
+        return seen.tril(self.length)
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new ``keys`` and ``values`` [B, G, T, K] of ``layer``; return all of that layer, [B, G, S, K] each."""
+        end = self.length + keys.shape[2]
+        self.keys[layer][:, :, self.length : end] = keys
+        self.values[layer][:, :, self.length : end] = values
+        return self.keys[layer][:, :, :end].to(keys.dtype), self.values[layer][:, :, :end].to(values.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+    """Causal attention through the fused kernels of torch.
+
+    Args:
+        q: queries [B, H, T, K].
+        k: keys [B, G, S, K]; H is a multiple of G.
+        v: values [B, G, S, K].
+        mask: [T, S], true where a query may look. None: query i of several sees keys up to i, a single one sees all.
+        dropout_p: probability with which an attention weight is dropped.
+
+    Returns:
+        [B, H, T, K].
+    """
+    causal = mask is None and q.shape[2] > 1
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal, enable_gqa=grouped
+    )
+
+
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Do what :func:`attend` does without dropout, step by step (Vaswani et al. 2017, arXiv:1706.03762, equation 1).
+
+    For reading and for tests; it holds all T x S weights in memory.
+    """
+    queries, seen = q.shape[2], k.shape[2]
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # [B, H, S, K]
+    scores: Tensor = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5  # [B, H, T, S]
+    if mask is None:
+        mask = torch.ones(queries, seen, dtype=torch.bool, device=q.device).tril(seen - queries)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return weights @ v
+
+
+class MultiHeadAttention(nn.Module):
+    """Causal self-attention with any number of key and value heads (MHA, GQA: arXiv:2305.13245, MQA).
+
+    Args:
+        layer: index of the block, by which a cache knows it.
+        d_model: width D of the residual stream.
+        n_heads: number H of query heads.
+        n_kv_heads: number G of key and value heads.
+        head_size: width K of a head.
+        qkv_bias: biases on the projections to q, k and v.
+        out_bias: a bias on the output projection.
+        dropout: probability with which an attention weight is dropped in training.
+        position: turns q and k by position (:class:`~tiny_lm.model.layers.RoPE`), or leaves them.
+        q_norm: a norm over each head of q, or ``nn.Identity()``.
+        k_norm: a norm over each head of k, or ``nn.Identity()``.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        d_model: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_size: int,
+        *,
+        qkv_bias: bool,
+        out_bias: bool,
+        dropout: float,
+        position: nn.Module,
+        q_norm: nn.Module,
+        k_norm: nn.Module,
+    ) -> None:
+        super().__init__()
+        self.layer, self.head_size, self.dropout = layer, head_size, dropout
+        self.W_q = nn.Linear(d_model, n_heads * head_size, bias=qkv_bias)
+        self.W_k = nn.Linear(d_model, n_kv_heads * head_size, bias=qkv_bias)
+        self.W_v = nn.Linear(d_model, n_kv_heads * head_size, bias=qkv_bias)
+        self.out_proj = nn.Linear(n_heads * head_size, d_model, bias=out_bias)
+        self.position, self.q_norm, self.k_norm = position, q_norm, k_norm
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """Let each token of ``x`` [B, T, D] look at itself and those before it.
+
+        Args:
+            x: normalised residual stream [B, T, D].
+            positions: [T].
+            mask: as for :func:`attend`.
+            cache: keys and values of earlier tokens; those of ``x`` are added to it.
+
+        Returns:
+            [B, T, D].
+        """
+        q, k, v = (self._heads(projection(x)) for projection in (self.W_q, self.W_k, self.W_v))
+        q, k = self.position(self.q_norm(q), positions), self.position(self.k_norm(k), positions)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)
+        y = y.transpose(1, 2).flatten(2)  # [B, H, T, K] -> [B, T, H*K]
+        projected: Tensor = self.out_proj(y)
+        return projected
+
+    def _heads(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        return x.view(batch, length, -1, self.head_size).transpose(1, 2)  # [B, T, heads*K] -> [B, heads, T, K]

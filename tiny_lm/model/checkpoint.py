@@ -1,0 +1,79 @@
+"""Reading the model out of a training checkpoint, without executing anything that the file may hold."""
+
+import pickle
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiny_lm.errors import UserError
+from tiny_lm.model.config import ModelConfig, model_config_from_dict
+from tiny_lm.model.transformer import Transformer, build_model
+
+CHECKPOINT_KEY = "tiny_lm"
+"""Key of a Lightning checkpoint under which ours is kept: ``{"model": config, "tokenizer_hash": text}``."""
+
+_MODULE_PREFIX = "model."  # CausalLMModule holds the network as its attribute `model`
+
+
+@dataclass(frozen=True)
+class CheckpointModel:
+    """A model as a checkpoint holds it."""
+
+    model: Transformer
+    config: ModelConfig
+    tokenizer_hash: str
+    step: int
+
+
+def read_checkpoint(path: Path, *, map_location: str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint of ours with ``weights_only=True``, which admits tensors and plain values only.
+
+    Raises:
+        UserError: the file is missing, damaged, no checkpoint of tiny-lm, or holds more than weights.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    # torch.save writes a zip file; anything else would be read as a bare pickle, which is not even tried.
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"{path}: is damaged or no checkpoint (not a zip file as torch.save writes it)")
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: refused, since it holds more than weights and plain values") from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise UserError(f"{path}: is damaged and cannot be read ({first_line})") from None
+    if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
+        raise UserError(f"{path}: is no checkpoint of tiny-lm")
+    return checkpoint
+
+
+def load_checkpoint_model(path: Path, *, config: ModelConfig | None = None) -> CheckpointModel:
+    """Build the model of a checkpoint, on the CPU and in evaluation mode.
+
+    Args:
+        path: a ``.ckpt`` file that training wrote.
+        config: what the caller believes the model to be; it must equal what the checkpoint says.
+
+    Raises:
+        UserError: as :func:`read_checkpoint`, or the weights do not fit the config.
+    """
+    checkpoint = read_checkpoint(path)
+    ours = checkpoint[CHECKPOINT_KEY]
+    stored = model_config_from_dict(ours["model"], source=str(path))
+    if config is not None and config != stored:
+        theirs, expected = config.to_dict(), stored.to_dict()
+        keys = sorted(key for key in {*theirs, *expected} if theirs.get(key) != expected.get(key))
+        differences = ", ".join(f"{key} is {expected.get(key)} and not {theirs.get(key)}" for key in keys)
+        raise UserError(f"{path}: was trained with another model config: {differences}")
+    model = build_model(stored)
+    weights = {key.removeprefix(_MODULE_PREFIX): value for key, value in checkpoint["state_dict"].items()}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"{path}: its weights do not fit its config ({problem[:200]})") from None
+    return CheckpointModel(model.eval(), stored, ours["tokenizer_hash"], int(checkpoint["global_step"]))

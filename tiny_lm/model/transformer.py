@@ -1,0 +1,227 @@
+"""One decoder-only transformer, and the four families that are built from it.
+
+Shapes: B batch, T tokens, D model width, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tiny_lm.model.attention import KVCache, MultiHeadAttention
+from tiny_lm.model.config import GPT2Config, Llama3Config, ModelConfig, Qwen3Config, SmallLMConfig
+from tiny_lm.model.layers import (
+    FeedForward,
+    LayerNorm,
+    LearnedPositionalEmbedding,
+    NoPositions,
+    RMSNorm,
+    RoPE,
+    SwiGLU,
+    dropout,
+)
+
+NORMS: Mapping[str, type[LayerNorm | RMSNorm]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+FEED_FORWARDS: Mapping[str, type[FeedForward | SwiGLU]] = {"gelu": FeedForward, "swiglu": SwiGLU}
+
+
+class Block(nn.Module):
+    """A pre-norm block: attention and a feed-forward, each adding to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int, position: nn.Module) -> None:
+        super().__init__()
+        norm = NORMS[config.norm]
+        head_norm = RMSNorm if config.qk_norm else nn.Identity
+        self.norm1 = norm(config.d_model, eps=config.norm_eps)
+        self.attn = MultiHeadAttention(
+            layer,
+            config.d_model,
+            config.n_heads,
+            config.kv_heads,
+            config.head_size,
+            qkv_bias=config.qkv_bias,
+            out_bias=config.out_bias,
+            dropout=config.dropouts.attention,
+            position=position,
+            q_norm=head_norm(config.head_size, eps=config.norm_eps),
+            k_norm=head_norm(config.head_size, eps=config.norm_eps),
+        )
+        self.norm2 = norm(config.d_model, eps=config.norm_eps)
+        self.ffn = FEED_FORWARDS[config.feed_forward](config.d_model, config.ffn_size, bias=config.ffn_bias)
+        self.dropout = dropout(config.dropouts.residual)
+
+    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """Add attention and feed-forward to ``x`` [B, T, D]; the rest as for ``MultiHeadAttention.forward``."""
+        x = x + self.dropout(self.attn(self.norm1(x), positions, mask, cache))
+        y: Tensor = x + self.dropout(self.ffn(self.norm2(x)))
+        return y
+
+
+def _run(block: nn.Module, *inputs: Any) -> Tensor:
+    """Run a block and keep its activations for the backward pass."""
+    y: Tensor = block(*inputs)
+    return y
+
+
+def _run_checkpointed(block: nn.Module, *inputs: Any) -> Tensor:
+    """Run a block and keep only its input; the backward pass runs it again (Chen et al. 2016, arXiv:1604.06174)."""
+    y: Tensor = checkpoint(block, *inputs, use_reentrant=False)
+    return y
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model, put together from the parts that its config names.
+
+    The keys of its state dict are public: ``token_emb.weight``, ``pos_emb.pos_emb.weight`` (learned positions only),
+    ``blocks.{i}.norm1|norm2.weight|bias``, ``blocks.{i}.attn.W_q|W_k|W_v|out_proj.weight|bias``,
+    ``blocks.{i}.attn.q_norm|k_norm.weight`` (Qwen3), ``blocks.{i}.ffn.fc1|fc2`` or ``w1|w2|w3``
+    (gate, down, up), ``final_norm.weight|bias`` and ``lm_head.weight``, which is ``token_emb.weight``.
+
+    Args:
+        config: the config of any family.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_emb = nn.Embedding(config.vocab_size, config.d_model)
+        turn: nn.Module = NoPositions()
+        self.pos_emb: nn.Module = NoPositions()
+        if config.position == "rope":
+            turn = RoPE(config.context_length, config.head_size, config.rope_theta)  # one table for all blocks
+        else:
+            self.pos_emb = LearnedPositionalEmbedding(config.context_length, config.d_model)
+        self.emb_dropout = dropout(config.dropouts.embedding)
+        self.blocks = nn.ModuleList(Block(config, layer, turn) for layer in range(config.n_layers))
+        self.final_norm = NORMS[config.norm](config.d_model, eps=config.norm_eps)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.lm_head.weight = self.token_emb.weight
+        self._run_block = _run
+        initialize(self)
+
+    def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Return the logits [B, T, V] of the token after each of ``input_ids`` [B, T].
+
+        Args:
+            input_ids: token ids [B, T].
+            cache: from :meth:`new_cache`; ``input_ids`` then continue what it holds, and are added to it.
+
+        Raises:
+            ValueError: there are more tokens than the context, or the cache, has room for.
+        """
+        logits: Tensor = self.lm_head(self.hidden_states(input_ids, cache))
+        return logits
+
+    def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Return what the head sees, [B, T, D] after the final norm; arguments and errors as for :meth:`forward`."""
+        batch, length = input_ids.shape
+        if length > self.config.context_length:
+            raise ValueError(f"{length} tokens do not fit into the context of {self.config.context_length}")
+        if cache is None:
+            positions, mask = torch.arange(length, device=input_ids.device), None
+        else:
+            positions, mask = cache.positions(batch, length), cache.mask(length)
+        x = self.emb_dropout(self.pos_emb(self.token_emb(input_ids), positions))
+        for block in self.blocks:
+            x = self._run_block(block, x, positions, mask, cache)
+        if cache is not None:
+            cache.length += length
+        hidden: Tensor = self.final_norm(x)
+        return hidden
+
+    def new_cache(self, batch_size: int, max_length: int | None = None, dtype: torch.dtype | None = None) -> KVCache:
+        """Return an empty cache on the device of the model.
+
+        Args:
+            batch_size: number of sequences.
+            max_length: most tokens per sequence; the context length when None.
+            dtype: of keys and values; that of the weights when None.
+
+        Raises:
+            ValueError: ``max_length`` is not between 1 and the context length.
+        """
+        context = self.config.context_length
+        max_length = context if max_length is None else max_length
+        if not 1 <= max_length <= context:
+            raise ValueError(f"a cache holds 1 to {context} tokens (the context), not {max_length}")
+        weight = self.token_emb.weight
+        shape = (batch_size, self.config.kv_heads, max_length, self.config.head_size)
+        return KVCache(shape, self.config.n_layers, dtype=dtype or weight.dtype, device=weight.device)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """From now on keep only the input of each block in training: less memory, one more forward pass."""
+        self._run_block = _run_checkpointed
+
+
+RESIDUAL_PROJECTIONS = ("attn.out_proj.weight", "ffn.fc2.weight", "ffn.w2.weight")
+
+
+@torch.no_grad()
+def initialize(model: Transformer) -> None:
+    """Draw all parameters from torch's generator, as GPT-2 does (Radford et al. 2019, section 2.3).
+
+    | parameter                                | value                             |
+    |------------------------------------------|-----------------------------------|
+    | embeddings, matrices                     | normal, 0.02                      |
+    | matrices that write to the residual      | normal, 0.02 / sqrt(2 * n_layers) |
+    | stream (attn.out_proj, ffn.fc2, ffn.w2)  |                                   |
+    | biases                                   | 0                                 |
+    | scales of norms                          | 1                                 |
+    """
+    residual_std = 0.02 / (2 * model.config.n_layers) ** 0.5
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            parameter.zero_()
+        elif parameter.dim() == 1:
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(std=residual_std if name.endswith(RESIDUAL_PROJECTIONS) else 0.02)
+
+
+class GPT2(Transformer):
+    """GPT-2 (Radford et al. 2019); becomes ``GPT2LMHeadModel``."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+
+
+class Llama3(Transformer):
+    """Llama 3 (arXiv:2407.21783); becomes ``LlamaForCausalLM``."""
+
+    def __init__(self, config: Llama3Config) -> None:
+        super().__init__(config)
+
+
+class SmallLM(Transformer):
+    """GPT-2 with rotary positions; becomes ``Starcoder2ForCausalLM``."""
+
+    def __init__(self, config: SmallLMConfig) -> None:
+        super().__init__(config)
+
+
+class Qwen3(Transformer):
+    """Qwen3 (arXiv:2505.09388), Llama 3 with normed queries and keys; becomes ``Qwen3ForCausalLM``."""
+
+    def __init__(self, config: Qwen3Config) -> None:
+        super().__init__(config)
+
+
+def build_model(config: ModelConfig, *, device: torch.device | str | None = None) -> Transformer:
+    """Build the model of a config, with fresh weights.
+
+    Args:
+        config: the config of any family.
+        device: where its parameters lie; ``"meta"`` gives shapes without memory. None: torch's default device.
+    """
+    with torch.device(device or torch.get_default_device()):
+        match config:
+            case GPT2Config():
+                return GPT2(config)
+            case Llama3Config():
+                return Llama3(config)
+            case SmallLMConfig():
+                return SmallLM(config)
+            case Qwen3Config():
+                return Qwen3(config)

@@ -1,0 +1,25 @@
+"""Text to token ids and back: four kinds of tokenizer behind one interface."""
+
+from tiny_lm.tokenizer.base import SpecialToken, StreamDecoder, Tokenizer
+from tiny_lm.tokenizer.bpe import GPT2_PATTERN, LLAMA3_PATTERN, BPETokenizer
+from tiny_lm.tokenizer.char import CharTokenizer
+from tiny_lm.tokenizer.config import TokenizerConfig
+from tiny_lm.tokenizer.gpt2 import GPT2Tokenizer
+from tiny_lm.tokenizer.load import load_tokenizer
+from tiny_lm.tokenizer.sentencepiece import SentencePieceTokenizer
+from tiny_lm.tokenizer.train import train_tokenizer
+
+__all__ = [
+    "GPT2_PATTERN",
+    "LLAMA3_PATTERN",
+    "BPETokenizer",
+    "CharTokenizer",
+    "GPT2Tokenizer",
+    "SentencePieceTokenizer",
+    "SpecialToken",
+    "StreamDecoder",
+    "Tokenizer",
+    "TokenizerConfig",
+    "load_tokenizer",
+    "train_tokenizer",
+]

@@ -1,0 +1,70 @@
+"""One token per character, for beginners and for tiny vocabularies."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from typing_extensions import Self
+
+from tiny_lm.errors import UserError
+from tiny_lm.files import read_json
+from tiny_lm.tokenizer.base import Tokenizer, vocabulary
+from tiny_lm.tokenizer.config import TokenizerConfig
+
+
+class CharTokenizer(Tokenizer):
+    """The characters of the training corpus, the most frequent first; all others become unk."""
+
+    kind: ClassVar[str] = "char"
+    lossless: ClassVar[bool] = False
+
+    def __init__(self, characters: Iterable[str], special_texts: Mapping[str, str]) -> None:
+        """Number the characters.
+
+        Raises:
+            UserError: one is longer than a character or stands twice.
+        """
+        self.characters = list(characters)
+        self._ids = {character: i for i, character in enumerate(self.characters)}
+        if len(self._ids) != len(self.characters) or any(len(character) != 1 for character in self.characters):
+            raise UserError("the vocabulary of a char tokenizer must hold single characters, and none twice")
+        super().__init__([character.encode() for character in self.characters], special_texts)
+
+    @classmethod
+    def train(cls, config: TokenizerConfig, documents: Iterable[str]) -> Self:
+        """Count the characters; where ``vocab_size`` is given, the rarest give way."""
+        counts: Counter[str] = Counter()
+        for document in documents:
+            counts.update(document)
+        # By code point among equals, so that the order of the documents plays no part.
+        ordered = sorted(counts, key=lambda character: (-counts[character], character))
+        limit = None if config.vocab_size is None else config.vocab_size - len(config.special_tokens)
+        return cls(ordered[:limit], config.special_tokens)
+
+    def _encode(self, text: str) -> list[int]:
+        unknown = self.special_tokens["unk"]
+        return [self._ids.get(character, unknown) for character in text]
+
+    def _pipeline(self) -> dict[str, Any]:
+        # A word-level model finds its unk only inside its own vocabulary, so the special tokens stand there too.
+        specials = {token.text: token.id for token in self.specials}
+        split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
+        return {
+            "normalizer": None,
+            "pre_tokenizer": split,
+            "decoder": {"type": "Fuse"},
+            "model": {
+                "type": "WordLevel",
+                "vocab": {**self._ids, **specials},
+                "unk_token": next(token.text for token in self.specials if token.role == "unk"),
+            },
+        }
+
+    @classmethod
+    def from_folder(cls, folder: Path, special_texts: Mapping[str, str]) -> Self:
+        """Read ``tokenizer.json``."""
+        file = folder / "tokenizer.json"
+        content = read_json(file)
+        tokens = vocabulary(content.get("model") if isinstance(content, dict) else None, str(file))
+        return cls(tokens[: len(tokens) - len(special_texts)], special_texts)

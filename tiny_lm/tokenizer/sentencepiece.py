@@ -1,0 +1,245 @@
+"""SentencePiece BPE (Kudo & Richardson, 2018) with byte fallback, set up so that every text survives.
+
+Nothing is normalised, no space is added or dropped, and what the vocabulary lacks becomes bytes.
+"""
+
+import io
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from typing_extensions import Self
+
+from tiny_lm.errors import UserError
+from tiny_lm.files import atomic_path, read_json
+from tiny_lm.tokenizer.base import Tokenizer, vocabulary
+from tiny_lm.tokenizer.config import TokenizerConfig
+
+if TYPE_CHECKING:
+    import sentencepiece
+
+SPACE_MARK = "\u2581"
+"""How SentencePiece writes a space; in text of its own the character goes through bytes."""
+
+# SentencePiece insists on an unknown piece at id 0. With byte fallback it is never produced; ours is a special token.
+_UNKNOWN_PIECE = "<|sentencepiece-unk|>"
+
+# The memory of training: at most this many segments of at most this many characters are kept, a random sample.
+_SEGMENTS = 200_000
+_SEGMENT_LENGTH = 2048
+_SEED = 0
+
+# Longer texts are encoded in parts, which bounds the memory of a merge.
+_PART = 2**18
+_WORD_START = re.compile("[^ ] ")
+_MODEL_LIMIT = 2**26  # bytes; a model of a million tokens has about 20 million
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece BPE model with the special tokens on top."""
+
+    kind: ClassVar[str] = "sentencepiece"
+    libraries: ClassVar[tuple[str, ...]] = ("sentencepiece",)
+
+    def __init__(self, model: bytes, special_texts: Mapping[str, str]) -> None:
+        """Build the tokenizer.
+
+        Args:
+            model: the content of a ``tokenizer.model``.
+            special_texts: the text of each special token, by role.
+
+        Raises:
+            UserError: it is no such model, or one that changes text.
+        """
+        self.model = model
+        self._processor = _processor(model)
+        ids = range(self._processor.get_piece_size())
+        self.pieces = [self._processor.id_to_piece(i) for i in ids]
+        self._byte_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        if not all(self._processor.is_byte(i) for i in self._byte_ids):
+            raise UserError("the SentencePiece model has no byte fallback, so it would lose characters")
+        byte_of = {i: bytes([byte]) for byte, i in enumerate(self._byte_ids)}
+        base = [byte_of.get(i, self.pieces[i].replace(SPACE_MARK, " ").encode()) for i in ids]
+        base[self._processor.unk_id()] = b""
+        super().__init__(base, special_texts)
+        self._refuse_clash(self.pieces)
+        self._space_mark = [self._byte_ids[byte] for byte in SPACE_MARK.encode()]
+        if self.decode(self.encode(" a  b \n")) != " a  b \n":
+            raise UserError("the SentencePiece model adds, drops or normalises characters, so texts would not survive")
+
+    @classmethod
+    def train(cls, config: TokenizerConfig, documents: Iterable[str]) -> Self:
+        """Learn the pieces from a random sample of bounded size, always the same for the same documents.
+
+        Raises:
+            UserError: the vocabulary cannot hold the characters of the corpus.
+        """
+        import sentencepiece
+
+        assert config.vocab_size is not None  # the config has checked it
+        failures: list[Exception] = []
+        model = io.BytesIO()
+        sentencepiece.set_random_generator_seed(_SEED)
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_segments(documents, failures),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=config.vocab_size - len(config.special_tokens),
+                hard_vocab_limit=False,  # a small corpus yields a smaller vocabulary
+                byte_fallback=True,
+                character_coverage=0.9999,
+                split_digits=True,
+                allow_whitespace_only_pieces=True,  # indentation
+                normalization_rule_name="identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                unk_id=0,
+                unk_piece=_UNKNOWN_PIECE,
+                bos_id=-1,
+                eos_id=-1,
+                pad_id=-1,
+                input_sentence_size=_SEGMENTS,
+                shuffle_input_sentence=True,
+                max_sentence_length=4 * _SEGMENT_LENGTH,  # bytes
+                num_threads=min(config.num_threads, 128),
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            if failures:
+                raise failures[0] from None
+            raise UserError(
+                f"SentencePiece could not train with vocab_size={config.vocab_size}: {_reason(error)}"
+            ) from error
+        return cls(model.getvalue(), config.special_tokens)
+
+    # --- encoding --------------------------------------------------------------------------------------------------
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for i, stretch in enumerate(text.split(SPACE_MARK)):
+            if i:
+                ids += self._space_mark
+            for part in _parts(stretch):
+                ids += self._processor.encode(part)
+        return ids
+
+    # --- the folder on disk ----------------------------------------------------------------------------------------
+
+    def _identity(self) -> dict[str, Any]:
+        return {"model": self.model.hex()}
+
+    def _save_model(self, folder: Path) -> None:
+        with atomic_path(folder / "tokenizer.model") as temporary:
+            temporary.write_bytes(self.model)
+
+    def merges(self) -> list[tuple[str, str]]:
+        """Return the pairs of pieces that are merged, first to last.
+
+        SentencePiece merges any two neighbours that together are a piece, the piece of the highest score first.
+        """
+        processor = self._processor
+        normal = {
+            piece: processor.get_score(i)
+            for i, piece in enumerate(self.pieces)
+            if not (processor.is_byte(i) or processor.is_unknown(i) or processor.is_control(i))
+        }
+        ordered = sorted(normal, key=lambda piece: -normal[piece])
+        return [
+            (piece[:cut], piece[cut:])
+            for piece in ordered
+            for cut in range(1, len(piece))
+            if piece[:cut] in normal and piece[cut:] in normal
+        ]
+
+    def _pipeline(self) -> dict[str, Any]:
+        return {
+            "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE_MARK},
+            "pre_tokenizer": None,
+            "decoder": {
+                "type": "Sequence",
+                "decoders": [
+                    {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "},
+                    {"type": "ByteFallback"},
+                    {"type": "Fuse"},
+                ],
+            },
+            "model": {
+                "type": "BPE",
+                "dropout": None,
+                "unk_token": None,
+                "continuing_subword_prefix": None,
+                "end_of_word_suffix": None,
+                "fuse_unk": False,
+                "byte_fallback": True,
+                "ignore_merges": False,
+                "vocab": {piece: i for i, piece in enumerate(self.pieces)},
+                "merges": [list(pair) for pair in self.merges()],
+            },
+        }
+
+    @classmethod
+    def from_folder(cls, folder: Path, special_texts: Mapping[str, str]) -> Self:
+        """Read ``tokenizer.model``, and check that ``tokenizer.json`` has the same pieces."""
+        file = folder / "tokenizer.model"
+        try:
+            if file.stat().st_size > _MODEL_LIMIT:
+                raise UserError(f"{file}: larger than {_MODEL_LIMIT} bytes, which no model of this kind is")
+            tokenizer = cls(file.read_bytes(), special_texts)
+        except OSError as error:
+            raise UserError(f"{file}: could not be read ({error.strerror or error})") from error
+        place = folder / "tokenizer.json"
+        content = read_json(place)
+        if vocabulary(content.get("model") if isinstance(content, dict) else None, str(place)) != tokenizer.pieces:
+            raise UserError(f"{place}: has other tokens than tokenizer.model beside it")
+        return tokenizer
+
+
+def _processor(model: bytes) -> "sentencepiece.SentencePieceProcessor":
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(f"tokenizer.model is no SentencePiece model ({_reason(error)})") from None
+
+
+def _reason(error: Exception) -> str:
+    """Return what SentencePiece complains of, without the place in its sources."""
+    return " ".join(str(error).split("] ")[-1].split()) or "no reason given"
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Cut a long text where a word begins; no piece reaches across such a place, so the ids stay the same."""
+    start = 0
+    while len(text) - start > _PART:
+        found = _WORD_START.search(text, start + _PART)
+        if found is None:
+            break
+        yield text[start : found.start() + 1]
+        start = found.start() + 1
+    yield text[start:]
+
+
+def _segments(documents: Iterable[str], failures: list[Exception]) -> Iterator[str]:
+    """Cut documents into segments that SentencePiece takes, where a line begins, else a word.
+
+    A line end leads the next segment, so that it is learned with what follows and is not trimmed from an end. What the
+    documents raise is kept in ``failures``, since the trainer passes on only its text.
+    """
+    try:
+        for document in documents:
+            start = 0
+            while len(document) - start > _SEGMENT_LENGTH:
+                end = start + _SEGMENT_LENGTH
+                cut = document.rfind("\n", start + 1, end)
+                if cut < 0:
+                    cut = document.rfind(" ", start + 1, end)
+                cut = end if cut < 0 else cut
+                yield document[start:cut]
+                start = cut
+            yield document[start:]
+    except Exception as error:
+        failures.append(error)
+        raise

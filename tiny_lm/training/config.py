@@ -1,0 +1,56 @@
+"""How to train: optimizer, schedule, precision, and when to validate and save."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+from typing_extensions import Self
+
+from tiny_lm.config import Config, config_dataclass
+
+
+@config_dataclass
+class TrainingConfig(Config):
+    """A training run; a step is an optimizer step, whatever the accumulation."""
+
+    folder: ClassVar[str] = "training"
+
+    max_steps: int = Field(ge=1, le=10**9, description="optimizer steps")
+    learning_rate: float = Field(gt=0, le=10, description="peak, reached after the warm-up")
+    min_lr: float = Field(default=0.0, ge=0, description="learning rate at the last step")
+    scheduler: Literal["cosine", "linear", "constant", "none"] = Field(
+        default="cosine", description="what follows the warm-up; constant and none hold the peak, none without warm-up"
+    )
+    warmup_ratio: float = Field(default=0.01, ge=0, le=1, description="share of max_steps with a rising rate")
+    weight_decay: float = Field(default=0.1, ge=0, description="of matrices and embeddings; never of norms and biases")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    grad_clip_norm: float = Field(default=1.0, ge=0, description="global norm; 0 does not clip")
+    accumulate_grad_batches: int = Field(default=1, ge=1, le=2**20, description="micro-batches in a step")
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "bf16-mixed"
+    ignore_index: int = Field(default=-100, le=-1, description="target that counts in no loss")
+    val_every_n_steps: int = Field(default=100, ge=1)
+    save_every_n_steps: int = Field(default=100, ge=1)
+    keep_checkpoints: int = Field(
+        default=3, ge=1, description="the newest step-*.ckpt files; best and last stay anyway"
+    )
+    log_every_n_steps: int = Field(default=10, ge=1)
+    system_metrics_every_n_steps: int = Field(
+        default=50, ge=1, description="memory, and load of the GPU if there is one"
+    )
+    resume_from_checkpoint: str | None = Field(
+        default=None, description="a checkpoint, a run folder, or auto: the newest checkpoint of this run, if any"
+    )
+    run_name: str | None = Field(
+        default=None, pattern=r"^[\w][\w.-]*$", max_length=128, description="null: <model>-<data>-<UTC time>"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    compile: bool = Field(default=False, description="torch.compile the model")
+    gradient_checkpointing: bool = Field(default=False, description="less memory for about a third more time")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {self.betas} must lie in [0, 1)")
+        return self
