@@ -20,7 +20,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast, get_args, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -100,9 +100,10 @@ def _describe(kind: type, error: ValidationError) -> str:
     # pydantic reports problems in field order; a misspelt key explains the missing one, so it comes first.
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "unexpected_keyword_argument")
     problem = problems[0]
-    key = ".".join(str(part) for part in problem["loc"])
+    *parents, name = [str(part) for part in problem["loc"]] or [""]
+    key = ".".join([*parents, name])
     if problem["type"] == "unexpected_keyword_argument":
-        return f"unknown key {key!r}{nearest(key, [field.name for field in _fields(kind)])}"
+        return f"unknown key {key!r}{nearest(name, _field_names(kind, parents))}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
     if problem["type"].startswith("missing"):
@@ -112,8 +113,13 @@ def _describe(kind: type, error: ValidationError) -> str:
     return f"{key}: {message} (it is {shorten(problem['input'])})"
 
 
-def _fields(kind: type) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+def _field_names(kind: type, parents: Iterable[str]) -> list[str]:
+    """Return the keys of a config class, or of the one that its field ``parents[0]`` (and so on) holds."""
+    for parent in parents:
+        hint = get_type_hints(kind).get(parent)
+        choices = [hint, *get_args(hint)]  # a field may be optional
+        kind = next((choice for choice in choices if dataclasses.is_dataclass(choice)), object)
+    return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
 
 
 def shorten(value: object, limit: int = 60) -> str:

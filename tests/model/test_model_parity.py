@@ -57,9 +57,6 @@ def test_their_weights_in_our_model(case):
     state = theirs.state_dict()
     for name in set(state) & set(biases_without_a_place(config)):
         state[name].zero_()
-    fused = [name for name in state if name.endswith("c_attn.bias")]
-    for name in fused if not config.qkv_bias else []:
-        state[name].zero_()
     ours.load_state_dict(from_reference(config, state, ours.state_dict()), strict=True)
     assert_same_logits(ours, theirs, config.vocab_size)
 
@@ -67,8 +64,9 @@ def test_their_weights_in_our_model(case):
 def biases_without_a_place(config):
     """Name the biases that their class cannot leave out and our config does not have."""
     projections = ["o_proj"] if not config.out_bias else []
-    projections += ["q_proj", "k_proj", "v_proj"] if not config.qkv_bias else []
-    return [f"model.layers.{i}.self_attn.{name}.bias" for i in range(config.n_layers) for name in projections]
+    projections += ["q_proj", "k_proj", "v_proj", "c_attn"] if not config.qkv_bias else []
+    prefix = "transformer.h.{}.attn" if config.architecture == "gpt2" else "model.layers.{}.self_attn"
+    return [f"{prefix.format(i)}.{name}.bias" for i in range(config.n_layers) for name in projections]
 
 
 @pytest.mark.parametrize("case", ["gpt2, qkv_bias, own d_ff", "smalllm", "llama3, biases", "qwen3, GQA"])

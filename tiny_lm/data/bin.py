@@ -18,16 +18,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tiny_lm.data.config import BinDataConfig
-from tiny_lm.data.metadata import StreamMetadata
+from tiny_lm.data.metadata import TOKENIZER_FOLDER, StreamMetadata
 from tiny_lm.errors import UserError
 
 _Tokens = np.memmap[Any, np.dtype[Any]]
 
 IGNORE_INDEX = -100
 """Target that counts in no loss unless a config says otherwise; the default of ``F.cross_entropy``."""
-
-TOKENIZER_FOLDER = "tokenizer"
-"""Folder inside a stream folder that holds the tokenizer which wrote it."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +112,7 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
         whole = (targets - self.block_size) // self._stride + 1
         windows = np.maximum(-(-targets // self._stride) if every_token else whole, 0)  # rounded up, or down
         self._first_window = np.concatenate([[0], np.cumsum(windows)])  # [F+1]
-        self._maps = [np.memmap(file, dtype=_little_endian(stream), mode="r") for file in stream.files if _size(file)]
+        self._maps = [_map(file, stream) for file in stream.files if file.stat().st_size]
         if len(self._maps) < len(stream.files) or len(self) == 0:
             raise UserError(
                 f"{stream.files[0]}: {stream.tokens:,} tokens are too few for one window of block_size "
@@ -151,23 +148,21 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
         ids = tokens[np.minimum(positions, last)]
         ids[positions > last] = 0
         # Otherwise the pages read stay in the process's resident set, which would grow to the size of the file.
-        _forget_pages(tokens)
+        _advise(tokens, "MADV_DONTNEED")
         return ids, np.minimum(last + 1 - starts, self.block_size + 1)
 
 
-def _little_endian(stream: TokenStream) -> np.dtype[Any]:
-    dtype: np.dtype[Any] = np.dtype(stream.metadata.dtype)
-    return dtype.newbyteorder("<")
+def _map(file: Path, stream: TokenStream) -> _Tokens:
+    tokens = np.memmap(file, dtype={"uint16": "<u2", "uint32": "<u4"}[stream.metadata.dtype], mode="r")
+    _advise(tokens, "MADV_RANDOM")  # shuffled windows: what the kernel would read ahead is hardly ever the next one
+    return tokens
 
 
-def _size(file: Path) -> int:
-    return file.stat().st_size
-
-
-def _forget_pages(tokens: _Tokens) -> None:
+def _advise(tokens: _Tokens, advice: str) -> None:
+    """Give the kernel advice on a memory map, where it takes any (not on Windows)."""
     mapping = tokens._mmap  # type: ignore[attr-defined]  # numpy gives the mapping no public name
-    if hasattr(mapping, "madvise"):  # not on Windows
-        mapping.madvise(mmap.MADV_DONTNEED)
+    if hasattr(mapping, "madvise"):
+        mapping.madvise(getattr(mmap, advice))
 
 
 def _mask_after_first(y: Tensor, eos_id: int, ignore_index: int) -> None:

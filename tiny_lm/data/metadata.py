@@ -11,6 +11,9 @@ from tiny_lm.files import read_json, write_json
 
 METADATA_FILE = "metadata.json"
 
+TOKENIZER_FOLDER = "tokenizer"
+"""Folder inside a stream folder that holds the tokenizer which wrote it."""
+
 
 @config_dataclass
 class FileStatistics(Config):

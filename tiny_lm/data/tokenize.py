@@ -8,15 +8,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tiny_lm.data.bin import TOKENIZER_FOLDER
-from tiny_lm.data.metadata import METADATA_FILE, FileStatistics, StreamMetadata
+from tiny_lm.data.metadata import METADATA_FILE, TOKENIZER_FOLDER, FileStatistics, StreamMetadata
 from tiny_lm.errors import UserError
 from tiny_lm.files import atomic_path
 from tiny_lm.tokenizer.base import Tokenizer
 
 # Documents are encoded in batches of about this many characters: large enough to keep every thread busy, small enough
 # that memory does not depend on the size of the corpus.
-_BATCH_CHARACTERS = 4 * 2**20
+_BATCH_CHARACTERS = 2**20
 
 
 def tokenize_corpus(

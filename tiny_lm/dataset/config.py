@@ -47,8 +47,9 @@ class Filters:
 class DatasetConfig(Config):
     """One data set: `configs/datasets/*.yaml`.
 
-    For `source: local`, `name` is a file, a folder or a glob; a relative one is relative to the working directory,
-    wherever the YAML file lies, and `~` is the home directory.
+    For `source: huggingface`, `name` is a data set on the Hub, or a local folder that is laid out like one.
+    For `source: local`, it is a file, a folder or a glob; a relative one is relative to the working directory,
+    wherever the YAML file lies, and `~` is the home directory. For `source: stories` it means nothing.
     """
 
     folder: ClassVar[str] = "datasets"

@@ -59,10 +59,12 @@ def find_files(config: DatasetConfig, split: Split) -> list[Path]:
     Raises:
         UserError: there are none, or the two splits of ``config`` share a file.
     """
-    root = Path(config.name).expanduser()
+    with _readable(Path(config.name)):
+        root = Path(config.name).expanduser()
+        is_folder = root.is_dir()
     if config.splits is None:
         return _find(root)
-    if not root.is_dir():
+    if not is_folder:
         raise UserError(f"{root}: is no folder, so it holds no splits; remove `splits` or name the folder of the files")
     if config.splits.validation is None:
         return _find(root / config.splits.train)
@@ -70,15 +72,18 @@ def find_files(config: DatasetConfig, split: Split) -> list[Path]:
         "train": _find(root / config.splits.train),
         "validation": _find(root / config.splits.validation),
     }
-    shared = {file.resolve() for file in files["train"]} & {file.resolve() for file in files["validation"]}
+    train = {os.path.realpath(file) for file in files["train"]}
+    shared = [file for file in files["validation"] if os.path.realpath(file) in train]
     if shared:
-        raise UserError(f"{min(shared)}: belongs to both splits.train and splits.validation; name each file once")
+        raise UserError(f"{shared[0]}: belongs to both splits.train and splits.validation; name each file once")
     return files[split]
 
 
 def _find(place: Path) -> list[Path]:
     """Return the one file, or the supported files below a folder, or those that a glob matches."""
-    try:
+    with _readable(place):
+        if "\0" in str(place):
+            raise ValueError("embedded NUL")
         if place.is_dir():
             found, what = _below(place), "no supported file below this folder"
         elif place.exists() or not any(character in str(place) for character in "*?["):
@@ -90,13 +95,20 @@ def _find(place: Path) -> list[Path]:
         # Hidden files are the leavings of editors and file managers.
         files = [file for file in found if not file.name.startswith(".") and _extension(file) in _READERS]
         files = [file for file in files if not file.is_dir()]
-    except OSError as error:
-        raise UserError(f"{error.filename or place}: could not be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise UserError(f"{place}: is no valid path or glob ({error})") from None
     if not files:
         raise UserError(f"{place}: {what} ({_supported()})")
     return sorted(files, key=lambda file: file.as_posix())
+
+
+@contextmanager
+def _readable(place: Path) -> Iterator[None]:
+    """Turn what looking for files raises into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or place}: could not be read ({error.strerror or error})") from error
+    except (ValueError, RuntimeError) as error:  # RuntimeError: the home directory of a user who is not
+        raise UserError(f"{str(place)!r}: is no valid path or glob ({error})") from None
 
 
 def _below(folder: Path) -> Iterator[Path]:

@@ -3,27 +3,28 @@
 A story is made from a *plot*, one YAML file in ``story_parts/plots/``, and from the shared material beside that folder:
 
 - ``cast.yaml``: who can appear: pools of kinds (child, woodland animal, ...), each with names and a few facts;
-- ``words.yaml``: shared lists (colors, ...) and shared phrases (ways to begin, ways to speak, ...).
+- ``phrases.yaml``: what several plots say: ways to begin, ways to speak, ...
 
 A plot file has four parts::
 
-    cast:        {hero: children, friend: pets}       # role: the pool that it is drawn from
-    choose:      {toy: [{name: kite, needs: wind}]}   # choices made once per story: records, texts, or a shared list's name
+    cast:        {hero: children, friend: house_pets} # role: the pool that it is drawn from
+    choose:      {toy: [{name: kite, needs: wind}]}   # choices made once per story, of records or of plain texts
     paragraphs:  [[opening, wish], [trouble], ...]    # which beats stand in which paragraph
     beats:       {opening: [text, text, ...], ...}    # the ways to tell each beat
 
 Texts are written in a small template language:
 
-- ``{toy}`` is the name of what was chosen for ``toy``, ``{toy.needs}`` one of its fields, ``{hero}`` a character's name and
-  ``{hero.they}``, ``.them``, ``.their``, ``.theirs``, ``.themselves`` the pronouns that agree with it;
-- ``{a:toy}`` puts "a" or "an" before the word, and a capital first letter (``{Toy}``, ``{A:toy}``, ``{Hero.they}``) makes one
-  in the text;
+- ``{toy}`` is the name of what was chosen for ``toy`` and ``{toy.needs}`` one of its fields;
+- ``{hero}`` is a character's name, and ``{hero.they}``, ``.them``, ``.their``, ``.theirs``, ``.themselves`` are the
+  pronouns that agree with it;
+- ``{a:toy}`` puts "a" or "an" before the word, and a capital first letter (``{Toy}``, ``{A:toy}``, ``{Hero.they}``)
+  makes one in the text;
 - ``[x|y|z]`` stands for one of its alternatives, picked anew at each place; they nest, and one may be empty;
 - a field whose value is a list is one of its items, picked once per story.
 
-The number of possible stories is beyond counting (more than 2**60 per plot), so that equal ones do not occur in practice.
-A story belongs to the training or to the validation split by a checksum of its own first paragraph: the two splits cannot
-share a story, whatever seeds they were made from.
+A story carries about 40 bits of choice, so that equal ones are not to be expected among some hundred thousand (a test
+looks at those of seed 0). Whether it belongs to training or to validation is told by a checksum of its own first
+paragraph: the two splits cannot share a story, nor even an opening, whatever seeds they were made from.
 """
 
 import functools
@@ -33,16 +34,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any, Literal, NamedTuple, Union, get_args
+from typing import Any, NamedTuple, get_args
 
 import yaml
 
+from tiny_lm.dataset.config import Split
 from tiny_lm.errors import UserError
-
-Split = Literal["train", "validation"]
 
 _PARTS = Path(__file__).parent / "story_parts"
 _INDEX_BITS = 63
+_MAX_WORDS = 220  # a longer one is told anew: about one in a hundred
 _PRONOUNS = {
     "she": {"they": "she", "them": "her", "their": "her", "theirs": "hers", "themselves": "herself"},
     "he": {"they": "he", "them": "him", "their": "his", "theirs": "his", "themselves": "himself"},
@@ -66,7 +67,7 @@ class Choice(NamedTuple):
     options: tuple["Template", ...]
 
 
-Template = tuple[Union[str, Slot, Choice], ...]
+Template = tuple[str | Slot | Choice, ...]
 Record = Mapping[str, tuple[Template, ...]]  # field -> its possible texts, of which a story uses one
 Scene = dict[str, dict[str, Template]]  # role -> field -> text
 Draw = Callable[[], float]
@@ -119,7 +120,7 @@ def story(index: int, *, seed: int = 0, split: Split = "train") -> str:
         UserError: the index is negative or 2**63 or more, or the split is unknown.
     """
     _check(index, split)
-    # Of random.Random, Python promises across versions only the sequence of random() for an integer seed: use nothing else.
+    # Of Random, Python promises across versions only the sequence of random() for an integer seed: use nothing else.
     draw = Random(((seed % 2**64) << (_INDEX_BITS + 1)) | (index << 1) | (split == "train")).random
     material = library()
     while True:
@@ -127,7 +128,9 @@ def story(index: int, *, seed: int = 0, split: Split = "train") -> str:
         scene = _scene(plot, material, draw)
         opening = _paragraph(plot.paragraphs[0], scene, draw)
         if split_of(opening) == split:
-            return "\n".join([opening, *(_paragraph(beats, scene, draw) for beats in plot.paragraphs[1:])])
+            text = "\n".join([opening, *(_paragraph(beats, scene, draw) for beats in plot.paragraphs[1:])])
+            if text.count(" ") + text.count("\n") < _MAX_WORDS:
+                return text
 
 
 def split_of(text: str) -> Split:
@@ -210,14 +213,11 @@ def _clear(character: Mapping[str, Template], cast: Sequence[Mapping[str, Templa
 @functools.cache
 def library() -> Library:
     """Read and compile the material; once per process."""
-    cast, words = _read("cast.yaml"), _read("words.yaml")
-    lists = {name: _records(items) for name, items in words["lists"].items()}
-    pools = {
-        name: [{**_record(pool.get("shared", {})), **_record(kind)} for kind in pool["kinds"]]
-        for name, pool in cast["pools"].items()
-    }
-    phrases = {name: {"name": compile_template(text)} for name, text in words["phrases"].items()}
-    plots = [_plot(path, lists) for path in sorted((_PARTS / "plots").glob("*.yaml"))]
+    cast = _read("cast.yaml")
+    kinds = {kind: _record({"kind": kind, **fields}) for kind, fields in cast["kinds"].items()}
+    pools = {name: [kinds[kind] for kind in members] for name, members in cast["pools"].items()}
+    phrases = {name: {"name": compile_template(text)} for name, text in _read("phrases.yaml").items()}
+    plots = [_plot(path) for path in sorted((_PARTS / "plots").glob("*.yaml"))]
     return Library(cast["names"], pools, phrases, plots)
 
 
@@ -227,19 +227,15 @@ def _read(name: str) -> Any:
     return yaml.load((_PARTS / name).read_text(encoding="utf-8"), Loader=loader)
 
 
-def _plot(path: Path, lists: Mapping[str, Sequence[Record]]) -> Plot:
+def _plot(path: Path) -> Plot:
     raw = _read(f"plots/{path.name}")
     choices = {
-        role: lists[options] if isinstance(options, str) else _records(options)
-        for role, options in raw.get("choose", {}).items()
+        role: [_record(option if isinstance(option, dict) else {"name": option}) for option in options]
+        for role, options in raw["choose"].items()
     }
     beats = {name: [compile_template(text) for text in ways] for name, ways in raw["beats"].items()}
     paragraphs = [[beats[name] for name in names] for names in raw["paragraphs"]]
     return Plot(path.stem, raw["cast"], choices, paragraphs)
-
-
-def _records(items: Sequence[Any]) -> list[Record]:
-    return [_record(item if isinstance(item, dict) else {"name": item}) for item in items]
 
 
 def _record(fields: Mapping[str, Any]) -> Record:

@@ -71,6 +71,8 @@ def load_checkpoint_model(path: Path, *, config: ModelConfig | None = None) -> C
         raise UserError(f"{path}: was trained with another model config: {differences}")
     model = build_model(stored)
     weights = {key.removeprefix(_MODULE_PREFIX): value for key, value in checkpoint["state_dict"].items()}
+    if not torch.equal(weights["lm_head.weight"], weights["token_emb.weight"]):
+        raise UserError(f"{path}: its head is not its embedding, as it is in every model of tiny-lm")
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -3,12 +3,13 @@
 Shapes: B batch, T tokens, D model width, V vocabulary.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from typing_extensions import Self
 
 from tiny_lm.model.attention import KVCache, MultiHeadAttention
 from tiny_lm.model.config import GPT2Config, Llama3Config, ModelConfig, Qwen3Config, SmallLMConfig
@@ -71,6 +72,12 @@ def _run_checkpointed(block: nn.Module, *inputs: Any) -> Tensor:
     return y
 
 
+def _tie_head_after_loading(model: nn.Module, _: object) -> None:
+    """Tie the head again: ``load_state_dict(..., assign=True)`` makes two parameters of it."""
+    if isinstance(model, Transformer):
+        model.tie_head()
+
+
 class Transformer(nn.Module):
     """A decoder-only language model, put together from the parts that its config names.
 
@@ -97,8 +104,9 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer, turn) for layer in range(config.n_layers))
         self.final_norm = NORMS[config.norm](config.d_model, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.lm_head.weight = self.token_emb.weight
         self._run_block = _run
+        self.tie_head()
+        self.register_load_state_dict_post_hook(_tie_head_after_loading)  # type: ignore[no-untyped-call]
         initialize(self)
 
     def forward(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
@@ -149,6 +157,16 @@ class Transformer(nn.Module):
         weight = self.token_emb.weight
         shape = (batch_size, self.config.kv_heads, max_length, self.config.head_size)
         return KVCache(shape, self.config.n_layers, dtype=dtype or weight.dtype, device=weight.device)
+
+    def tie_head(self) -> None:
+        """Make the weight of the head the very parameter that the token embedding has."""
+        self.lm_head.weight = self.token_emb.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `to_empty()` and moves between kinds of devices give each module a parameter of its own.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.tie_head()
+        return self
 
     def enable_gradient_checkpointing(self) -> None:
         """From now on keep only the input of each block in training: less memory, one more forward pass."""

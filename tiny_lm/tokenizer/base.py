@@ -144,7 +144,7 @@ class Tokenizer(ABC):
     def encode_batch(
         self, texts: Sequence[str], *, bos: bool = False, eos: bool = False, num_threads: int = 16
     ) -> list[list[int]]:
-        """Return what :meth:`encode` returns for each text, computed in up to ``num_threads`` threads (never more than cores).
+        """Return what :meth:`encode` returns for each text, computed in up to ``num_threads`` threads.
 
         Raises:
             UserError: a text holds a lone surrogate.

@@ -53,22 +53,22 @@ class BPETokenizer(Tokenizer):
 
     kind: ClassVar[str] = "BPE"
     libraries: ClassVar[tuple[str, ...]] = ("rustbpe", "tiktoken")
-    patterns: ClassVar[tuple[str, ...]] = (LLAMA3_PATTERN, TWO_DIGIT_PATTERN)
+    patterns: ClassVar[tuple[str, ...]] = (LLAMA3_PATTERN, TWO_DIGIT_PATTERN, GPT2_PATTERN)
     """The splits that this kind may have; the first is the default."""
 
-    def __init__(self, base: Sequence[bytes], special_texts: Mapping[str, str], *, pattern: str = "") -> None:
+    def __init__(self, base: Sequence[bytes], special_texts: Mapping[str, str], *, pattern: str | None = None) -> None:
         """Build the tokenizer from its merge table.
 
         Args:
             base: token bytes by rank, which is also the id.
             special_texts: the text of each special token, by role.
-            pattern: one of ``patterns``.
+            pattern: one of ``patterns``; by default the first.
 
         Raises:
             UserError: the table lacks a byte or holds a token twice, or the pattern is another.
         """
         super().__init__(base, special_texts)
-        self.pattern = pattern or self.patterns[0]
+        self.pattern = self.patterns[0] if pattern is None else pattern
         if self.pattern not in self.patterns:
             raise UserError(f"a {self.kind} tokenizer cannot split text by {self.pattern!r}")
         self._ranks = {token: rank for rank, token in enumerate(self.base)}
@@ -187,7 +187,7 @@ class BPETokenizer(Tokenizer):
             base = [from_byte_level(token) for token in vocabulary(content["model"], str(file))]
         except (KeyError, IndexError, TypeError) as error:
             raise UserError(f"{file}: is no byte-level BPE tokenizer of tiny-lm ({error!r})") from None
-        return cls(base, special_texts, pattern=pattern)
+        return cls(base, special_texts, pattern=str(pattern))
 
 
 # --- byte-level text -------------------------------------------------------------------------------------------------

@@ -27,7 +27,8 @@ class CharTokenizer(Tokenizer):
         """
         self.characters = list(characters)
         self._ids = {character: i for i, character in enumerate(self.characters)}
-        if len(self._ids) != len(self.characters) or any(len(character) != 1 for character in self.characters):
+        single = all(len(character) == 1 and not "\ud800" <= character <= "\udfff" for character in self.characters)
+        if not single or len(self._ids) != len(self.characters):
             raise UserError("the vocabulary of a char tokenizer must hold single characters, and none twice")
         super().__init__([character.encode() for character in self.characters], special_texts)
 
@@ -67,4 +68,7 @@ class CharTokenizer(Tokenizer):
         file = folder / "tokenizer.json"
         content = read_json(file)
         tokens = vocabulary(content.get("model") if isinstance(content, dict) else None, str(file))
-        return cls(tokens[: len(tokens) - len(special_texts)], special_texts)
+        count = len(tokens) - len(special_texts)
+        if tokens[max(0, count) :] != list(special_texts.values()):
+            raise UserError(f"{file}: does not end with the special tokens of metadata.json")
+        return cls(tokens[:count], special_texts)

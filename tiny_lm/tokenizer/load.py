@@ -27,8 +27,8 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         UserError: there is no tokenizer, or its files are damaged or do not belong together.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        folder = folder.parent if folder.is_file() or folder.suffix else folder
+    if folder.is_file() or (not folder.is_dir() and (folder.parent / "metadata.json").is_file()):
+        folder = folder.parent
     file = folder / "metadata.json"
     if not file.is_file():
         hint = ""
@@ -46,7 +46,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     try:
         tokenizer = kind.from_folder(folder, _special_texts(metadata))
     except UserError as error:
-        raise UserError(str(error) if str(folder) in str(error) else f"{folder}: {error}") from None
+        raise UserError(str(error) if str(error).startswith(str(folder)) else f"{folder}: {error}") from None
     _check(tokenizer, metadata, folder)
     training = metadata.get("training")
     tokenizer.training = training if isinstance(training, dict) else {}

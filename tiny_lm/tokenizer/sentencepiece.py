@@ -91,6 +91,7 @@ class SentencePieceTokenizer(Tokenizer):
                 byte_fallback=True,
                 character_coverage=0.9999,
                 split_digits=True,
+                required_chars=SPACE_MARK,  # or a space would become the bytes of its mark
                 allow_whitespace_only_pieces=True,  # indentation
                 normalization_rule_name="identity",
                 add_dummy_prefix=False,
@@ -134,8 +135,9 @@ class SentencePieceTokenizer(Tokenizer):
         with atomic_path(folder / "tokenizer.model") as temporary:
             temporary.write_bytes(self.model)
 
+    @property
     def merges(self) -> list[tuple[str, str]]:
-        """Return the pairs of pieces that are merged, first to last.
+        """The pairs of pieces that are merged, first to last.
 
         SentencePiece merges any two neighbours that together are a piece, the piece of the highest score first.
         """
@@ -175,7 +177,7 @@ class SentencePieceTokenizer(Tokenizer):
                 "byte_fallback": True,
                 "ignore_merges": False,
                 "vocab": {piece: i for i, piece in enumerate(self.pieces)},
-                "merges": [list(pair) for pair in self.merges()],
+                "merges": [list(pair) for pair in self.merges],
             },
         }
 
@@ -199,15 +201,19 @@ class SentencePieceTokenizer(Tokenizer):
 def _processor(model: bytes) -> "sentencepiece.SentencePieceProcessor":
     import sentencepiece
 
+    if not model:  # the library would take it for "none given yet"
+        raise UserError("tokenizer.model is empty")
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(f"tokenizer.model is no SentencePiece model ({_reason(error)})") from None
+    except (RuntimeError, OSError, ValueError):
+        raise UserError("tokenizer.model is no SentencePiece model, or a damaged one") from None
 
 
 def _reason(error: Exception) -> str:
-    """Return what SentencePiece complains of, without the place in its sources."""
-    return " ".join(str(error).split("] ")[-1].split()) or "no reason given"
+    """Return what SentencePiece complains of, without the place in its sources and its command-line advice."""
+    _, _, told = str(error).partition("] ")
+    text = (told or str(error)).split(" or decrease character_coverage")[0]
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _parts(text: str) -> Iterator[str]:

@@ -59,7 +59,7 @@ class _Corpus:
 
     def __init__(self, documents: Iterable[str]) -> None:
         self._source = self._read(documents)
-        self._first: list[str] = []
+        self._first: str | None = None
         self._sample: list[str] = []
         self._documents = 0
         self._bytes = 0
@@ -76,15 +76,16 @@ class _Corpus:
             yield document
 
     def __iter__(self) -> Iterator[str]:
-        while self._first:
-            yield self._first.pop()
+        if self._first is not None:
+            yield self._first
+            self._first = None
         yield from self._source
 
     def is_empty(self) -> bool:
         """Tell whether there is no document at all, looking at the first."""
-        if not self._first:
-            self._first = [document for document, _ in zip(self._source, range(1), strict=False)]
-        return not self._first
+        if self._first is None:
+            self._first = next(self._source, None)
+        return self._first is None
 
     def read_sample(self) -> None:
         """Read as many documents as the sample has."""

@@ -15,6 +15,9 @@ class TrainingConfig(Config):
     folder: ClassVar[str] = "training"
 
     max_steps: int = Field(ge=1, le=10**9, description="optimizer steps")
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw", description="muon: on hidden matrices, AdamW on the rest"
+    )
     learning_rate: float = Field(gt=0, le=10, description="peak, reached after the warm-up")
     min_lr: float = Field(default=0.0, ge=0, description="learning rate at the last step")
     scheduler: Literal["cosine", "linear", "constant", "none"] = Field(

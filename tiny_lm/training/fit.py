@@ -1,12 +1,13 @@
 """One training run: checks, run folder, Lightning's trainer, and what is written down at the end."""
 
 import logging
+import os
 import shutil
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ class _AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints whole or not at all and reads them without executing anything."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with atomic_path(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
+        with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return read_checkpoint(Path(path))
@@ -88,6 +89,9 @@ def train(
     resumed_step = 0
     if resume_from is not None:
         resumed_step = _check_resume(resume_from, model_config, tokenizer_hash, training_config)
+    if training_config.compile and not _has_compiler():
+        console.print("compile: true needs a C++ compiler (g++ or clang++), which is not here; training uncompiled")
+        training_config = replace(training_config, compile=False)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     torch.manual_seed(training_config.seed)
     module = CausalLMModule(model_config, training_config, tokenizer_hash=tokenizer_hash)
@@ -199,6 +203,11 @@ def _precision(config: TrainingConfig, console: Console) -> Any:
         console.print("precision 16-mixed needs a GPU; training in bf16-mixed here")
         return "bf16-mixed"
     return config.precision
+
+
+def _has_compiler() -> bool:
+    """Whether torch.compile finds what it needs: on a CPU a C++ compiler, on a GPU torch brings its own."""
+    return torch.cuda.is_available() or any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
 
 
 @contextmanager

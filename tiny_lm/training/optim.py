@@ -1,30 +1,86 @@
-"""The optimizer and the learning-rate schedule."""
+"""The optimizers and the learning-rate schedule."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
-from torch import nn
-from torch.optim import AdamW, Optimizer
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from tiny_lm.training.config import TrainingConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
-    """Build AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101); weight decay touches matrices only."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Build the optimizer that the config names; weight decay touches matrices and embeddings only.
+
+    ``adamw`` is AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) on everything. ``muon`` is Muon (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon) on the hidden matrices and AdamW on the rest.
+    """
+    embeddings = [p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
+    tables = {id(parameter) for parameter in embeddings}  # the tied head is one of them
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    hidden = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in tables]
+    if config.optimizer == "muon":
+        return MuonAdamW(hidden, embeddings, vectors, config)
+    return _adamw([*embeddings, *hidden], vectors, config)
+
+
+def _adamw(decayed: list[nn.Parameter], vectors: list[nn.Parameter], config: TrainingConfig) -> AdamW:
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     # The fused kernel updates all parameters in one call, on the CPU too; but it would unscale the gradients of fp16
     # itself, behind the clipping.
-    return AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-        fused=config.precision != "16-mixed",
-    )
+    fused = config.precision != "16-mixed"
+    return AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
+
+
+class MuonAdamW(Optimizer):
+    """Muon on hidden matrices and AdamW on embeddings and vectors, as the one optimizer that Lightning takes.
+
+    The two share this object's parameter groups and state, so that schedulers, clipping and checkpoints see one
+    optimizer. Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982, section 2.2), so
+    one learning rate serves both.
+    """
+
+    def __init__(
+        self,
+        hidden: list[nn.Parameter],
+        embeddings: list[nn.Parameter],
+        vectors: list[nn.Parameter],
+        config: TrainingConfig,
+    ) -> None:
+        """Optimize ``hidden`` with Muon and the rest with AdamW."""
+        self._muon = Muon(
+            hidden, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        self._adamw = _adamw(embeddings, vectors, config)
+        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], defaults={})
+        self._share()
+
+    def _share(self) -> None:
+        """Let both optimizers work on the groups and the state of this one."""
+        self._muon.param_groups, self._adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
+        self._muon.state = self._adamw.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
+        """Update all parameters; ``closure`` computes the loss and the gradients first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._muon.step()  # type: ignore[no-untyped-call]  # torch gives it no types
+        self._adamw.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned; it puts new groups and a new state in place of the shared ones."""
+        super().load_state_dict(state_dict)
+        self._share()
 
 
 def build_scheduler(optimizer: Optimizer, config: TrainingConfig) -> LambdaLR:

@@ -1,0 +1,68 @@
+"""What the tests of several rooms share: real text, and small things built from it once."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_lm.data import BinDataConfig
+from tiny_lm.data.tokenize import tokenize_corpus
+from tiny_lm.dataset.stories import generate_stories
+from tiny_lm.runs import Run
+from tiny_lm.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
+
+ROOT = Path(__file__).parent.parent
+
+# Children of the tests (the command line, a killed run) find one core each, so that they do not fight.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def tinystories() -> Path:
+    """The folder of the real TinyStories sample, with train.txt and valid.txt."""
+    folder = ROOT.parent / "shared" / "data" / "tinystories"
+    if not folder.is_dir():
+        pytest.skip(f"the TinyStories sample is not at {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def stories() -> list[str]:
+    return list(generate_stories(300, seed=1))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(stories: list[str]) -> Tokenizer:
+    config = TokenizerConfig(name="test", vocab_size=512, dataset_config="stories")
+    return train_tokenizer(config, stories)
+
+
+@pytest.fixture(scope="session")
+def stream_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, stories: list[str]) -> Path:
+    """A token stream of 280 stories to train on and 20 to validate."""
+    folder = tmp_path_factory.mktemp("stream")
+    tokenize_corpus(tokenizer, {"train": stories[:280], "val": stories[280:]}, folder, source="test")
+    return folder
+
+
+@pytest.fixture
+def data_config(stream_folder: Path) -> Callable[..., BinDataConfig]:
+    """Make a data config of the stream, with values of one's own."""
+
+    def make(**values: Any) -> BinDataConfig:
+        defaults = {
+            "train_path": str(stream_folder / "train.bin"),
+            "val_path": str(stream_folder / "val.bin"),
+            "block_size": 32,
+            "batch_size": 4,
+        }
+        return BinDataConfig(**{**defaults, **values})
+
+    return make
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "runs" / "test")

@@ -1,0 +1,198 @@
+"""The Hub source: our code and the `datasets` library as they are, against a small Hub of our own on this machine."""
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+COMMIT = "a" * 40
+TEXTS = [f"story {number}\n" for number in range(150)]
+
+
+def parquet(texts: list[str | None]) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.table({"id": range(len(texts)), "text": texts}), file)
+    return file.getvalue()
+
+
+FILES = {
+    "data/train-00000-of-00001.parquet": parquet([*TEXTS, None, "  "]),
+    "data/test-00000-of-00001.parquet": parquet(["held out"]),
+}
+REFUSED = {"gated": (403, "GatedRepo"), "busy": (429, None), "broken": (503, None)}
+
+
+class SmallHub(BaseHTTPRequestHandler):
+    """Answers for the data set some/stories as the Hub does; knows a few that it refuses, and no others."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def answer(self, status: int, body: bytes = b"", **headers: str | None) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            if value is not None:
+                self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        if parts[:1] == ["api"]:
+            self.answer_about(parts[2:])
+        elif parts[:4] == ["datasets", "some", "stories", "resolve"]:
+            self.answer_file("/".join(parts[5:]))
+        else:
+            status, code = REFUSED.get(parts[1], (401, "RepoNotFound"))
+            self.answer(status, X_Error_Code=code)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def answer_about(self, parts: list[str]) -> None:
+        if parts[:1] == ["gated"]:  # what is gated are the files
+            self.answer(200, json.dumps({"id": "gated/set", "sha": COMMIT, "gated": "auto"}).encode())
+        elif parts[:2] != ["some", "stories"]:
+            status, code = REFUSED.get(parts[0] if parts else "", (401, "RepoNotFound"))
+            self.answer(status, X_Error_Code=code)
+        elif parts[2:3] == ["tree"]:
+            inside = "/".join(parts[4:])
+            tree = [{"type": "file", "oid": "b", "path": name, "size": len(data)} for name, data in FILES.items()]
+            self.answer(
+                200, json.dumps(tree if inside else [{"type": "directory", "oid": "c", "path": "data"}]).encode()
+            )
+        elif parts[2:] in ([], ["revision", "main"], ["revision", COMMIT]):
+            self.answer(200, json.dumps({"id": "some/stories", "sha": COMMIT}).encode())
+        else:
+            self.answer(404, X_Error_Code="RevisionNotFound")
+
+    def answer_file(self, name: str) -> None:
+        if name not in FILES:
+            self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
+            return
+        data, wanted = FILES[name], self.headers["Range"]
+        tag = f'"{len(data)}"'  # files of one tag are one file to the library
+        if wanted is None:
+            self.answer(200, data, X_Repo_Commit=COMMIT, ETag=tag)
+            return
+        start, _, end = wanted.removeprefix("bytes=").partition("-")
+        stop = min(int(end) + 1 if end else len(data), len(data))
+        place = f"bytes {start}-{stop - 1}/{len(data)}"
+        self.answer(206, data[int(start) : stop], X_Repo_Commit=COMMIT, ETag=tag, Content_Range=place)
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), SmallHub)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def nowhere() -> str:
+    """Return the address of a port on which nobody listens."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{unused.getsockname()[1]}"
+
+
+ASK = """
+import json, sys
+from tiny_lm.dataset import DatasetConfig, download, iter_documents
+from tiny_lm.errors import UserError
+for case in json.loads(sys.argv[1]):
+    counting = case.pop("download", False)
+    split = case.pop("split", "train")
+    config = DatasetConfig.from_dict({"splits": {"train": "train"}, **case})
+    try:
+        answer = download(config) if counting else list(iter_documents(config, split, val_split=0))
+    except UserError as error:
+        answer = str(error)
+    print(json.dumps(answer))
+"""
+
+
+def ask(endpoint: str, home: Path, *cases: dict, **environment: str) -> list:
+    """Read each case in one new process (the library takes the Hub's address when it is imported)."""
+    hidden = {name: "" for name in os.environ if name.startswith("HF_") or name.lower().endswith("_proxy")}
+    variables = {**os.environ, **hidden, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), **environment}
+    command = [sys.executable, "-c", ASK, json.dumps(cases)]
+    result = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=60)
+    assert result.returncode == 0, result.stderr
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+STREAMED = {"name": "some/stories"}
+
+
+def test_streamed_downloaded_and_then_without_a_network(hub: str, nowhere: str, tmp_path: Path):
+    both = {**STREAMED, "splits": {"train": "train", "validation": "test"}}
+    cases = [STREAMED, {**STREAMED, "revision": COMMIT}, {**both, "split": "validation"}]
+    assert ask(hub, tmp_path, *cases) == [TEXTS, TEXTS, ["held out"]]
+    assert not list(tmp_path.rglob("*.arrow"))
+    assert ask(hub, tmp_path, {**both, "download": True}, {**STREAMED, "streaming": False}) == [
+        {"train": 152, "validation": 1},
+        TEXTS,
+    ]
+    # The copy is now used wherever it is the same commit, and where the Hub cannot be reached.
+    assert len(list(tmp_path.rglob("*.arrow"))) == 2
+    pinned, other = {**STREAMED, "revision": COMMIT}, {**STREAMED, "revision": "v2"}
+    *copies, unknown = ask(nowhere, tmp_path, STREAMED, both, {**STREAMED, "streaming": False}, pinned, other)
+    assert copies == [TEXTS] * 4
+    assert "cannot be reached" in unknown
+    assert ask(nowhere, tmp_path, STREAMED, HF_HUB_OFFLINE="1") == [TEXTS]
+
+
+def test_what_the_hub_refuses_is_one_line(hub: str, tmp_path: Path):
+    cases = {
+        "no such data set on the Hub": {"name": "no/such"},
+        "is no name of a data set": {"name": "a/b/c"},
+        "has no revision 'v9'": {**STREAMED, "revision": "v9"},
+        "gated dataset": {"name": "gated/set"},
+        "429": {"name": "busy/set"},
+        "503": {"name": "broken/set"},
+        "'nope' not found. Available: ['default']": {**STREAMED, "config_name": "nope"},
+        "Available splits: ['train', 'test']": {**STREAMED, "splits": {"train": "nope"}},
+        "should be one of": {**STREAMED, "splits": {"train": "nope"}, "streaming": False},
+        "has no field 'txt', set text_field; did you mean 'text'?": {**STREAMED, "text_field": "txt"},
+        "the field 'id' holds no text but 0": {**STREAMED, "text_field": "id"},
+    }
+    for (message, case), answer in zip(cases.items(), ask(hub, tmp_path, *cases.values()), strict=True):
+        assert isinstance(answer, str), case
+        assert message.lower() in answer.lower()
+        assert "\n" not in answer
+        assert case["name"] in answer
+
+
+def test_without_a_network_one_line_within_seconds_names_the_other_sources(nowhere: str, tmp_path: Path):
+    start = time.monotonic()
+    answers = ask(nowhere, tmp_path, STREAMED, {**STREAMED, "streaming": False}, {**STREAMED, "download": True})
+    assert time.monotonic() - start < 15  # nearly all of it is the import of the library
+    for answer in answers:
+        assert answer.startswith("some/stories: the Hugging Face Hub cannot be reached")
+        assert "`source: local`" in answer
+        assert "`source: stories`" in answer
+
+
+def test_a_folder_laid_out_like_a_repository(nowhere: str, tmp_path: Path):
+    for name, data in FILES.items():
+        file = tmp_path / "repo" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+    case = {"name": str(tmp_path / "repo")}
+    assert ask(nowhere, tmp_path, case, {**case, "streaming": False}) == [TEXTS, TEXTS]

@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from tiny_lm.errors import UserError
+from tiny_lm.inference import Sampling, sample
+
+LOGITS = torch.log(torch.tensor([[0.05, 0.5, 0.15, 0.3]]))
+
+
+def draw(sampling: Sampling, count: int = 20_000) -> torch.Tensor:
+    """Return the share of each token among many draws."""
+    uniform = torch.rand(count, generator=torch.Generator().manual_seed(0))
+    ids = sample(LOGITS.expand(count, -1), sampling, uniform)
+    return torch.bincount(ids, minlength=4) / count
+
+
+def test_temperature_1_draws_the_distribution() -> None:
+    assert torch.allclose(draw(Sampling(1.0)), LOGITS.exp()[0], atol=0.01)
+
+
+def test_temperature_sharpens_as_softmax_says() -> None:
+    assert torch.allclose(draw(Sampling(0.5)), (LOGITS / 0.5).softmax(-1)[0], atol=0.01)
+
+
+def test_temperature_0_takes_the_likeliest() -> None:
+    assert sample(LOGITS, Sampling(0.0), torch.tensor([0.99])).tolist() == [1]
+
+
+def test_top_k_leaves_k_tokens() -> None:
+    assert torch.allclose(draw(Sampling(1.0, top_k=2)), torch.tensor([0.0, 0.625, 0.0, 0.375]), atol=0.01)
+    assert torch.allclose(draw(Sampling(1.0, top_k=99)), draw(Sampling(1.0)))
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.4, [1]), (0.5, [1]), (0.6, [1, 3]), (0.9, [1, 2, 3]), (1.0, [0, 1, 2, 3])]
+)
+def test_top_p_leaves_the_fewest_tokens_that_reach_it(top_p: float, kept: list[int]) -> None:
+    assert draw(Sampling(1.0, top_p=top_p)).nonzero().flatten().tolist() == kept
+
+
+def test_rows_are_independent() -> None:
+    uniform = torch.rand(7, generator=torch.Generator().manual_seed(1))
+    logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(2))
+    together = sample(logits, Sampling(0.9, top_k=20, top_p=0.8), uniform)
+    alone = [sample(logits[i : i + 1], Sampling(0.9, top_k=20, top_p=0.8), uniform[i : i + 1]) for i in range(7)]
+    assert together.tolist() == torch.cat(alone).tolist()
+
+
+def test_the_last_random_number_draws_a_real_token() -> None:
+    almost_one = torch.tensor([1.0 - 2**-24])
+    assert sample(LOGITS, Sampling(1.0, top_k=2), almost_one).tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"temperature": -0.1}, "temperature must be between 0 and 100"),
+        ({"temperature": float("nan")}, "temperature must be between 0 and 100"),
+        ({"top_k": -1}, "top-k must be 0"),
+        ({"top_p": 0.0}, "top-p must be above 0 and at most 1"),
+        ({"top_p": 1.1}, "top-p must be above 0 and at most 1"),
+    ],
+)
+def test_values_outside_their_range(values: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Sampling(**values)  # type: ignore[arg-type]

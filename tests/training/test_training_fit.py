@@ -1,0 +1,309 @@
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tiny_lm.data import BinDataConfig
+from tiny_lm.errors import UserError
+from tiny_lm.model import ModelConfig, model_config_from_dict
+from tiny_lm.model.checkpoint import load_checkpoint_model, read_checkpoint
+from tiny_lm.runs import Run
+from tiny_lm.training import TrainingConfig
+from tiny_lm.training.fit import TrainingResult, train
+from tiny_lm.training.trackers import read_metrics
+
+GOLDEN = Path(__file__).with_name("golden_loss.txt")
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_heads": 2, "d_ff": 64},
+    "smalllm": {"n_heads": 2, "d_ff": 64},
+    "llama3": {"n_heads": 4, "n_kv_heads": 2},
+    "qwen3": {"n_heads": 4, "n_kv_heads": 2},
+}
+
+
+def model(family: str = "gpt2", **values: Any) -> ModelConfig:
+    size = {"vocab_size": 512, "context_length": 32, "d_model": 32, "n_layers": 2, "dropout": 0.1}
+    return model_config_from_dict({"architecture": family, **size, **FAMILIES[family], **values}, source="test")
+
+
+def training(**values: Any) -> TrainingConfig:
+    defaults = {
+        "max_steps": 12,
+        "learning_rate": 3e-3,
+        "precision": "32-true",
+        "val_every_n_steps": 6,
+        "save_every_n_steps": 4,
+        "log_every_n_steps": 1,
+        "system_metrics_every_n_steps": 5,
+    }
+    return TrainingConfig.from_dict({**defaults, **values})
+
+
+Fit = Callable[..., TrainingResult]
+
+
+@pytest.fixture
+def fit(data_config: Callable[..., BinDataConfig], run: Run) -> Fit:
+    def do(
+        run: Run = run, resume_from: Path | None = None, config: ModelConfig | None = None, **values: Any
+    ) -> TrainingResult:
+        return train(config or model(), training(**values), data_config(), run, resume_from=resume_from)
+
+    return do
+
+
+def losses(run: Run) -> dict[int, float]:
+    return {event["step"]: event["train_loss"] for event in read_metrics(run.metrics) if "train_loss" in event}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_learns(family: str, fit: Fit, run: Run) -> None:
+    result = fit(config=model(family, dropout=0.0), max_steps=40, val_every_n_steps=20, learning_rate=1e-2)
+    assert result.finished
+    curve = losses(run)
+    assert curve[1] == pytest.approx(6.24, abs=0.3)  # ln 512: a fresh model knows nothing
+    assert curve[40] < curve[1] - 0.7
+
+
+def test_run_folder_holds_what_the_design_says(fit: Fit, run: Run, stream_folder: Path) -> None:
+    result = fit(keep_checkpoints=2)
+    names = sorted(path.name for path in run.checkpoints.iterdir())
+    assert names == ["best.ckpt", "last.ckpt", "step-00000008.ckpt", "step-00000012.ckpt"]
+    assert sorted(path.name for path in run.configs.iterdir()) == ["data.yaml", "model.yaml", "training.yaml"]
+    assert (run.tokenizer / "tokenizer.json").read_bytes() == (
+        stream_folder / "tokenizer" / "tokenizer.json"
+    ).read_bytes()
+    record = json.loads(run.record.read_text())
+    assert record["status"] == "finished"
+    assert record["steps"] == 12
+    assert record["tokens"] == 12 * 4 * 32
+    assert record["metrics"]["val_loss"] == result.metrics["val_loss"]
+    assert record["environment"]["versions"]["torch"] == torch.__version__
+    events = read_metrics(run.metrics)
+    assert all("step" in event and "timestamp" in event for event in events)
+    keys = {key for event in events for key in event}
+    assert {"train_loss", "train_ppl", "val_loss", "val_ppl", "val_bpb", "lr", "tokens", "tokens_per_sec"} <= keys
+    assert [event["step"] for event in events if "val_loss" in event] == [6, 12]
+    assert [event["step"] for event in events if "process_peak_memory_mb" in event] == [5, 10]
+
+
+def test_val_loss_is_the_mean_over_every_token(fit: Fit, run: Run, data_config: Callable[..., BinDataConfig]) -> None:
+    """The reported loss is what one pass over the stream by hand gives, and bits per byte follow from it."""
+    import numpy as np
+
+    result = fit()
+    network = load_checkpoint_model(run.last_checkpoint).model
+    folder = Path(data_config().val_path).parent
+    ids = torch.from_numpy(np.fromfile(folder / "val.bin", dtype="<u2").astype(np.int64))
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, 32):
+            window = ids[start : start + 33]
+            log_probabilities = network(window[None, :-1])[0].log_softmax(-1)
+            nats -= float(log_probabilities.gather(1, window[1:, None]).sum())
+    assert result.metrics["val_loss"] == pytest.approx(nats / (len(ids) - 1), abs=1e-4)
+    assert result.metrics["val_ppl"] == pytest.approx(2.718281828 ** result.metrics["val_loss"], rel=1e-6)
+    text_bytes = json.loads((folder / "metadata.json").read_text())["files"]["val.bin"]["bytes"]
+    assert result.metrics["val_bpb"] == pytest.approx(nats / 0.69314718 / text_bytes, rel=1e-3)
+
+
+def test_golden_loss_curve(fit: Fit, run: Run) -> None:
+    """A refactor must not move the curve of a seeded run. To accept a new one: delete the file and run the test."""
+    fit(seed=7, max_steps=30, accumulate_grad_batches=2, config=model("qwen3"))
+    curve = losses(run)
+    if not GOLDEN.exists():
+        GOLDEN.write_text("".join(f"{step} {loss:.5f}\n" for step, loss in curve.items()))
+    golden = {int(step): float(loss) for step, loss in map(str.split, GOLDEN.read_text().splitlines())}
+    assert curve == pytest.approx(golden, abs=2e-4)
+
+
+def test_accumulation_is_a_larger_batch(data_config: Callable[..., BinDataConfig], tmp_path: Path) -> None:
+    """Two micro-batches of 4 take the step that one of 8 takes: the sampler draws the same windows in order."""
+    quiet = model(dropout=0.0)
+    runs = [Run(tmp_path / "one"), Run(tmp_path / "two")]
+    train(quiet, training(), data_config(batch_size=8), runs[0])
+    train(quiet, training(accumulate_grad_batches=2), data_config(batch_size=4), runs[1])
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), abs=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_repeats_the_unbroken_one_bit_for_bit(optimizer: str, fit: Fit, tmp_path: Path) -> None:
+    whole, broken = Run(tmp_path / "whole"), Run(tmp_path / "broken")
+    options: dict[str, Any] = {"optimizer": optimizer, "accumulate_grad_batches": 2, "keep_checkpoints": 9}
+    fit(run=whole, **options)
+    fit(run=broken, **options)
+    fit(run=broken, resume_from=broken.checkpoints / "step-00000004.ckpt", **options)
+    assert losses(broken) == losses(whole)  # exactly: dropout, batches, rates and optimizer state are all the same
+    rates = {event["step"]: event["lr"] for event in read_metrics(broken.metrics) if "lr" in event}
+    assert rates == {event["step"]: event["lr"] for event in read_metrics(whole.metrics) if "lr" in event}
+    steps = [event["step"] for event in read_metrics(broken.metrics) if "train_loss" in event]
+    assert steps == list(range(1, 13))  # nothing stands twice
+    final = [load_checkpoint_model(run.last_checkpoint).model.state_dict() for run in (whole, broken)]
+    assert all(torch.equal(final[0][key], final[1][key]) for key in final[0])
+
+
+def test_bf16_compile_and_gradient_checkpointing_train(fit: Fit, tmp_path: Path) -> None:
+    plain, other = Run(tmp_path / "plain"), Run(tmp_path / "other")
+    fit(run=plain, max_steps=4)
+    fit(run=other, max_steps=4, gradient_checkpointing=True)
+    assert losses(other) == pytest.approx(losses(plain), abs=1e-5)
+    fit(run=Run(tmp_path / "bf16"), max_steps=4, precision="bf16-mixed")
+    assert losses(Run(tmp_path / "bf16")) == pytest.approx(losses(plain), abs=0.05)
+
+
+def test_compiled_run_leaves_an_ordinary_checkpoint(fit: Fit, run: Run) -> None:
+    fit(max_steps=2, compile=True, config=model(dropout=0.0))
+    keys = torch.load(run.last_checkpoint, weights_only=True)["state_dict"]
+    assert not [key for key in keys if "_orig_mod" in key]
+    assert load_checkpoint_model(run.last_checkpoint).step == 2
+
+
+def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(stream_folder: Path, tmp_path: Path) -> None:
+    code = f"""
+        from pathlib import Path
+        from tiny_lm.data import BinDataConfig
+        from tiny_lm.model import model_config_from_dict
+        from tiny_lm.runs import Run
+        from tiny_lm.training import TrainingConfig
+        from tiny_lm.training.fit import train
+        model = model_config_from_dict({model().to_dict()!r}, source="test")
+        training = TrainingConfig.from_dict({training(max_steps=100_000, val_every_n_steps=10**6, save_every_n_steps=10**6).to_dict()!r})
+        data = BinDataConfig(
+            train_path={str(stream_folder / "train.bin")!r}, val_path={str(stream_folder / "val.bin")!r},
+            block_size=32, batch_size=4,
+        )
+        result = train(model, training, data, Run(Path({str(tmp_path / "run")!r})))
+        print(result.finished, result.steps)
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    run = Run(tmp_path / "run")
+    deadline = time.monotonic() + 120
+    while not (run.metrics.exists() and len(run.metrics.read_text().splitlines()) > 3):
+        assert child.poll() is None, child.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(child.pid, signal.SIGINT)
+    stdout, stderr = child.communicate(timeout=120)
+    finished, steps = stdout.split()
+    assert finished == "False"
+    assert "stopping after this step" in stderr
+    assert load_checkpoint_model(run.last_checkpoint).step == int(steps)
+    assert json.loads(run.record.read_text())["status"] == "stopped"
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def test_block_size_above_the_context(fit: Fit) -> None:
+    with pytest.raises(UserError, match="block_size 32 of the data config is above context_length 16"):
+        fit(config=model(context_length=16))
+
+
+def test_model_with_too_small_a_vocabulary(fit: Fit) -> None:
+    with pytest.raises(UserError, match="vocab_size 300 of the model config is below the 512 tokens"):
+        fit(config=model(vocab_size=300))
+
+
+def test_resuming_with_another_model_or_nothing_left(fit: Fit, run: Run) -> None:
+    fit()
+    with pytest.raises(UserError, match="holds another model than the model config"):
+        fit(resume_from=run.last_checkpoint, config=model(d_model=64))
+    with pytest.raises(UserError, match="stands at step 12 of max_steps 12: nothing is left to train"):
+        fit(resume_from=run.last_checkpoint)
+
+
+def test_damaged_and_foreign_checkpoints(fit: Fit, run: Run, tmp_path: Path) -> None:
+    fit(max_steps=1)
+    whole = run.last_checkpoint.read_bytes()
+
+    truncated = tmp_path / "truncated.ckpt"
+    truncated.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"truncated.ckpt: is damaged or no checkpoint"):
+        read_checkpoint(truncated)
+
+    foreign = tmp_path / "foreign.ckpt"
+    torch.save({"state_dict": {}}, foreign)
+    with pytest.raises(UserError, match=r"foreign.ckpt: is no checkpoint of tiny-lm"):
+        read_checkpoint(foreign)
+
+    with pytest.raises(UserError, match=r"missing.ckpt: no such checkpoint"):
+        read_checkpoint(tmp_path / "missing.ckpt")
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickle_in_disguise_is_refused_and_not_run(tmp_path: Path) -> None:
+    evidence = tmp_path / "executed"
+    plain = tmp_path / "plain.ckpt"
+    plain.write_bytes(pickle.dumps(Bomb(evidence)))
+    with pytest.raises(UserError, match="is damaged or no checkpoint"):
+        read_checkpoint(plain)
+    zipped = tmp_path / "zipped.ckpt"
+    torch.save({"tiny_lm": Bomb(evidence)}, zipped)
+    with pytest.raises(UserError, match="refused, since it holds more than weights"):
+        read_checkpoint(zipped)
+    assert not evidence.exists()
+    pickle.loads(plain.read_bytes())  # the bomb is a real one
+    assert evidence.exists()
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_the_last_good_checkpoint(
+    fit: Fit, run: Run, stream_folder: Path, tmp_path: Path
+) -> None:
+    """The limit on the size of a file stands for the end of the disk: both end a write in the middle."""
+    fit(max_steps=4)
+    good = run.last_checkpoint.read_bytes()
+    code = f"""
+        import resource
+        from pathlib import Path
+        from tiny_lm.data import BinDataConfig
+        from tiny_lm.errors import UserError
+        from tiny_lm.model import model_config_from_dict
+        from tiny_lm.runs import Run
+        from tiny_lm.training import TrainingConfig
+        from tiny_lm.training.fit import train
+        run = Run(Path({str(run.folder)!r}))
+        model = model_config_from_dict({model().to_dict()!r}, source="test")
+        data = BinDataConfig(
+            train_path={str(stream_folder / "train.bin")!r}, val_path={str(stream_folder / "val.bin")!r},
+            block_size=32, batch_size=4,
+        )
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        try:
+            train(model, TrainingConfig.from_dict({training().to_dict()!r}), data, run, resume_from=run.last_checkpoint)
+        except UserError as error:
+            print(error)
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert "could not be written" in result.stdout, result.stderr[-3000:]
+    assert run.last_checkpoint.read_bytes() == good
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["best.ckpt", "last.ckpt", "step-00000004.ckpt"]
+
+
+def test_a_checkpoint_moved_elsewhere_still_loads(fit: Fit, run: Run, tmp_path: Path) -> None:
+    fit(max_steps=1)
+    shutil.copy(run.last_checkpoint, tmp_path / "copy.ckpt")
+    assert load_checkpoint_model(tmp_path / "copy.ckpt").config == model()
+    with pytest.raises(UserError, match="was trained with another model config: d_model is 32 and not 64"):
+        load_checkpoint_model(tmp_path / "copy.ckpt", config=model(d_model=64))
