@@ -7,37 +7,40 @@ BIN    := $(VENV)/bin
 
 .PHONY: quickstart test lint types wheel lock clean
 
-# The stamp is renewed whenever the project's declared dependencies or their pins change.
+# The stamps are renewed whenever the project's declared dependencies or their pins change.
 $(VENV)/installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable . --group dev
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --group dev
 	touch $@
 
 quickstart: $(VENV)/installed
 	$(BIN)/tiny-lm quickstart
 
-test: $(VENV)/installed
+test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(VENV)/installed
+types: $(VENV)/installed-dev
 	$(BIN)/mypy
 
-wheel: $(VENV)/installed
+wheel: $(VENV)/installed-dev
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
-# Pins for every platform and Python >= 3.10. What torch itself brings for GPUs is left to torch: its wheels differ by
-# platform, and a CPU machine must not download them.
-lock:
-	$(PYTHON) -m venv .venv
+# Pins for every platform and Python >= 3.10. What torch brings for GPUs is left to torch, whose wheels differ by platform.
+lock: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile pyproject.toml --quiet --group dev --universal --python-version 3.10 --no-header --no-annotate \
-	  --no-emit-index-url --no-emit-find-links --color never \
-	  | grep --invert-match --extended-regexp '^(nvidia-|cuda-|triton|torch==|pip==|setuptools==)' > requirements.lock
+	  --no-emit-index-url --no-emit-find-links --color never --output-file $(VENV)/resolved
+	grep --invert-match --extended-regexp '^(nvidia-|cuda-|triton|torch==|pip==|setuptools==)' $(VENV)/resolved \
+	  > requirements.lock
 	echo "torch==2.13.0" >> requirements.lock
 
 clean:

@@ -58,6 +58,8 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, bool]]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_module_keeps_its_place(path: Path) -> None:
+    if path.parent == PACKAGE and path.name == "__init__.py":
+        return  # the front door, which names things in every room; below, a test that it loads none of them
     room = room_of(path)
     place = path.relative_to(PACKAGE).as_posix()
     for module, at_top in imports(ast.parse(path.read_text(encoding="utf-8"))):

@@ -143,9 +143,9 @@ def test_a_config_is_found_by_path_by_name_and_in_the_working_directory(
     own.parent.mkdir(parents=True)
     own.write_text("max_steps: 1\nlearning_rate: 0.1\n")
     assert TrainingConfig.from_yaml("gpt2-8k").max_steps == 1
-    with pytest.raises(UserError, match="gpt2-8x: no such training config; did you mean 'gpt2-8k'?"):
+    with pytest.raises(UserError, match=r"gpt2-8x: no such training config; did you mean 'gpt2-8k'\?"):
         find_config("training", "gpt2-8x")
-    with pytest.raises(UserError, match="elsewhere/gpt2-8k.yaml: no such training config"):
+    with pytest.raises(UserError, match=r"elsewhere/gpt2-8k\.yaml: no such training config"):
         find_config("training", "elsewhere/gpt2-8k.yaml")
 
 

@@ -118,7 +118,9 @@ def _field_names(kind: type, parents: Iterable[str]) -> list[str]:
     for parent in parents:
         hint = get_type_hints(kind).get(parent)
         choices = [hint, *get_args(hint)]  # a field may be optional
-        kind = next((choice for choice in choices if dataclasses.is_dataclass(choice)), object)
+        kind = next(
+            (choice for choice in choices if isinstance(choice, type) and dataclasses.is_dataclass(choice)), object
+        )
     return [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
 
 
@@ -268,7 +270,7 @@ def parse_overrides(settings: Iterable[str], sections: Iterable[str]) -> dict[st
         path, equals, text = setting.partition("=")
         section, dot, key = path.strip().partition(".")
         if not (equals and dot and key):
-            raise UserError(f"--set {setting}: the form is section.key=value, for example {min(result)}.name=x")
+            raise UserError(f"--set {setting}: the form is section.key=value; sections: {', '.join(result)}")
         if section not in result:
             raise UserError(f"--set {setting}: unknown section {section!r}{nearest(section, result)}")
         result[section][key] = parse_yaml(text, source=f"--set {setting}")

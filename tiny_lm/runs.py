@@ -7,13 +7,15 @@
       tokenizer/                           a copy, so that a run needs nothing outside its folder
       checkpoints/                         step-*.ckpt, last.ckpt, best.ckpt
       metrics.jsonl                        one JSON object for each logged event
-      samples.md  plots/*.png
+      plots/*.png
       run.json                             git state, versions, device, sizes, times, final metrics
 """
 
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -124,10 +126,14 @@ def new_run_name(model: str, data: str) -> str:
     return f"{model}-{data}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
 
 
-def find_newest_run(model: str, data: str) -> Run | None:
-    """Return the newest run of this model on this data that has a checkpoint."""
+def find_newest_run(names: Sequence[str]) -> Run | None:
+    """Return the newest run of the model, training and data configs of these names that has a checkpoint."""
     candidates = [Run(checkpoint.parent.parent) for checkpoint in RUNS_FOLDER.glob("*/checkpoints/last.ckpt")]
-    ours = [run for run in candidates if run.read_record().get("configs") == [model, data]]
+    ours = []
+    for run in candidates:
+        with suppress(UserError):  # a damaged record belongs to some other run
+            if run.read_record().get("configs") == list(names):
+                ours.append(run)
     return max(ours, key=lambda run: run.last_checkpoint.stat().st_mtime, default=None)
 
 
@@ -139,15 +145,24 @@ def environment() -> dict[str, Any]:
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
         "git": _git_state(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _git_state() -> dict[str, Any] | None:
     """Return commit and cleanliness of the checkout that the package runs from; None where it is installed."""
     here = Path(__file__).parent
     try:
+        if Path(_git("rev-parse", "--show-toplevel", cwd=here)) != here.parent.resolve():
+            return None  # installed somewhere inside another project
         commit = _git("rev-parse", "HEAD", cwd=here)
         changed = _git("status", "--porcelain", "--untracked-files=no", cwd=here)
     except (OSError, subprocess.SubprocessError):

@@ -93,11 +93,11 @@ def test_shuffling_is_a_function_of_seed_and_batch() -> None:
     assert take(9) == first
     assert take(5, start=4) == first[4:]
     assert take(9, seed=2) != first
-    epochs = [sorted(sum(first[start : start + 3], [])) for start in (0, 3, 6)]
+    epochs = [[window for batch in first[start : start + 3] for window in batch] for start in (0, 3, 6)]
     assert all(len(set(epoch)) == 9 for epoch in epochs)  # three batches of three different windows
     assert first[:3] != first[3:6]
     everything = take(4, drop_last=False)
-    assert sorted(sum(everything, [])) == list(range(10))
+    assert sorted(window for batch in everything for window in batch) == list(range(10))
 
 
 def test_loader_gives_what_the_sampler_says_and_resumes_behind_it(data_config: MakeConfig) -> None:

@@ -65,7 +65,7 @@ def test_empty_split_is_refused_and_leaves_nothing_whole(tmp_path: Path, tokeniz
     assert not (tmp_path / "s" / "val.bin").exists()
 
 
-def test_interrupted_run_leaves_no_stream_that_looks_whole(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_interrupted_run_leaves_the_stream_that_was_there(tmp_path: Path, tokenizer: Tokenizer) -> None:
     tokenize_corpus(tokenizer, {"train": ["old"], "val": ["old"]}, tmp_path, source="test")
 
     def interrupted() -> Iterator[str]:
@@ -74,7 +74,13 @@ def test_interrupted_run_leaves_no_stream_that_looks_whole(tmp_path: Path, token
 
     with pytest.raises(KeyboardInterrupt):
         tokenize_corpus(tokenizer, {"train": interrupted(), "val": ["new"]}, tmp_path, source="test")
-    assert sorted(path.name for path in tmp_path.glob("*.bin")) == ["train.bin", "val.bin"]  # the old ones
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metadata.json", "tokenizer", "train.bin", "val.bin"]
+    ids = np.fromfile(tmp_path / "train.bin", dtype="<u2").tolist()
+    assert ids == tokenizer.encode("old", bos=True, eos=True)
+    assert StreamMetadata.read(tmp_path).files["train.bin"].tokens == len(ids)
+
+
+def test_stream_without_metadata_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metadata.json: missing, so the stream is incomplete"):
         StreamMetadata.read(tmp_path)
 
@@ -120,9 +126,8 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, tokenizer: Tokeniz
         dataset = DatasetConfig(name={str(corpus)!r}, source="local")
         resource.setrlimit(resource.RLIMIT_DATA, (160 * 2**20, 160 * 2**20))
         documents = iter_documents(dataset, "train", val_split=0)
-        metadata = tokenize_corpus(
-            tokenizer, {{"train": documents, "val": ["one"]}}, Path({str(tmp_path / "stream")!r}), source="x", num_threads=2
-        )
+        corpus = {{"train": documents, "val": ["one"]}}
+        metadata = tokenize_corpus(tokenizer, corpus, Path({str(tmp_path / "stream")!r}), source="x", num_threads=2)
         print(metadata.files["train.bin"].bytes)
     """
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import gpt2_style, make_config
+from tokenizer_samples import gpt2_style, make_config
 
 from tiny_lm.errors import UserError
 from tiny_lm.tokenizer import GPT2_PATTERN, LLAMA3_PATTERN, BPETokenizer, Tokenizer, bpe, train_tokenizer

@@ -1,7 +1,7 @@
 """The YAML files and what they may say."""
 
 import pytest
-from conftest import make_config
+from tokenizer_samples import make_config
 
 from tiny_lm.config import shipped_configs
 from tiny_lm.errors import UserError

@@ -5,9 +5,9 @@ import pickle
 from pathlib import Path
 
 import pytest
-from conftest import make_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizer_samples import make_config
 
 from tiny_lm.errors import UserError
 from tiny_lm.tokenizer import Tokenizer, load_tokenizer, train_tokenizer

@@ -1,9 +1,9 @@
 """What holds for every kind of tokenizer."""
 
 import pytest
-from conftest import HARD, KINDS, gpt2_style, make_config
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from tokenizer_samples import HARD, KINDS, gpt2_style, make_config
 
 from tiny_lm.errors import UserError
 from tiny_lm.tokenizer import BPETokenizer, Tokenizer, load_tokenizer, train_tokenizer

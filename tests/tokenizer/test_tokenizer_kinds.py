@@ -5,7 +5,7 @@ import random
 import pytest
 import tiktoken
 import tiktoken.registry
-from conftest import GPT2_BYTES, make_config
+from tokenizer_samples import GPT2_BYTES, make_config
 
 from tiny_lm.errors import UserError
 from tiny_lm.tokenizer import CharTokenizer, GPT2Tokenizer, SentencePieceTokenizer, Tokenizer, sentencepiece

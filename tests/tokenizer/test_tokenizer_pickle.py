@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiktoken
-from conftest import HARD
+from tokenizer_samples import HARD
 
 from tiny_lm.errors import UserError
 from tiny_lm.tokenizer import BPETokenizer, Tokenizer, bpe, import_pickled_tokenizer, load_tokenizer

@@ -92,8 +92,9 @@ def test_run_folder_holds_what_the_design_says(fit: Fit, run: Run, stream_folder
     assert record["environment"]["versions"]["torch"] == torch.__version__
     events = read_metrics(run.metrics)
     assert all("step" in event and "timestamp" in event for event in events)
-    keys = {key for event in events for key in event}
-    assert {"train_loss", "train_ppl", "val_loss", "val_ppl", "val_bpb", "lr", "tokens", "tokens_per_sec"} <= keys
+    assert {"train_loss", "train_ppl", "val_loss", "val_ppl", "val_bpb", "lr", "tokens", "tokens_per_sec"} <= {
+        *events[-1]
+    }
     assert [event["step"] for event in events if "val_loss" in event] == [6, 12]
     assert [event["step"] for event in events if "process_peak_memory_mb" in event] == [5, 10]
 
@@ -147,10 +148,43 @@ def test_a_resumed_run_repeats_the_unbroken_one_bit_for_bit(optimizer: str, fit:
     assert losses(broken) == losses(whole)  # exactly: dropout, batches, rates and optimizer state are all the same
     rates = {event["step"]: event["lr"] for event in read_metrics(broken.metrics) if "lr" in event}
     assert rates == {event["step"]: event["lr"] for event in read_metrics(whole.metrics) if "lr" in event}
-    steps = [event["step"] for event in read_metrics(broken.metrics) if "train_loss" in event]
-    assert steps == list(range(1, 13))  # nothing stands twice
+    assert [event["step"] for event in read_metrics(broken.metrics)] == list(range(1, 13))  # nothing stands twice
     final = [load_checkpoint_model(run.last_checkpoint).model.state_dict() for run in (whole, broken)]
     assert all(torch.equal(final[0][key], final[1][key]) for key in final[0])
+
+
+def test_a_checkpoint_inside_a_log_window_keeps_the_mean(fit: Fit, tmp_path: Path) -> None:
+    whole, broken = Run(tmp_path / "whole"), Run(tmp_path / "broken")
+    fit(run=whole, log_every_n_steps=6)
+    fit(run=broken, log_every_n_steps=6, keep_checkpoints=9)
+    fit(run=broken, log_every_n_steps=6, resume_from=broken.checkpoints / "step-00000004.ckpt")
+    assert losses(broken) == losses(whole)
+    assert [event["tokens"] for event in read_metrics(broken.metrics) if "tokens" in event] == [6 * 128, 12 * 128]
+
+
+def test_going_back_drops_what_came_after(fit: Fit, run: Run) -> None:
+    fit(keep_checkpoints=9)
+    fit(resume_from=run.checkpoints / "step-00000004.ckpt", max_steps=7, val_every_n_steps=100)
+    names = sorted(path.name for path in run.checkpoints.iterdir())
+    assert names == ["best.ckpt", "last.ckpt", "step-00000004.ckpt", "step-00000007.ckpt"]
+    assert load_checkpoint_model(run.best_checkpoint).step == 7
+
+
+def test_validation_may_be_cut_but_not_after_the_last_step(fit: Fit, run: Run, tmp_path: Path) -> None:
+    full = fit(run=Run(tmp_path / "full"))
+    cut = fit(val_max_tokens=64)
+    curves = [
+        [event["val_loss"] for event in read_metrics(result.run.metrics) if "val_loss" in event]
+        for result in (full, cut)
+    ]
+    assert curves[0][0] != curves[1][0]
+    assert curves[0][1] == curves[1][1]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_in_one_line(fit: Fit, run: Run) -> None:
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) within the 1 steps up to step"):
+        fit(learning_rate=10.0, warmup_ratio=0.0, scheduler="none", max_steps=60, grad_clip_norm=0, weight_decay=3e38)
+    assert json.loads(run.record.read_text())["status"] == "failed"
 
 
 def test_bf16_compile_and_gradient_checkpointing_train(fit: Fit, tmp_path: Path) -> None:
@@ -170,6 +204,7 @@ def test_compiled_run_leaves_an_ordinary_checkpoint(fit: Fit, run: Run) -> None:
 
 
 def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(stream_folder: Path, tmp_path: Path) -> None:
+    endless = training(max_steps=100_000, val_every_n_steps=10**6, save_every_n_steps=10**6)
     code = f"""
         from pathlib import Path
         from tiny_lm.data import BinDataConfig
@@ -178,7 +213,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(stream_folder: Path, tmp_path:
         from tiny_lm.training import TrainingConfig
         from tiny_lm.training.fit import train
         model = model_config_from_dict({model().to_dict()!r}, source="test")
-        training = TrainingConfig.from_dict({training(max_steps=100_000, val_every_n_steps=10**6, save_every_n_steps=10**6).to_dict()!r})
+        training = TrainingConfig.from_dict({endless.to_dict()!r})
         data = BinDataConfig(
             train_path={str(stream_folder / "train.bin")!r}, val_path={str(stream_folder / "val.bin")!r},
             block_size=32, batch_size=4,
@@ -223,6 +258,10 @@ def test_resuming_with_another_model_or_nothing_left(fit: Fit, run: Run) -> None
         fit(resume_from=run.last_checkpoint, config=model(d_model=64))
     with pytest.raises(UserError, match="stands at step 12 of max_steps 12: nothing is left to train"):
         fit(resume_from=run.last_checkpoint)
+    with pytest.raises(UserError, match="trained with optimizer adamw and not muon: the state in the checkpoint"):
+        fit(resume_from=run.last_checkpoint, optimizer="muon", max_steps=20)
+    with pytest.raises(UserError, match="trained with seed 0 and not 1: other batches would follow"):
+        fit(resume_from=run.last_checkpoint, seed=1, max_steps=20)
 
 
 def test_damaged_and_foreign_checkpoints(fit: Fit, run: Run, tmp_path: Path) -> None:
@@ -261,11 +300,12 @@ def test_a_pickle_in_disguise_is_refused_and_not_run(tmp_path: Path) -> None:
         read_checkpoint(plain)
     zipped = tmp_path / "zipped.ckpt"
     torch.save({"tiny_lm": Bomb(evidence)}, zipped)
-    with pytest.raises(UserError, match="refused, since it holds more than weights"):
+    with pytest.raises(UserError, match="refused, since it is damaged or holds more than weights"):
         read_checkpoint(zipped)
     assert not evidence.exists()
-    pickle.loads(plain.read_bytes())  # the bomb is a real one
-    assert evidence.exists()
+    function, arguments = Bomb(evidence).__reduce__()
+    function(*arguments)
+    assert evidence.exists()  # the bomb is a real one
 
 
 def test_a_full_disk_ends_in_one_line_and_keeps_the_last_good_checkpoint(

@@ -5,7 +5,7 @@ Each command is a plain function in a module of this folder. Those modules impor
 """
 
 import errno
-import os
+import io
 import sys
 from typing import Annotated
 
@@ -16,6 +16,7 @@ from tiny_lm import __version__
 from tiny_lm.cli.data import data_app, tokenize
 from tiny_lm.cli.generate import generate, generate_from_checkpoint
 from tiny_lm.cli.params import params
+from tiny_lm.cli.profiles import profiles
 from tiny_lm.cli.quickstart import quickstart
 from tiny_lm.cli.tokenizer import tokenizer_app
 from tiny_lm.cli.train import train
@@ -35,6 +36,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.command()(tokenize)
 app.command()(train)
+app.command()(profiles)
 app.command()(params)
 app.command()(generate)
 app.command(hidden=True)(generate_from_checkpoint)  # scripts/inference/generate_from_ckpt.py
@@ -62,14 +64,13 @@ def main(*command: str) -> None:
         command: words put before those that the user typed: the documented scripts name their command here.
     """
     arguments = [*command, *sys.argv[1:]] or ["--help"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a story may hold what the terminal's own encoding lacks
+            stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         code = app(arguments, prog_name="tiny-lm", standalone_mode=False)
     except (UserError, TyperException) as error:
         code = _fail(error.format_message() if isinstance(error, TyperException) else str(error))
-    except BrokenPipeError:
-        # Who reads our output has had enough, as in `tiny-lm generate ... | head`; nothing more may be written.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

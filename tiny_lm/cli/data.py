@@ -46,13 +46,15 @@ def stories(
 ) -> None:
     """Write the built-in children's stories to a text file, separated by a line <|endoftext|>."""
     from tiny_lm.cli.progress import track
-    from tiny_lm.dataset import Split, write_documents
+    from tiny_lm.dataset import DatasetConfig, Split, estimate_bytes, write_documents
     from tiny_lm.dataset.stories import generate_stories
 
     if split not in get_args(Split):
         raise UserError(f"--split {split}: unknown{nearest(split, get_args(Split))}")
     chosen: Split = "train" if split == "train" else "validation"
-    documents = track(generate_stories(count, seed=seed, split=chosen), "writing stories", total=count)
+    config = DatasetConfig(name="stories", source="stories", num_stories=count, num_validation=count, seed=seed)
+    documents = generate_stories(count, seed=seed, split=chosen)
+    documents = track(documents, "writing stories", total_bytes=estimate_bytes(config, chosen))
     print(f"{output}: {write_documents(documents, output):,} stories")
 
 
@@ -75,6 +77,12 @@ def tokenize(
         print_configs([("tokenizer", tokenizer_config), ("dataset", dataset_config)])
         return
     tokenizer = load_tokenizer(tokenizer_config.output_dir)
+    texts = {token.role: token.text for token in tokenizer.specials}
+    if tokenizer.kind != tokenizer_config.type or texts != tokenizer_config.special_tokens:
+        raise UserError(
+            f"{tokenizer_config.output_dir}: was not trained with {config} as it is now (its type or special tokens "
+            f"differ); train it again with `tiny-lm tokenizer train --config {config}`"
+        )
     metadata = write_streams(tokenizer, tokenizer_config, dataset_config, seed=seed, errors=check_errors(errors))
     for name, file in metadata.files.items():
         print(
@@ -104,13 +112,14 @@ def write_streams(
     """Tokenize both splits of a data set, with a progress bar for each."""
     from tiny_lm.cli.progress import track
     from tiny_lm.data.tokenize import tokenize_corpus
-    from tiny_lm.dataset import Split, describe, iter_documents
+    from tiny_lm.dataset import Split, describe, estimate_bytes, iter_documents
 
     splits: dict[str, Split] = {"train": "train", "val": "validation"}
     corpus = {
         name: track(
             iter_documents(dataset_config, split, val_split=tokenizer_config.val_split, seed=seed, errors=errors),
             f"tokenizing {name}",
+            total_bytes=estimate_bytes(dataset_config, split, val_split=tokenizer_config.val_split),
         )
         for name, split in splits.items()
     }

@@ -16,7 +16,7 @@ MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "--max-tokens", h
 Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token; higher is more surprising.")]
 TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens only; 0: from all.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that together have this probability.")]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same text.")]
 AddBos = Annotated[bool, typer.Option(help="Begin as training texts do, with the beginning-of-text token.")]
 
 
@@ -80,6 +80,9 @@ def _write(
     from tiny_lm.inference import Sampling
 
     sampling = Sampling(temperature, top_k, top_p)
+    length, context = len(generator.tokenizer.encode(prompt, bos=add_bos)), generator.model.config.context_length
+    if length > context:
+        print(f"the prompt has {length} tokens, the context {context}: its beginning is not read", file=sys.stderr)
     pieces = generator.stream(prompt, max_new_tokens, sampling=sampling, seed=seed, add_bos=add_bos)
     sys.stdout.write(prompt)
     for piece in pieces:

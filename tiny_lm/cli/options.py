@@ -12,7 +12,6 @@ Settings = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value of a config; may be repeated."),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved configs and stop.")]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same result.")]
 ReplaceErrors = Annotated[
     str, typer.Option("--errors", metavar="strict|replace", help="Invalid UTF-8: stop, or read it as U+FFFD.")
 ]

@@ -1,26 +1,36 @@
-"""A progress bar on standard error for anything that is iterated over."""
+"""A progress bar on standard error for documents that stream by."""
 
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-_T = TypeVar("_T")
 
-
-def track(items: Iterable[_T], description: str, *, total: int | None = None) -> Iterator[_T]:
-    """Yield ``items`` and show how many there were, how many come in a second and, if ``total`` is known, the rest."""
+def track(documents: Iterable[str], description: str, *, total_bytes: int | None = None) -> Iterator[str]:
+    """Yield ``documents`` and show their number, the amount of text, its rate and, if known, the time left."""
     columns = [
         TextColumn("{task.description}"),
         BarColumn(),
-        TaskProgressColumn(show_speed=True)
-        if total is None
-        else TextColumn("{task.completed:,.0f} of {task.total:,.0f}"),
-        TextColumn("{task.completed:,.0f} documents") if total is None else TaskProgressColumn(),
+        TextColumn("{task.fields[documents]:,} documents"),
+        DownloadColumn(),
+        TransferSpeedColumn(),
         TimeElapsedColumn(),
-        *([] if total is None else [TimeRemainingColumn()]),
+        TimeRemainingColumn(),
     ]
     with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
-        yield from progress.track(items, total=total, description=description)
+        task = progress.add_task(description, total=total_bytes, documents=0)
+        size = 0
+        for count, document in enumerate(documents, start=1):
+            yield document
+            size += len(document)  # characters; for a bar they are bytes enough
+            if count % 100 == 0:
+                progress.update(task, completed=size, documents=count)

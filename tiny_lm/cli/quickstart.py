@@ -1,5 +1,7 @@
 """The command that goes all the way, from raw text to a story."""
 
+import shutil
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tiny_lm.cli.options import ReplaceErrors
 from tiny_lm.cli.train import Configs, run_training
 from tiny_lm.errors import UserError
 from tiny_lm.runs import RUNS_FOLDER, Run
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from tiny_lm.training.fit import TrainingResult
 
 _NAME = "quickstart"
+_VALIDATIONS = 8
 _PROMPTS = ("Once upon a time", "One day,", "")
 
 
@@ -26,57 +30,63 @@ def quickstart(
         Path | None, typer.Option(help="Train on your own text: a file, a folder or a glob; default: built-in stories.")
     ] = None,
     minutes: Annotated[float, typer.Option(min=0.05, max=10_000, help="Time for the training itself.")] = 3.0,
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same model.")] = 0,
+    errors: ReplaceErrors = "strict",
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Another seed: other first weights and batches.")] = 0,
 ) -> None:
     """From raw text to a story in minutes: data, tokenizer, token stream, model, training, generation."""
     from rich.console import Console
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
+    if text and not text.exists() and not any(character in str(text) for character in "*?["):
+        raise UserError(f"--text {text}: no such file or folder")
     started = time.perf_counter()
     console.print("[bold]1 of 4[/]  text to tokens")
-    stream = _prepare_text(text, console)
+    stream = _prepare_text(text, errors, console)
     console.print("[bold]2 of 4[/]  measuring this machine")
     configs = _fit_to_minutes(minutes, seed, console)
     console.print("[bold]3 of 4[/]  training")
     run = _fresh_run()
-    result = run_training(run, configs, (_NAME, _NAME))
+    result = run_training(run, configs, [_NAME] * 3)
     console.print("[bold]4 of 4[/]  three stories")
     _report(run, result, stream, time.perf_counter() - started)
     _tell_stories(run, text is None, seed)
+    program = "tiny-lm" if shutil.which("tiny-lm") else sys.argv[0]  # as the user can type it
     print(
         f"Next:\n"
-        f"  tiny-lm generate {run.folder} --prompt 'Once upon a time' --temperature 0.7\n"
-        f"  tiny-lm quickstart --text your-own.txt --minutes 10\n"
-        f"  tiny-lm train speed --dry-run"
+        f"  {program} generate {run.folder} --prompt 'Once upon a time' --temperature 0.7\n"
+        f"  {program} quickstart --text your-own.txt --minutes 10\n"
+        f"  {program} train speed --help"
     )
 
 
-def _dataset(text: Path | None) -> "DatasetConfig":
-    from tiny_lm.dataset import DatasetConfig
+def _write_stories(console: "Console") -> "DatasetConfig":
+    """Write the built-in stories to text files, where a newcomer can look at them; return the data set of the files."""
+    from tiny_lm.dataset import DatasetConfig, iter_documents, write_documents
+    from tiny_lm.dataset.config import Splits
 
-    if text is None:
-        return DatasetConfig.from_yaml(_NAME)
-    if not text.exists() and not any(character in str(text) for character in "*?["):
-        raise UserError(f"--text {text}: no such file or folder")
-    return DatasetConfig(name=str(text), source="local")
+    built_in = DatasetConfig.from_yaml(_NAME)
+    folder = Path("data") / _NAME
+    write_documents(iter_documents(built_in, "train"), folder / "train.txt")
+    write_documents(iter_documents(built_in, "validation"), folder / "valid.txt")
+    console.print(f"        the built-in stories are in {folder}")
+    return DatasetConfig(name=str(folder), source="local", splits=Splits(train="train.txt", validation="valid.txt"))
 
 
-def _prepare_text(text: Path | None, console: "Console") -> dict[str, Any]:
+def _prepare_text(text: Path | None, errors: str, console: "Console") -> dict[str, Any]:
     """Train the tokenizer and write the token streams; return what the final table tells of them."""
-    from tiny_lm.cli.data import write_streams
+    from tiny_lm.cli.data import check_errors, write_streams
     from tiny_lm.cli.tokenizer import train_and_save
+    from tiny_lm.dataset import DatasetConfig
     from tiny_lm.tokenizer import TokenizerConfig
 
-    dataset_config = _dataset(text)
+    chosen = check_errors(errors)
+    dataset_config = DatasetConfig(name=str(text), source="local") if text else _write_stories(console)
     tokenizer_config = TokenizerConfig.from_yaml(_NAME, {"val_split": 0.05})
-    tokenizer = train_and_save(tokenizer_config, dataset_config)
-    metadata = write_streams(tokenizer, tokenizer_config, dataset_config)
+    tokenizer = train_and_save(tokenizer_config, dataset_config, errors=chosen)
+    metadata = write_streams(tokenizer, tokenizer_config, dataset_config, errors=chosen)
     train, val = metadata.files["train.bin"], metadata.files["val.bin"]
-    console.print(
-        f"        {train.documents:,} documents, {train.tokens:,} tokens of {train.bytes_per_token:.2f} bytes"
-    )
     return {
-        "text": "the built-in stories" if text is None else str(text),
+        "text": str(text or dataset_config.name),
         "documents": f"{train.documents:,} to train on, {val.documents:,} to validate",
         "tokenizer": f"{tokenizer.vocab_size:,} tokens, {train.bytes_per_token:.2f} bytes each",
         "token stream": f"{train.tokens:,} tokens in {tokenizer_config.tokenized_output_dir}",
@@ -86,21 +96,19 @@ def _prepare_text(text: Path | None, console: "Console") -> dict[str, Any]:
 def _fit_to_minutes(minutes: float, seed: int, console: "Console") -> Configs:
     """Load the configs of the quickstart and set the number of steps that fits into the time."""
     from tiny_lm.data import BinDataConfig
-    from tiny_lm.data.module import BinTokenDataModule
     from tiny_lm.model.config import load_model_config
     from tiny_lm.training import TrainingConfig
-    from tiny_lm.training.speed import measure_seconds
+    from tiny_lm.training.speed import measure_speed
 
     model_config = load_model_config(_NAME)
     training_config = TrainingConfig.from_yaml(_NAME, {"seed": seed})
     data_config = BinDataConfig.from_yaml(_NAME)
-    data = BinTokenDataModule(data_config, seed=seed)
-    step_seconds, validation_seconds = measure_seconds(model_config, training_config, data)
-    validations = 8
-    steps = max(int((minutes * 60 - validations * validation_seconds) / step_seconds), 20)
+    speed = measure_speed(model_config, training_config, data_config)
+    seconds = minutes * 60 - _VALIDATIONS * speed.validation_seconds
     tokens_per_step = data_config.batch_size * data_config.block_size
-    console.print(f"        {tokens_per_step / step_seconds:,.0f} tokens/s, so {steps:,} steps in {minutes:g} minutes")
-    every = -(-steps // validations)
+    steps = max(int(seconds * speed.tokens_per_second / tokens_per_step), 20)
+    console.print(f"        {speed.tokens_per_second:,.0f} tokens/s, so {steps:,} steps in {minutes:g} minutes")
+    every = -(-steps // _VALIDATIONS)
     training_config = replace(
         training_config, max_steps=steps, val_every_n_steps=every, save_every_n_steps=every, run_name=_NAME
     )
@@ -125,7 +133,8 @@ def _report(run: Run, result: "TrainingResult", stream: dict[str, Any], seconds:
     rows = {
         **stream,
         "model": f"{record['parameters']:,} parameters",
-        "training": f"{result.steps:,} steps, {record['tokens']:,} tokens, {record['seconds']:,.0f} s on {record['device']}",
+        "training": f"{result.steps:,} steps, {record['tokens']:,} tokens, {record['seconds']:,.0f} s",
+        "machine": record["device"],
         "val loss": f"{result.metrics['val_loss']:.3f} (perplexity {result.metrics['val_ppl']:.2f})",
         "bits per byte": f"{result.metrics['val_bpb']:.3f}",
         "loss curve": str(run.plots / "loss.png"),

@@ -36,11 +36,14 @@ def train_and_save(
 ) -> "Tokenizer":
     """Train a tokenizer on the training split and write its folder."""
     from tiny_lm.cli.progress import track
-    from tiny_lm.dataset import iter_documents
+    from tiny_lm.dataset import estimate_bytes, iter_documents
     from tiny_lm.tokenizer import train_tokenizer
 
-    documents = iter_documents(dataset_config, "train", val_split=tokenizer_config.val_split, errors=errors)
-    tokenizer = train_tokenizer(tokenizer_config, track(documents, "reading for the tokenizer"))
+    val_split = tokenizer_config.val_split
+    documents = iter_documents(dataset_config, "train", val_split=val_split, errors=errors)
+    total_bytes = estimate_bytes(dataset_config, "train", val_split=val_split)
+    documents = track(documents, "training the tokenizer", total_bytes=total_bytes)
+    tokenizer = train_tokenizer(tokenizer_config, documents)
     tokenizer.save(Path(tokenizer_config.output_dir))
     return tokenizer
 
@@ -71,10 +74,16 @@ def import_(
         Path, typer.Argument(metavar="PICKLE", help="An old tokenizer.pkl with a tiktoken encoding.")
     ],
     output_dir: Annotated[Path, typer.Option(help="Tokenizer folder to write.")],
+    config: Annotated[
+        str | None,
+        typer.Option(help="Tokenizer config that names the special tokens; default: <pad>, <eos>, <bos>, <unk>."),
+    ] = None,
 ) -> None:
     """Import an old pickled tokenizer, admitting nothing but tiktoken's own data."""
-    from tiny_lm.tokenizer import import_pickled_tokenizer
+    from tiny_lm.tokenizer import TokenizerConfig, import_pickled_tokenizer
+    from tiny_lm.tokenizer.config import STANDARD_SPECIALS
 
-    imported = import_pickled_tokenizer(pickle_file)
+    specials = TokenizerConfig.from_yaml(config).special_tokens if config else STANDARD_SPECIALS
+    imported = import_pickled_tokenizer(pickle_file, specials)
     imported.save(output_dir)
     print(f"{output_dir}: {imported.vocab_size:,} tokens")

@@ -31,48 +31,63 @@ def train(
     dry_run: DryRun = False,
 ) -> None:
     """Train a model: a profile, or a model, a training and a data config, or both, where a config replaces its part."""
-    resumed = _run_to_resume(resume)
-    if resumed is not None and not (profile or model_config or training_config or data_config):
-        # The run's own configs, so that `--resume runs/x` needs nothing else.
-        model_config, training_config, data_config = (
-            str(resumed.configs / f"{section}.yaml") for section in ("model", "training", "data")
-        )
-    files = _config_files(profile, model_config, training_config, data_config)
+    resumed = _run_of(resume)
+    given = {"model": model_config, "training": training_config, "data": data_config}
+    files = _config_files(profile, given, resumed)
     configs = _load(files, settings)
     if dry_run:
         print_configs(zip(("model", "training", "data"), configs, strict=True))
         return
-    names = (Path(files[0]).stem, Path(files[2]).stem)
+    names = [Path(file).stem for file in files]
     if resumed is not None:
-        names = tuple(resumed.read_record().get("configs", names))
-    run, checkpoint = _choose_run(configs[1], resume or configs[1].resume_from_checkpoint, resumed, names)
+        names = resumed.read_record().get("configs", names)
+    run, checkpoint = _choose_run(configs[1], resume or configs[1].resume_from_checkpoint, names)
+    if profile and checkpoint is None:
+        _check_streams(profile, configs[2])
     run_training(run, configs, names, checkpoint)
     _print_summary(run)
 
 
-def _run_to_resume(resume: str | None) -> Run | None:
-    """Return the run that `--resume` names, if it names one."""
+def _run_of(resume: str | None) -> Run | None:
+    """Return the run that `--resume` names by its folder or a checkpoint in it, if it names one."""
     if resume is None or resume == "auto":
         return None
     path = Path(resume)
-    return Run(path.parent.parent) if path.suffix == ".ckpt" else open_run(path)
+    if path.suffix != ".ckpt":
+        return open_run(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    return open_run(path.parent.parent)
 
 
-def _config_files(profile: str | None, *given: str | None) -> tuple[str, str, str]:
-    """Return the config files of model, training and data: the given ones, else those of the profile."""
+def _config_files(profile: str | None, given: dict[str, str | None], resumed: Run | None) -> list[str]:
+    """Return the config files of model, training and data: the given ones, else the profile's, else the run's own."""
     from tiny_lm.training.profile import Profile
 
-    sections = ("model", "training", "data")
     chosen = Profile.from_yaml(profile) if profile else None
-    files = [file or (chosen and getattr(chosen, section)) for section, file in zip(sections, given, strict=True)]
-    missing = [f"--{section}-config" for section, file in zip(sections, files, strict=True) if not file]
+    files = {
+        section: file or (chosen and getattr(chosen, section)) or (resumed and str(resumed.configs / f"{section}.yaml"))
+        for section, file in given.items()
+    }
+    missing = [f"--{section}-config" for section, file in files.items() if not file]
     if missing:
         raise UserError(f"name a profile (such as `tiny-lm train speed`) or give {' and '.join(missing)}")
-    model, training, data = (str(file) for file in files)
-    return model, training, data
+    return [str(file) for file in files.values()]
 
 
-def _load(files: tuple[str, str, str], settings: list[str] | None) -> Configs:
+def _check_streams(profile: str, config: "BinDataConfig") -> None:
+    """Name the two commands that write the token streams of a profile, if they are not there."""
+    from tiny_lm.training.profile import Profile
+
+    if not Path(config.train_path).exists() and "*" not in config.train_path:
+        tokenizer = Profile.from_yaml(profile).tokenizer
+        raise UserError(
+            f"{config.train_path}: no such token stream; write it with: "
+            f"tiny-lm tokenizer train --config {tokenizer} && tiny-lm tokenize --config {tokenizer}"
+        )
+
+
+def _load(files: list[str], settings: list[str] | None) -> Configs:
     from tiny_lm.data import BinDataConfig
     from tiny_lm.model.config import load_model_config
     from tiny_lm.training import TrainingConfig
@@ -85,27 +100,22 @@ def _load(files: tuple[str, str, str], settings: list[str] | None) -> Configs:
     )
 
 
-def _choose_run(
-    config: "TrainingConfig", resume: str | None, resumed: Run | None, names: tuple[str, ...]
-) -> tuple[Run, Path | None]:
+def _choose_run(config: "TrainingConfig", resume: str | None, names: list[str]) -> tuple[Run, Path | None]:
     """Return the run folder to write and the checkpoint to go on from."""
     if resume == "auto":
-        found = Run(RUNS_FOLDER / config.run_name) if config.run_name else find_newest_run(names[0], names[1])
+        found = Run(RUNS_FOLDER / config.run_name) if config.run_name else find_newest_run(names)
         if found is not None and found.last_checkpoint.is_file():
             return found, found.last_checkpoint
-    elif resume is not None:
-        run = resumed or _run_to_resume(resume)
-        assert run is not None
-        return run, Path(resume) if resume.endswith(".ckpt") else run.last_checkpoint
-    run = Run(RUNS_FOLDER / (config.run_name or new_run_name(names[0], names[1])))
-    if run.last_checkpoint.exists():
+    resumed = _run_of(resume)
+    if resumed is not None:
+        return resumed, Path(str(resume)) if str(resume).endswith(".ckpt") else resumed.last_checkpoint
+    run = Run(RUNS_FOLDER / (config.run_name or new_run_name(names[0], names[2])))
+    if resume is None and run.folder.exists():
         raise UserError(f"{run.folder}: is there already; go on with --resume auto, or choose another run_name")
     return run, None
 
 
-def run_training(
-    run: Run, configs: Configs, names: tuple[str, ...], checkpoint: Path | None = None
-) -> "TrainingResult":
+def run_training(run: Run, configs: Configs, names: list[str], checkpoint: Path | None = None) -> "TrainingResult":
     """Train and draw the loss curve.
 
     Raises:
@@ -120,7 +130,7 @@ def run_training(
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     start = f"going on from {checkpoint}" if checkpoint else "from the beginning"
     console.print(f"run folder {run.folder}, {start}")
-    result = fit(*configs, run, resume_from=checkpoint, names=(names[0], names[1]), console=console)
+    result = fit(*configs, run, resume_from=checkpoint, names=names, console=console)
     if not result.finished:
         console.print(f"stopped at step {result.steps:,}; go on with: tiny-lm train --resume {run.folder}")
         raise typer.Exit(130)

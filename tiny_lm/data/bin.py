@@ -4,7 +4,6 @@ A stream is one ``.bin`` file or a glob of them, flat little-endian uint16 or ui
 file into the next.
 """
 
-import glob
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,7 +53,7 @@ def open_stream(path: str, config: BinDataConfig) -> TokenStream:
     Raises:
         UserError: a file is missing, its size does not fit its metadata, or files of different tokenizers are mixed.
     """
-    files = tuple(Path(name) for name in sorted(glob.glob(path)))
+    files = _find_files(Path(path))
     if not files:
         raise UserError(f"{path}: no such token stream; write one with `tiny-lm tokenize`")
     metadata = [StreamMetadata.read(file.parent) for file in files]
@@ -79,6 +78,16 @@ def open_stream(path: str, config: BinDataConfig) -> TokenStream:
         if given is not None and given != true:
             raise UserError(f"{key}: the data config says {given}, the metadata.json beside {files[0]} says {true}")
     return TokenStream(files, first, tuple(tokens), text_bytes / max(sum(tokens), 1))
+
+
+def _find_files(pattern: Path) -> tuple[Path, ...]:
+    if pattern.is_file():
+        return (pattern,)
+    try:
+        found = Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))
+        return tuple(sorted(file for file in found if file.is_file()))
+    except (ValueError, IndexError, NotImplementedError):  # no pattern that pathlib knows, such as a**/b
+        return ()
 
 
 class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -112,8 +121,8 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
         whole = (targets - self.block_size) // self._stride + 1
         windows = np.maximum(-(-targets // self._stride) if every_token else whole, 0)  # rounded up, or down
         self._first_window = np.concatenate([[0], np.cumsum(windows)])  # [F+1]
-        self._maps = [_map(file, stream) for file in stream.files if file.stat().st_size]
-        if len(self._maps) < len(stream.files) or len(self) == 0:
+        self._maps: dict[int, _Tokens] = {}  # opened when first read
+        if len(self) == 0:
             raise UserError(
                 f"{stream.files[0]}: {stream.tokens:,} tokens are too few for one window of block_size "
                 f"{self.block_size} and its next token; use more text or a smaller block_size"
@@ -121,6 +130,10 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def __len__(self) -> int:
         return int(self._first_window[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A loader process opens the files itself: a memory map would be pickled as a copy of all its tokens.
+        return {**self.__dict__, "_maps": {}}
 
     def __getitem__(self, index: int | Sequence[int]) -> tuple[Tensor, Tensor]:
         if isinstance(index, (int, np.integer)):
@@ -131,9 +144,16 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
         short = np.full(len(windows), self.block_size + 1)  # [B] tokens really read
         file_of = np.searchsorted(self._first_window, windows, side="right") - 1
         for file in np.unique(file_of):
+            if file not in self._maps:
+                self._maps[file] = _map(self.stream.files[file], self.stream)
             rows = np.flatnonzero(file_of == file)
             starts = (windows[rows] - self._first_window[file]) * self._stride
             ids[rows], short[rows] = self._read(self._maps[file], starts)
+        if ids.max() >= self.stream.metadata.vocab_size:
+            raise UserError(
+                f"{self.stream.files[0]}: holds the token id {ids.max()}, but its tokenizer has "
+                f"{self.stream.metadata.vocab_size} tokens; it is damaged, so tokenize again"
+            )
         x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())  # [B, T] each
         if (short <= self.block_size).any():
             y[torch.arange(self.block_size) + 1 >= torch.from_numpy(short)[:, None]] = self._ignore_index

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tiny_lm.config import Config, config_dataclass
 from tiny_lm.errors import UserError
@@ -47,6 +47,13 @@ class StreamMetadata(Config):
     source: str = Field(description="the data set the text came from")
     seed: int = Field(description="of the division into train and validation")
     files: dict[str, FileStatistics]
+
+    @field_validator("special_tokens")
+    @classmethod
+    def _ends(cls, value: dict[str, int]) -> dict[str, int]:
+        if "eos" not in value:
+            raise ValueError("the id of eos is missing")
+        return value
 
     @property
     def eos_id(self) -> int:

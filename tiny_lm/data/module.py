@@ -1,5 +1,6 @@
 """The Lightning side of token streams: loaders, and the position in them that a checkpoint keeps."""
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,13 +8,18 @@ import numpy as np
 import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Sampler
 
 from tiny_lm.data.bin import IGNORE_INDEX, BinTokenDataset, TokenStream, open_stream
 from tiny_lm.data.config import BinDataConfig
 from tiny_lm.errors import UserError
 
 _Loader = DataLoader[tuple[torch.Tensor, torch.Tensor]]
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C to the main process, which needs its loaders until the step is done."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class ShuffledBatches(Sampler[npt.NDArray[np.int64]]):
@@ -74,17 +80,20 @@ class BinTokenDataModule(pl.LightningDataModule):
             drop_last=self.config.drop_last,
             start=self._batches_seen,
         )
-        return self._loader(self.train_dataset, batches)
+        return self._loader(self.train_dataset, batches, self.config.num_workers)
 
-    def val_dataloader(self) -> _Loader:
-        """Every token of the validation stream once, in order."""
-        order = SequentialSampler(self.val_dataset)
-        return self._loader(self.val_dataset, BatchSampler(order, self.config.batch_size, drop_last=False))
+    def val_dataloader(self, max_tokens: int | None = None) -> _Loader:
+        """Every token of the validation stream once, in order, or the windows of its first ``max_tokens``."""
+        windows = len(self.val_dataset)
+        if max_tokens is not None:
+            windows = min(windows, -(-max_tokens // self.config.block_size))
+        order = BatchSampler(range(windows), self.config.batch_size, drop_last=False)
+        return self._loader(self.val_dataset, order, workers=0)
 
-    def _loader(self, dataset: BinTokenDataset, batches: Any) -> _Loader:
+    def _loader(self, dataset: BinTokenDataset, batches: Any, workers: int) -> _Loader:
         # A batch is one vectorised read of a memory map: on a CPU a worker process costs more than it saves.
         on_gpu = torch.cuda.is_available()
-        workers = self.config.num_workers if on_gpu else 0
+        workers = workers if on_gpu else 0
         return DataLoader(
             dataset,
             sampler=batches,
@@ -92,6 +101,7 @@ class BinTokenDataModule(pl.LightningDataModule):
             num_workers=workers,
             pin_memory=self.config.pin_memory and on_gpu,
             persistent_workers=workers > 0,
+            worker_init_fn=_ignore_interrupts,
             generator=torch.Generator(),  # else each pass over a loader would draw from the global random state
         )
 

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +30,8 @@ def tokenize_corpus(
 ) -> StreamMetadata:
     """Write a token stream folder: a ``.bin`` file for each split, ``metadata.json`` and a copy of the tokenizer.
 
-    ``metadata.json`` is written last, and a stream without one is refused by every reader; so an interrupted run never
+    Nothing of a stream that is there already is touched before all text is encoded. Then its ``metadata.json`` goes
+    first and the new one comes last, and a stream without one is refused by every reader; so an interrupted run never
     leaves a stream that looks whole.
 
     Args:
@@ -48,12 +50,13 @@ def tokenize_corpus(
     """
     dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     files: dict[str, FileStatistics] = {}
-    (output_dir / METADATA_FILE).unlink(missing_ok=True)
-    for name, documents in corpus.items():
-        with atomic_path(output_dir / f"{name}.bin") as temporary:
+    with ExitStack() as stack:  # the files get their names when all of them are written
+        for name, documents in corpus.items():
+            temporary = stack.enter_context(atomic_path(output_dir / f"{name}.bin"))
             files[f"{name}.bin"] = _write_split(tokenizer, documents, temporary, np.dtype(dtype), num_threads)
             if files[f"{name}.bin"].documents == 0:
                 raise UserError(f"{source}: the {name} split holds no document; check the data set and its filters")
+        (output_dir / METADATA_FILE).unlink(missing_ok=True)
     shutil.rmtree(output_dir / TOKENIZER_FOLDER, ignore_errors=True)
     tokenizer.save(output_dir / TOKENIZER_FOLDER)
     metadata = StreamMetadata(

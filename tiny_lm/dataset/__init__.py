@@ -1,7 +1,7 @@
 """Raw text: where documents come from, which of them count, and how they are split."""
 
 from tiny_lm.dataset.config import DatasetConfig, Errors, Filters, Split, Splits
-from tiny_lm.dataset.sources import describe, download, iter_documents, write_documents
+from tiny_lm.dataset.sources import describe, download, estimate_bytes, iter_documents, write_documents
 
 __all__ = [
     "DatasetConfig",
@@ -11,6 +11,7 @@ __all__ = [
     "Splits",
     "describe",
     "download",
+    "estimate_bytes",
     "iter_documents",
     "write_documents",
 ]

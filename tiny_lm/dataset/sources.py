@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tiny_lm.dataset.config import BLANK_LINE, END_OF_TEXT, DatasetConfig, Errors, Split
 from tiny_lm.dataset.filters import apply_filters, in_validation
-from tiny_lm.dataset.local import BOM, DOCUMENT_LIMIT, HEAD, read_local, tidy
+from tiny_lm.dataset.local import BOM, DOCUMENT_LIMIT, HEAD, find_files, read_local, tidy
 from tiny_lm.errors import UserError
 from tiny_lm.files import atomic_path
 
@@ -61,6 +61,27 @@ def _raw_documents(config: DatasetConfig, split: Split, errors: Errors) -> Itera
 def story_count(config: DatasetConfig, split: Split) -> int:
     """Return the number of stories that `source: stories` tells in ``split``."""
     return config.num_stories if split == "train" else config.num_validation
+
+
+def estimate_bytes(config: DatasetConfig, split: Split, *, val_split: float = 0.01) -> int | None:
+    """Return about how much text :func:`iter_documents` will yield, for a progress bar; None where it cannot be told.
+
+    Raises:
+        UserError: no local file is where the config says.
+    """
+    if config.source == "stories":
+        from tiny_lm.dataset.stories import generate_stories
+
+        sample = [len(story) for story in generate_stories(100, seed=config.seed, split=split)]
+        return story_count(config, split) * sum(sample) // len(sample)
+    if config.source != "local":
+        return None
+    named = config.split_name("validation") is not None
+    files = find_files(config, split if named else "train")
+    if any(file.suffix.lower() in (".gz", ".parquet") for file in files):
+        return None
+    share = 1.0 if named else val_split if split == "validation" else 1 - val_split
+    return int(sum(file.stat().st_size for file in files if file.is_file()) * share)
 
 
 def describe(config: DatasetConfig) -> str:

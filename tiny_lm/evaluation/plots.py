@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_lm.errors import UserError
+from tiny_lm.files import atomic_path
 from tiny_lm.runs import Run
 
 
@@ -17,16 +18,14 @@ def plot_loss(run: Run, events: list[dict[str, Any]]) -> Path:
     Raises:
         UserError: nothing was logged yet.
     """
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     train = [(event["step"], event["train_loss"]) for event in events if event.get("train_loss") is not None]
     val = [(event["step"], event["val_loss"]) for event in events if event.get("val_loss") is not None]
     if not train:
         raise UserError(f"{run.metrics}: holds no training loss yet")
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")  # pyplot would pick, or change, the caller's backend
+    axes = figure.subplots()
     axes.plot(*zip(*train, strict=True), color="#9db4d0", linewidth=1.2, label="training")
     if val:
         axes.plot(*zip(*val, strict=True), color="#c2410c", linewidth=2, marker="o", markersize=4, label="validation")
@@ -38,8 +37,7 @@ def plot_loss(run: Run, events: list[dict[str, Any]]) -> Path:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    run.plots.mkdir(parents=True, exist_ok=True)
     path = run.plots / "loss.png"
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
     return path

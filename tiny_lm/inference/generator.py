@@ -120,8 +120,10 @@ class TextGenerator:
         Raises:
             UserError: a number is out of its range, or there is nothing to begin with.
         """
-        if not 0 <= min_new_tokens <= max_new_tokens <= MAX_NEW_TOKENS:
+        if not 0 <= max_new_tokens <= MAX_NEW_TOKENS:
             raise UserError(f"max-new-tokens must be between 0 and {MAX_NEW_TOKENS:,} (it is {max_new_tokens})")
+        if not 0 <= min_new_tokens <= max_new_tokens:
+            raise UserError(f"min-new-tokens must be between 0 and max-new-tokens (it is {min_new_tokens})")
         ids = self.tokenizer.encode(prompt, bos=add_bos)
         if not ids:
             raise UserError("the prompt is empty: give a beginning, or let the text begin with the bos token")

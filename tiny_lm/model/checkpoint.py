@@ -13,7 +13,7 @@ from tiny_lm.model.config import ModelConfig, model_config_from_dict
 from tiny_lm.model.transformer import Transformer, build_model
 
 CHECKPOINT_KEY = "tiny_lm"
-"""Key of a Lightning checkpoint under which ours is kept: ``{"model": config, "tokenizer_hash": text}``."""
+"""Key of a Lightning checkpoint under which ours is kept: ``model`` (its config), ``tokenizer_hash`` and more."""
 
 _MODULE_PREFIX = "model."  # CausalLMModule holds the network as its attribute `model`
 
@@ -28,8 +28,12 @@ class CheckpointModel:
     step: int
 
 
-def read_checkpoint(path: Path, *, map_location: str = "cpu") -> dict[str, Any]:
-    """Read a checkpoint of ours with ``weights_only=True``, which admits tensors and plain values only.
+def read_checkpoint(path: Path, *, mmap: bool = True) -> dict[str, Any]:
+    """Read a checkpoint of ours onto the CPU with ``weights_only=True``, which admits tensors and plain values only.
+
+    Args:
+        path: a ``.ckpt`` file that training wrote.
+        mmap: read tensors from the file when they are used; not for what is kept while the file may be replaced.
 
     Raises:
         UserError: the file is missing, damaged, no checkpoint of tiny-lm, or holds more than weights.
@@ -40,15 +44,24 @@ def read_checkpoint(path: Path, *, map_location: str = "cpu") -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: is damaged or no checkpoint (not a zip file as torch.save writes it)")
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True, mmap=True)
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: refused, since it holds more than weights and plain values") from None
+        raise UserError(f"{path}: refused, since it is damaged or holds more than weights and values") from None
     except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         first_line = str(error).partition("\n")[0]
         raise UserError(f"{path}: is damaged and cannot be read ({first_line})") from None
-    if not isinstance(checkpoint, dict) or CHECKPOINT_KEY not in checkpoint:
+    if not _is_ours(checkpoint):
         raise UserError(f"{path}: is no checkpoint of tiny-lm")
     return checkpoint
+
+
+def _is_ours(checkpoint: Any) -> bool:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("global_step"), int):
+        return False
+    ours, weights = checkpoint.get(CHECKPOINT_KEY), checkpoint.get("state_dict")
+    if not isinstance(ours, dict) or not isinstance(weights, dict):
+        return False
+    return {"model", "tokenizer_hash"} <= ours.keys() and all(isinstance(w, torch.Tensor) for w in weights.values())
 
 
 def load_checkpoint_model(path: Path, *, config: ModelConfig | None = None) -> CheckpointModel:
@@ -71,11 +84,11 @@ def load_checkpoint_model(path: Path, *, config: ModelConfig | None = None) -> C
         raise UserError(f"{path}: was trained with another model config: {differences}")
     model = build_model(stored)
     weights = {key.removeprefix(_MODULE_PREFIX): value for key, value in checkpoint["state_dict"].items()}
-    if not torch.equal(weights["lm_head.weight"], weights["token_emb.weight"]):
-        raise UserError(f"{path}: its head is not its embedding, as it is in every model of tiny-lm")
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{path}: its weights do not fit its config ({problem[:200]})") from None
+    if not torch.equal(weights["lm_head.weight"], weights["token_emb.weight"]):
+        raise UserError(f"{path}: its head is not its embedding, as it is in every model of tiny-lm")
     return CheckpointModel(model.eval(), stored, ours["tokenizer_hash"], int(checkpoint["global_step"]))

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytorch_lightning as pl
 import torch
@@ -23,9 +23,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from tiny_lm.data.bin import TokenStream
+from tiny_lm.errors import UserError
+from tiny_lm.files import atomic_path
 from tiny_lm.inference.scoring import Surprise, measure_surprise
 from tiny_lm.runs import Run
+from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.optim import learning_rate_at
+
+Event: TypeAlias = dict[str, float]
+"""Metrics of one optimizer step, by name."""
 
 
 class StepCallback(Callback):
@@ -40,50 +46,79 @@ class StepCallback(Callback):
         """Act after optimizer step ``step``, counted from 1."""
 
 
-def log_metrics(trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:
-    """Hand metrics to every tracker; Lightning's own `log` would gather them again at every batch."""
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, step)
+class MetricsWriter(StepCallback):
+    """Hands what the other callbacks noted in ``event`` to every tracker, as one event for each step that has any.
+
+    Lightning's own ``log`` would gather the metrics again at every batch.
+    """
+
+    def __init__(self, event: Event, console: Console) -> None:
+        """Write ``event``, which the callbacks before this one share; print a line for each validation."""
+        self._event = event
+        self._console = console
+
+    def on_step_end(self, trainer: pl.Trainer, module: Any, step: int) -> None:
+        """Write the event of this step, if there is one."""
+        if not self._event:
+            return
+        for logger in trainer.loggers:
+            logger.log_metrics(dict(self._event), step)
+        if "val_loss" in self._event:
+            parts = [f"{name} {self._event[key]:.3f}" for key, name in _SHOWN.items() if key in self._event]
+            self._console.print(f"step {step:>6,}  " + "  ".join(parts), highlight=False, soft_wrap=True)
+        self._event.clear()
+
+
+_SHOWN = {"train_loss": "train loss", "val_loss": "val loss", "val_ppl": "perplexity", "val_bpb": "bits per byte"}
 
 
 class TokensMonitor(StepCallback):
-    """Logs loss, learning rate, gradient norm, tokens seen and tokens per second.
+    """Notes loss, learning rate, gradient norm, tokens seen and tokens per second.
 
-    The loss of every micro-batch enters the mean that is logged, and is fetched from the device only then. The clock
+    The loss of every micro-batch enters the mean that is noted, and is fetched from the device only then. The clock
     stands still in validation and while a checkpoint is written (:meth:`pause`).
     """
 
-    def __init__(self, every_n_steps: int) -> None:
-        """Log every ``every_n_steps`` optimizer steps, and the last one."""
+    def __init__(self, every_n_steps: int, event: Event) -> None:
+        """Note them every ``every_n_steps`` optimizer steps, and at the last one."""
         self._every_n_steps = every_n_steps
+        self._event = event
         self.tokens = 0
-        self.latest: dict[str, float] = {}
-        self._loss_sum: Tensor | None = None
+        self.latest: Event = {}
+        self._loss_sum: Tensor | float = 0.0
         self._batches = 0
         self._window_tokens = 0
+        self._seconds = 0.0  # of the window, up to the last stop
         self._started = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Start the clock."""
-        self._started = time.perf_counter()
+        self._started = time.perf_counter() - self._seconds
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Add a micro-batch to the window."""
-        loss = outputs["loss"].detach()
-        self._loss_sum = loss.clone() if self._loss_sum is None else self._loss_sum.add_(loss)
+        self._loss_sum = self._loss_sum + outputs["loss"].detach()
         self._batches += 1
         self._window_tokens += batch[0].numel()
+        self.tokens += batch[0].numel()
         super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
 
     def on_step_end(self, trainer: pl.Trainer, module: Any, step: int) -> None:
-        """Log the window that ends with this step."""
+        """Close the window that ends with this step.
+
+        Raises:
+            UserError: the loss is no longer a number.
+        """
         if step % self._every_n_steps and step != trainer.max_steps:
             return
-        assert self._loss_sum is not None
         # Lightning divides the loss by the number of micro-batches before it hands it to callbacks.
         loss = float(self._loss_sum) * trainer.accumulate_grad_batches / self._batches
-        elapsed = time.perf_counter() - self._started
-        self.tokens += self._window_tokens
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} within the {self._every_n_steps} steps up to step {step}: "
+                "lower learning_rate or raise warmup_ratio, and go on from an earlier checkpoint with --resume"
+            )
+        now = time.perf_counter()
         self.latest = {
             "train_loss": loss,
             "train_ppl": math.exp(min(loss, 700.0)),
@@ -91,11 +126,10 @@ class TokensMonitor(StepCallback):
             "lr": learning_rate_at(step - 1, module.config),
             "grad_norm": float(module.gradient_norm),
             "tokens": self.tokens,
-            "tokens_per_sec": self._window_tokens / elapsed,
+            "tokens_per_sec": self._window_tokens / (now - self._started),
         }
-        log_metrics(trainer, self.latest, step)
-        self._loss_sum, self._batches, self._window_tokens = None, 0, 0
-        self._started = time.perf_counter()
+        self._event.update(self.latest)
+        self._loss_sum, self._batches, self._window_tokens, self._started = 0.0, 0, 0, now
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -108,35 +142,37 @@ class TokensMonitor(StepCallback):
         """Return the open window too: a checkpoint may fall inside it."""
         return {
             "tokens": self.tokens,
-            "loss_sum": None if self._loss_sum is None else float(self._loss_sum),
+            "loss_sum": float(self._loss_sum),
             "batches": self._batches,
             "window_tokens": self._window_tokens,
+            "seconds": time.perf_counter() - self._started,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the window where the checkpoint left it."""
         self.tokens = state_dict["tokens"]
-        self._loss_sum = None if state_dict["loss_sum"] is None else torch.tensor(state_dict["loss_sum"])
+        self._loss_sum = state_dict["loss_sum"]
         self._batches = state_dict["batches"]
         self._window_tokens = state_dict["window_tokens"]
+        self._seconds = state_dict["seconds"]
 
 
 class GpuStatsMonitor(StepCallback):
-    """Logs the memory of the process and, where there is one, memory and load of the GPU."""
+    """Notes the peak memory of the process and, where there is one, the memory of the GPU."""
 
-    def __init__(self, every_n_steps: int) -> None:
-        """Log every ``every_n_steps`` optimizer steps."""
+    def __init__(self, every_n_steps: int, event: Event) -> None:
+        """Note them every ``every_n_steps`` optimizer steps."""
         self._every_n_steps = every_n_steps
+        self._event = event
 
     def on_step_end(self, trainer: pl.Trainer, module: Any, step: int) -> None:
-        """Log the figures of this moment."""
+        """Note the figures of this moment."""
         if step % self._every_n_steps:
             return
-        metrics = {"process_peak_memory_mb": _peak_memory_mb()}
+        self._event["process_peak_memory_mb"] = _peak_memory_mb()
         if torch.cuda.is_available():
-            metrics["gpu_memory_mb"] = torch.cuda.memory_allocated() / 2**20
-            metrics["gpu_peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
-        log_metrics(trainer, metrics, step)
+            self._event["gpu_memory_mb"] = torch.cuda.memory_allocated() / 2**20
+            self._event["gpu_peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
 
 
 def _peak_memory_mb() -> float:
@@ -150,49 +186,41 @@ def _peak_memory_mb() -> float:
 
 
 class Validation(StepCallback):
-    """Measures the loss over the whole validation stream and remembers the best one."""
+    """Measures the loss over the validation stream and remembers the best one."""
 
-    def __init__(self, every_n_steps: int, stream: TokenStream, monitor: TokensMonitor, console: Console) -> None:
-        """Validate every ``every_n_steps`` optimizer steps, and after the last one."""
-        self._every_n_steps = every_n_steps
+    def __init__(self, config: TrainingConfig, stream: TokenStream, monitor: TokensMonitor, event: Event) -> None:
+        """Validate every ``val_every_n_steps`` optimizer steps, and after the last one over the whole stream."""
+        self._config = config
         self._stream = stream
         self._monitor = monitor
-        self._console = console
-        self.latest: dict[str, float] = {}
+        self._event = event
+        self.latest: Event = {}
         self.best_loss = math.inf
         self.best_step = 0
 
     def on_step_end(self, trainer: pl.Trainer, module: Any, step: int) -> None:
         """Validate if it is time."""
-        if step % self._every_n_steps and step != trainer.max_steps:
+        is_last = step == trainer.max_steps
+        if step % self._config.val_every_n_steps and not is_last:
             return
+        started = time.perf_counter()
         with self._monitor.pause():
-            surprise = self._measure(trainer, module)
+            surprise = self._measure(trainer, module, None if is_last else self._config.val_max_tokens)
         self.latest = {
             "val_loss": surprise.loss,
             "val_ppl": surprise.perplexity,
             "val_bpb": surprise.bits_per_byte(self._stream.bytes_per_token),
+            "val_seconds": time.perf_counter() - started,
         }
         if surprise.loss < self.best_loss:
             self.best_loss, self.best_step = surprise.loss, step
-        log_metrics(trainer, self.latest, step)
-        train_loss = self._monitor.latest.get("train_loss", math.nan)
-        self._console.print(
-            f"step {step:>6,}  train loss {train_loss:.3f}  val loss {surprise.loss:.3f}  "
-            f"perplexity {surprise.perplexity:.2f}  bits per byte {self.latest['val_bpb']:.3f}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        self._event.update(self.latest)
 
-    def _measure(self, trainer: pl.Trainer, module: Any) -> Surprise:
+    def _measure(self, trainer: pl.Trainer, module: Any, max_tokens: int | None) -> Surprise:
+        batches = trainer.datamodule.val_dataloader(max_tokens)  # type: ignore[attr-defined]  # Lightning sets it
         module.eval()
         with trainer.precision_plugin.forward_context():
-            surprise = measure_surprise(
-                module,
-                trainer.datamodule.val_dataloader(),  # type: ignore[attr-defined]
-                device=module.device,
-                ignore_index=module.config.ignore_index,
-            )
+            surprise = measure_surprise(module, batches, device=module.device, ignore_index=self._config.ignore_index)
         module.train()
         return surprise
 
@@ -244,13 +272,11 @@ class CheckpointWriter(StepCallback):
 
 def _link(source: Path, target: Path) -> None:
     """Give ``source`` the second name ``target``, atomically."""
-    temporary = target.with_suffix(".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, temporary)
-    temporary.replace(target)
+    with atomic_path(target) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without hard links
+            shutil.copyfile(source, temporary)
 
 
 class GracefulStop(Callback):

@@ -30,8 +30,13 @@ class TrainingConfig(Config):
     grad_clip_norm: float = Field(default=1.0, ge=0, description="global norm; 0 does not clip")
     accumulate_grad_batches: int = Field(default=1, ge=1, le=2**20, description="micro-batches in a step")
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "bf16-mixed"
-    ignore_index: int = Field(default=-100, le=-1, description="target that counts in no loss")
+    ignore_index: int = Field(default=-100, ge=-(2**31), le=-1, description="target that counts in no loss")
     val_every_n_steps: int = Field(default=100, ge=1)
+    val_max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="validate on the first so many tokens, but after the last step on all; null: all",
+    )
     save_every_n_steps: int = Field(default=100, ge=1)
     keep_checkpoints: int = Field(
         default=3, ge=1, description="the newest step-*.ckpt files; best and last stay anyway"

@@ -1,11 +1,13 @@
 """One training run: checks, run folder, Lightning's trainer, and what is written down at the end."""
 
+import importlib.util
 import logging
+import math
 import os
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,15 +25,19 @@ from tiny_lm.files import atomic_path
 from tiny_lm.model import ModelConfig, num_parameters
 from tiny_lm.model.checkpoint import CHECKPOINT_KEY, read_checkpoint
 from tiny_lm.runs import Run, environment
+from tiny_lm.tokenizer import Tokenizer, load_tokenizer
 from tiny_lm.training.callbacks import (
     CheckpointWriter,
+    Event,
     GpuStatsMonitor,
     GracefulStop,
+    MetricsWriter,
     OptimizerStepProgressBar,
     TokensMonitor,
     Validation,
 )
 from tiny_lm.training.config import TrainingConfig
+from tiny_lm.training.device import Device, Precision, choose_device, choose_precision, describe_device
 from tiny_lm.training.module import CausalLMModule
 from tiny_lm.training.trackers import JsonlLogger
 
@@ -55,7 +61,7 @@ class _AtomicCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return read_checkpoint(Path(path))
+        return read_checkpoint(Path(path), mmap=False)  # it is about to be replaced by the next one
 
 
 def train(
@@ -65,7 +71,7 @@ def train(
     run: Run,
     *,
     resume_from: Path | None = None,
-    names: tuple[str, str] = ("model", "data"),
+    names: Sequence[str] = (),
     console: Console | None = None,
 ) -> TrainingResult:
     """Train a model and fill its run folder.
@@ -76,138 +82,180 @@ def train(
         data_config: token streams, windows and batches.
         run: the run folder to write; it may be new or, when resuming, the run's own.
         resume_from: a checkpoint to go on from.
-        names: of model and data config, by which ``--resume auto`` finds the run again.
+        names: of the three configs, by which ``--resume auto`` finds the run again.
         console: where progress is shown; standard error by default.
 
     Raises:
-        UserError: configs, streams, tokenizer and checkpoint do not fit each other, or the disk is full.
+        UserError: configs, streams, tokenizer and checkpoint do not fit each other, the loss is no longer a number, or
+            disk or memory is full.
     """
     console = console or Console(stderr=True)
     data = BinTokenDataModule(data_config, seed=training_config.seed, ignore_index=training_config.ignore_index)
-    _check_fit(model_config, data)
-    tokenizer_hash = data.train_stream.metadata.tokenizer_hash
-    resumed_step = 0
-    if resume_from is not None:
-        resumed_step = _check_resume(resume_from, model_config, tokenizer_hash, training_config)
-    if training_config.compile and not _has_compiler():
-        console.print("compile: true needs a C++ compiler (g++ or clang++), which is not here; training uncompiled")
+    tokenizer = _check_fit(model_config, data)
+    device = choose_device()
+    precision, why = choose_precision(training_config, device)
+    if training_config.compile and not _has_compiler(device):
+        why = "compile: true needs a C++ compiler (on a GPU: Triton), which is not here: training uncompiled"
         training_config = replace(training_config, compile=False)
+    if why:
+        console.print(why)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     torch.manual_seed(training_config.seed)
-    module = CausalLMModule(model_config, training_config, tokenizer_hash=tokenizer_hash)
-    _prepare_run(run, model_config, training_config, data_config, data, names)
-
-    jsonl = JsonlLogger(run.metrics)
-    jsonl.drop_after(resumed_step)
-    monitor = TokensMonitor(training_config.log_every_n_steps)
-    validation = Validation(training_config.val_every_n_steps, data.val_stream, monitor, console)
-    writer = CheckpointWriter(
-        run, training_config.save_every_n_steps, training_config.keep_checkpoints, validation, monitor
-    )
-    started = time.perf_counter()
-    with _quiet_lightning():
-        trainer = pl.Trainer(
-            accelerator="auto",
-            devices=1,
-            precision=_precision(training_config, console),
-            max_steps=training_config.max_steps,
-            max_epochs=-1,  # the loader is endless; steps decide
-            accumulate_grad_batches=training_config.accumulate_grad_batches,
-            limit_val_batches=0,  # Validation does it: a run then resumes exactly, whatever fell on its last step
-            num_sanity_val_steps=0,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            logger=jsonl,
-            plugins=[_AtomicCheckpointIO()],
-            callbacks=[
-                monitor,
-                GpuStatsMonitor(training_config.system_metrics_every_n_steps),
-                validation,
-                writer,
-                GracefulStop(writer, console),
-                OptimizerStepProgressBar(monitor, console),
-            ],
-        )
-        trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
-
-    finished = trainer.global_step >= training_config.max_steps
-    metrics = {**monitor.latest, **validation.latest, "best_val_loss": validation.best_loss}
-    seconds = run.read_record().get("seconds", 0.0) + time.perf_counter() - started
-    run.update_record(
-        status="finished" if finished else "stopped",
-        steps=trainer.global_step,
-        tokens=monitor.tokens,
-        seconds=round(seconds, 1),
-        metrics=metrics,
-    )
-    return TrainingResult(run, finished, trainer.global_step, metrics)
-
-
-def _check_fit(model_config: ModelConfig, data: BinTokenDataModule) -> None:
-    if data.config.block_size > model_config.context_length:
-        raise UserError(
-            f"block_size {data.config.block_size} of the data config is above context_length "
-            f"{model_config.context_length} of the model config"
-        )
-    vocab_size = data.train_stream.metadata.vocab_size
-    if vocab_size > model_config.vocab_size:
-        raise UserError(
-            f"vocab_size {model_config.vocab_size} of the model config is below the {vocab_size} tokens of the "
-            f"tokenizer behind {data.config.train_path}"
-        )
-
-
-def _check_resume(path: Path, model_config: ModelConfig, tokenizer_hash: str, config: TrainingConfig) -> int:
-    """Return the step of a checkpoint that this run can go on from."""
-    checkpoint = read_checkpoint(path)
-    ours = checkpoint[CHECKPOINT_KEY]
-    if ours["tokenizer_hash"] != tokenizer_hash:
-        raise UserError(f"{path}: was trained on text of another tokenizer than the data config's streams")
-    if ours["model"] != model_config.to_dict():
-        raise UserError(f"{path}: holds another model than the model config; resume with the run's own configs")
-    step = int(checkpoint["global_step"])
-    if step >= config.max_steps:
-        raise UserError(f"{path}: stands at step {step} of max_steps {config.max_steps}: nothing is left to train")
-    return step
-
-
-def _prepare_run(
-    run: Run,
-    model_config: ModelConfig,
-    training_config: TrainingConfig,
-    data_config: BinDataConfig,
-    data: BinTokenDataModule,
-    names: tuple[str, str],
-) -> None:
-    """Write down what is about to be trained."""
-    model_config.save(run.configs / "model.yaml")
-    training_config.save(run.configs / "training.yaml")
-    data_config.save(run.configs / "data.yaml")
-    if not run.tokenizer.exists():
-        shutil.copytree(data.train_stream.tokenizer_folder, run.tokenizer)
+    # What decides the order of batches and the state of the optimizer: a resumed run must agree.
+    identity = {
+        "model": model_config.to_dict(),
+        "tokenizer_hash": tokenizer.hash,
+        "optimizer": training_config.optimizer,
+        "seed": training_config.seed,
+        "batch_size": data_config.batch_size,
+        "block_size": data_config.block_size,
+        "stride": data_config.window_stride,
+    }
+    resumed_step = 0 if resume_from is None else _check_resume(resume_from, identity, training_config.max_steps)
+    module = CausalLMModule(model_config, training_config, identity)
+    for section, config in (("model", model_config), ("training", training_config), ("data", data_config)):
+        config.save(run.configs / f"{section}.yaml")
+    tokenizer.save(run.tokenizer)
     run.update_record(
         status="running",
         configs=list(names),
         seed=training_config.seed,
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads",
+        device=describe_device(device),
+        precision=precision,
         parameters=num_parameters(model_config),
         tokens_per_step=data_config.batch_size * data_config.block_size * training_config.accumulate_grad_batches,
         train_tokens=data.train_stream.tokens,
         val_tokens=data.val_stream.tokens,
         environment=environment(),
     )
+    _forget_after(run, resumed_step)
+    return _fit(module, data, run, resume_from, accelerator=device, precision=precision, console=console)
 
 
-def _precision(config: TrainingConfig, console: Console) -> Any:
-    if config.precision == "16-mixed" and not torch.cuda.is_available():
-        console.print("precision 16-mixed needs a GPU; training in bf16-mixed here")
-        return "bf16-mixed"
-    return config.precision
+def _fit(
+    module: CausalLMModule,
+    data: BinTokenDataModule,
+    run: Run,
+    resume_from: Path | None,
+    *,
+    accelerator: str,
+    precision: Precision,
+    console: Console,
+) -> TrainingResult:
+    """Run Lightning's trainer and write down how it ended."""
+    config = module.config
+    event: Event = {}
+    monitor = TokensMonitor(config.log_every_n_steps, event)
+    validation = Validation(config, data.val_stream, monitor, event)
+    writer = CheckpointWriter(run, config.save_every_n_steps, config.keep_checkpoints, validation, monitor)
+    before, started = run.read_record().get("seconds", 0.0), time.perf_counter()
+    try:
+        with _quiet_lightning():
+            trainer = pl.Trainer(
+                accelerator=accelerator,
+                devices=1,
+                precision=precision,
+                max_steps=config.max_steps,
+                max_epochs=-1,  # the loader is endless; steps decide
+                accumulate_grad_batches=config.accumulate_grad_batches,
+                limit_val_batches=0,  # Validation does it: a run then resumes exactly, whatever fell on its last step
+                num_sanity_val_steps=0,
+                enable_checkpointing=False,
+                enable_model_summary=False,
+                logger=JsonlLogger(run.metrics),
+                plugins=[_AtomicCheckpointIO()],
+                callbacks=[
+                    monitor,
+                    GpuStatsMonitor(config.system_metrics_every_n_steps, event),
+                    validation,
+                    MetricsWriter(event, console),
+                    writer,
+                    GracefulStop(writer, console),
+                    OptimizerStepProgressBar(monitor, console),
+                ],
+            )
+            trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
+    except torch.OutOfMemoryError:
+        run.update_record(status="failed")
+        raise UserError(
+            "out of memory: lower batch_size and raise accumulate_grad_batches as much, or set "
+            "gradient_checkpointing: true"
+        ) from None
+    except BaseException:
+        run.update_record(status="failed")
+        raise
+    finished = trainer.global_step >= config.max_steps
+    metrics = {**monitor.latest, **validation.latest, "best_val_loss": validation.best_loss}
+    run.update_record(
+        status="finished" if finished else "stopped",
+        steps=trainer.global_step,
+        tokens=monitor.tokens,
+        seconds=round(before + time.perf_counter() - started, 1),
+        metrics={key: value for key, value in metrics.items() if math.isfinite(value)},
+    )
+    return TrainingResult(run, finished, trainer.global_step, metrics)
 
 
-def _has_compiler() -> bool:
-    """Whether torch.compile finds what it needs: on a CPU a C++ compiler, on a GPU torch brings its own."""
-    return torch.cuda.is_available() or any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
+def _check_fit(model_config: ModelConfig, data: BinTokenDataModule) -> Tokenizer:
+    """Check that model and streams fit each other; return the tokenizer that wrote the streams."""
+    if data.config.block_size > model_config.context_length:
+        raise UserError(
+            f"block_size {data.config.block_size} of the data config is above context_length "
+            f"{model_config.context_length} of the model config"
+        )
+    metadata = data.train_stream.metadata
+    if metadata.vocab_size > model_config.vocab_size:
+        raise UserError(
+            f"vocab_size {model_config.vocab_size} of the model config is below the {metadata.vocab_size} tokens of "
+            f"the tokenizer behind {data.config.train_path}"
+        )
+    folder = data.train_stream.tokenizer_folder
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.hash != metadata.tokenizer_hash:
+        raise UserError(
+            f"{folder}: is not the tokenizer that wrote {data.config.train_path}; run `tiny-lm tokenize` again"
+        )
+    return tokenizer
+
+
+_KEPT_WHEN_RESUMING = {
+    "tokenizer_hash": "the text was encoded by another tokenizer",
+    "optimizer": "the state in the checkpoint is another optimizer's",
+    "seed": "other batches would follow",
+    "batch_size": "other batches would follow",
+    "block_size": "other batches would follow",
+    "stride": "other batches would follow",
+}
+
+
+def _check_resume(path: Path, identity: dict[str, Any], max_steps: int) -> int:
+    """Return the step of a checkpoint that this run can go on from."""
+    checkpoint = read_checkpoint(path)
+    ours = checkpoint[CHECKPOINT_KEY]
+    if ours["model"] != identity["model"]:
+        raise UserError(f"{path}: holds another model than the model config; resume with the run's own configs")
+    for key, why in _KEPT_WHEN_RESUMING.items():
+        if ours.get(key) != identity[key]:
+            raise UserError(f"{path}: was trained with {key} {ours.get(key)} and not {identity[key]}: {why}")
+    step = int(checkpoint["global_step"])
+    if step >= max_steps:
+        raise UserError(f"{path}: stands at step {step} of max_steps {max_steps}: nothing is left to train")
+    return step
+
+
+def _forget_after(run: Run, step: int) -> None:
+    """Drop metrics and checkpoints of later steps, which a run that goes on from ``step`` is about to write again."""
+    JsonlLogger(run.metrics).drop_after(step)
+    for checkpoint in [*run.checkpoints.glob("step-*.ckpt"), run.best_checkpoint]:
+        if checkpoint.is_file() and read_checkpoint(checkpoint)["global_step"] > step:
+            checkpoint.unlink()
+
+
+def _has_compiler(device: Device) -> bool:
+    """Whether torch.compile finds what it needs: a C++ compiler for a CPU, Triton for a GPU."""
+    if device == "cuda":
+        return importlib.util.find_spec("triton") is not None
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
 
 
 @contextmanager

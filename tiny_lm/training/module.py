@@ -23,13 +23,14 @@ class CausalLMModule(pl.LightningModule):
         gradient_norm: global norm of the last step's gradients before clipping, a tensor of one number.
     """
 
-    def __init__(self, model_config: ModelConfig, config: TrainingConfig, *, tokenizer_hash: str) -> None:
+    def __init__(self, model_config: ModelConfig, config: TrainingConfig, identity: dict[str, Any]) -> None:
         """Build the model; its weights are drawn from torch's global random state.
 
         Args:
             model_config: the network.
             config: the training run.
-            tokenizer_hash: of the tokenizer behind the token ids; checkpoints carry it, so that no other one is used.
+            identity: plain values that every checkpoint carries, so that it is used only where it belongs: ``model``
+                (its config), ``tokenizer_hash`` and whatever a resumed run must agree with.
         """
         super().__init__()
         self.model = build_model(model_config)
@@ -38,7 +39,7 @@ class CausalLMModule(pl.LightningModule):
         if config.compile:
             self.model.compile()  # in place: the keys of the state dict stay as they are
         self.config = config
-        self._identity = {"model": model_config.to_dict(), "tokenizer_hash": tokenizer_hash}
+        self._identity = identity
         self.gradient_norm = torch.zeros(())
         self._saved_rng: dict[str, Any] | None = None
 
@@ -85,5 +86,6 @@ class CausalLMModule(pl.LightningModule):
         if self._saved_rng is not None:
             torch.set_rng_state(self._saved_rng["cpu"].cpu())
             if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all([state.cpu() for state in self._saved_rng["cuda"]])
+                for device, state in enumerate(self._saved_rng["cuda"][: torch.cuda.device_count()]):
+                    torch.cuda.set_rng_state(state.cpu(), device)
             self._saved_rng = None

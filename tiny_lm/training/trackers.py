@@ -4,6 +4,7 @@ import json
 import math
 import time
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,11 @@ class JsonlLogger(Logger):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the events of a ``metrics.jsonl``; a last line that a killed run left half-written is passed over."""
+    """Return the events of a ``metrics.jsonl``; a line that a killed run left half-written is passed over."""
     events = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            events.append(json.loads(line))
-        except ValueError:
-            continue
+        with suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict) and isinstance(event.get("step"), int):
+                events.append(event)
     return events

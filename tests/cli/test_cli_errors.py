@@ -1,0 +1,143 @@
+"""What a user may type wrong: each ends in one line on standard error and exit code 2."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tiny_lm.dataset.stories import generate_stories
+
+
+@pytest.fixture
+def files(workplace: Path) -> Path:
+    """Config files of which each test spoils one."""
+    (workplace / "text.txt").write_text("\n<|endoftext|>\n".join(generate_stories(60)))
+    (workplace / "text.yaml").write_text("name: text.txt\nsource: local\n")
+    (workplace / "bpe.yaml").write_text("name: bpe\nvocab_size: 400\ndataset_config: text.yaml\nval_split: 0.2\n")
+    (workplace / "model.yaml").write_text(
+        "vocab_size: 400\ncontext_length: 64\nd_model: 32\nn_layers: 1\nn_heads: 2\nd_ff: 64\n"
+    )
+    (workplace / "training.yaml").write_text("max_steps: 2\nlearning_rate: 0.001\nprecision: 32-true\nrun_name: r\n")
+    (workplace / "data.yaml").write_text(
+        "train_path: data/bpe-tokenized/train.bin\nval_path: data/bpe-tokenized/val.bin\n"
+        "block_size: 32\nbatch_size: 2\n"
+    )
+    return workplace
+
+
+TRAIN = ["train", "--model-config", "model.yaml", "--training-config", "training.yaml", "--data-config", "data.yaml"]
+TOKENIZER = ["tokenizer", "train", "--config", "bpe.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "command", "message"),
+    [
+        ("model.yaml", "d_modle: 32", TRAIN, r"model.yaml: unknown key 'd_modle'; did you mean 'd_model'\?"),
+        ("model.yaml", "dropout: much", TRAIN, r"model.yaml: dropout: input should be a valid number \(it is 'much'\)"),
+        ("model.yaml", "d_model: 33", TRAIN, r"model.yaml: .*d_model.*33.*n_heads"),
+        ("model.yaml", "architecture: gpt5", TRAIN, r"model.yaml: .*gpt5"),
+        ("model.yaml", "context_length: 16", TRAIN, r"block_size 32 .* above context_length 16"),
+        ("model.yaml", "vocab_size: 300", TRAIN, r"vocab_size 300 of the model config is below the 400 tokens"),
+        ("training.yaml", "max_steps: 1.5", TRAIN, r"training.yaml: max_steps: input should be a valid integer"),
+        ("training.yaml", "precision: fp8", TRAIN, r"training.yaml: precision: input should be '32-true'"),
+        ("training.yaml", "run_name: ../x", TRAIN, r"training.yaml: run_name: "),
+        ("training.yaml", "resume_from_checkpoint: nowhere.ckpt", TRAIN, r"nowhere.ckpt: no such checkpoint"),
+        ("data.yaml", "eos_token_id: 2", TRAIN, r"eos_token_id: the data config says 2, the metadata.json .* says 397"),
+        ("data.yaml", "block_size: 100000", TRAIN, r"too few for one window of block_size 100000"),
+        ("data.yaml", "train_path: other.bin", TRAIN, r"other.bin: no such token stream"),
+        ("bpe.yaml", "vocab_size: 259", TOKENIZER, r"vocab_size: a BPE tokenizer with 4 special tokens needs at least 260"),
+        ("bpe.yaml", "dataset_config: nothing", TOKENIZER, r"nothing: no such datasets config"),
+        ("text.yaml", "name: absent.txt", TOKENIZER, r"absent.txt"),
+        ("text.yaml", "name: empty.txt", TOKENIZER, r"empty.txt|no document|empty"),
+        ("text.yaml", "name: broken.txt", TOKENIZER, r"broken.txt: .*byte 11.*--errors replace"),
+    ],
+)  # fmt: skip
+def test_a_spoilt_file(
+    file: str, line: str, command: list[str], message: str, files: Path, cli: Callable[..., object]
+) -> None:
+    (files / "empty.txt").write_text("")
+    (files / "broken.txt").write_bytes(b"Once upon a\xff time")
+    if command is TRAIN:
+        assert cli(*TOKENIZER).code == 0
+        assert cli("tokenize", "--config", "bpe.yaml").code == 0
+    key = line.split(":")[0]
+    kept = [old for old in (files / file).read_text().splitlines() if not old.startswith(key + ":")]
+    (files / file).write_text("\n".join([*kept, line]) + "\n")
+    before = sorted(path for path in files.rglob("*"))
+    result = cli(*command)
+    assert result.code == 2
+    assert result.stdout == ""
+    assert re.search(f"^error: .*{message}", result.stderr.splitlines()[-1]), result.stderr
+    assert sorted(path for path in files.rglob("*")) == before  # nothing half-written
+
+
+def test_invalid_utf8_can_be_read_on_request(files: Path, cli: Callable[..., object]) -> None:
+    with (files / "text.txt").open("ab") as file:
+        file.write(b"\n<|endoftext|>\nOnce upon a\xff time\n")
+    assert cli(*TOKENIZER).code == 2
+    assert cli(*TOKENIZER, "--errors", "replace").code == 0
+    assert cli("tokenize", "--config", "bpe.yaml", "--errors", "replace").code == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["fly"], r"No such command 'fly'"),
+        (["train"], r"name a profile .* --model-config and --training-config and --data-config"),
+        (["train", "sped"], r"sped: no such profiles config; did you mean 'speed'\?"),
+        (["train", "speed", "--set", "model.d_modle=1"], r"unknown key 'd_modle'; did you mean 'd_model'\?"),
+        (["train", "speed", "--set", "modle.d_model=1"], r"unknown section 'modle'; did you mean 'model'\?"),
+        (["train", "speed", "--fast"], r"No such option: --fast"),
+        (["train", "speed"], r"train.bin: no such token stream; write it with: tiny-lm tokenizer train --config"),
+        (["train", "--resume", "runs/none"], r"runs/none: no such run folder"),
+        (["tokenize", "--config", "tinystories-8k"], r"tokenizers/tinystories-8k"),
+        (["tokenize"], r"Missing option '--config'"),
+        (["tokenizer", "inspect", "nowhere"], r"nowhere"),
+        (["generate", "runs/none"], r"runs/none: no such run folder"),
+        (["generate", "none.ckpt"], r"none.ckpt: no such checkpoint"),
+        (["generate", "runs/none", "--temperature", "hot"], r"Invalid value for '--temperature'"),
+        (["params", "--model-config", "gpt2-8k-3l"], r"gpt2-8k-3l: no such models config; did you mean 'gpt2-8k-2l'\?"),
+        (["quickstart", "--text", "absent.txt"], r"--text absent.txt: no such file or folder"),
+        (["quickstart", "--minutes", "-1"], r"Invalid value for '--minutes'"),
+        (["data", "stories", "--split", "test"], r"--split test: unknown; there are: train, validation"),
+    ],
+)  # fmt: skip
+def test_a_wrong_command(words: list[str], message: str, workplace: Path, cli: Callable[..., object]) -> None:
+    result = cli(*words)
+    assert result.code == 2
+    assert result.stdout == ""
+    assert re.search(f"error: .*{message}", result.stderr), result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert list(workplace.iterdir()) == []
+
+
+def test_without_a_network_the_hub_names_the_other_sources(workplace: Path) -> None:
+    code = "from tiny_lm.cli import main; main('data', 'download')"
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(workplace / "cache")}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert "source: local" in line
+    assert "source: stories" in line
+
+
+def test_help_is_quick_and_names_every_command(workplace: Path, cli: Callable[..., object]) -> None:
+    result = cli()
+    assert result.code == 0
+    for command in ("quickstart", "data", "tokenizer", "tokenize", "train", "params", "generate"):
+        assert f"  {command} " in result.stdout
+    assert re.fullmatch(r"tiny-lm \d+\.\d+\.\d+\n", cli("--version").stdout)
+
+
+def test_a_reader_that_has_had_enough_is_no_error(workplace: Path) -> None:
+    code = "from tiny_lm.cli import main; main('train', 'speed', '--dry-run')"
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout is not None and child.stderr is not None
+    child.stdout.close()  # as `| head -0` does
+    assert child.stderr.read() == b""
+    child.stderr.close()
+    assert child.wait(timeout=60) in (0, 1)
