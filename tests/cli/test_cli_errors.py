@@ -49,7 +49,7 @@ TOKENIZER = ["tokenizer", "train", "--config", "bpe.yaml"]
         ("data.yaml", "eos_token_id: 2", TRAIN, r"eos_token_id: the data config says 2, the metadata.json .* says 397"),
         ("data.yaml", "block_size: 100000", TRAIN, r"too few for one window of block_size 100000"),
         ("data.yaml", "train_path: other.bin", TRAIN, r"other.bin: no such token stream"),
-        ("bpe.yaml", "vocab_size: 259", TOKENIZER, r"vocab_size: a BPE tokenizer with 4 special tokens needs at least 260"),
+        ("bpe.yaml", "vocab_size: 259", TOKENIZER, r"a BPE tokenizer with 4 special tokens needs at least 260"),
         ("bpe.yaml", "dataset_config: nothing", TOKENIZER, r"nothing: no such datasets config"),
         ("text.yaml", "name: absent.txt", TOKENIZER, r"absent.txt"),
         ("text.yaml", "name: empty.txt", TOKENIZER, r"empty.txt|no document|empty"),

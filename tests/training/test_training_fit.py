@@ -125,6 +125,7 @@ def test_golden_loss_curve(fit: Fit, run: Run) -> None:
     curve = losses(run)
     if not GOLDEN.exists():
         GOLDEN.write_text("".join(f"{step} {loss:.5f}\n" for step, loss in curve.items()))
+        pytest.fail(f"there was no golden curve; this one was written to {GOLDEN}: look at it and commit it")
     golden = {int(step): float(loss) for step, loss in map(str.split, GOLDEN.read_text().splitlines())}
     assert curve == pytest.approx(golden, abs=2e-4)
 
@@ -182,7 +183,9 @@ def test_validation_may_be_cut_but_not_after_the_last_step(fit: Fit, run: Run, t
 
 
 def test_a_loss_that_is_no_number_ends_the_run_in_one_line(fit: Fit, run: Run) -> None:
-    with pytest.raises(UserError, match=r"the loss is (nan|inf) within the 1 steps up to step"):
+    with pytest.raises(
+        UserError, match=r"the loss is (nan|inf) at step \d+ or up to 1 steps before: lower learning_rate"
+    ):
         fit(learning_rate=10.0, warmup_ratio=0.0, scheduler="none", max_steps=60, grad_clip_norm=0, weight_decay=3e38)
     assert json.loads(run.record.read_text())["status"] == "failed"
 
@@ -197,6 +200,7 @@ def test_bf16_compile_and_gradient_checkpointing_train(fit: Fit, tmp_path: Path)
 
 
 def test_compiled_run_leaves_an_ordinary_checkpoint(fit: Fit, run: Run) -> None:
+    torch._dynamo.reset()  # other tests may have used up the number of times that one function is compiled
     fit(max_steps=2, compile=True, config=model(dropout=0.0))
     keys = torch.load(run.last_checkpoint, weights_only=True)["state_dict"]
     assert not [key for key in keys if "_orig_mod" in key]

@@ -64,7 +64,7 @@ class MetricsWriter(StepCallback):
         for logger in trainer.loggers:
             logger.log_metrics(dict(self._event), step)
         if "val_loss" in self._event:
-            parts = [f"{name} {self._event[key]:.3f}" for key, name in _SHOWN.items() if key in self._event]
+            parts = [f"{name} {self._event[key]:.3f}" for key, name in _SHOWN.items()]
             self._console.print(f"step {step:>6,}  " + "  ".join(parts), highlight=False, soft_wrap=True)
         self._event.clear()
 
@@ -79,9 +79,9 @@ class TokensMonitor(StepCallback):
     stands still in validation and while a checkpoint is written (:meth:`pause`).
     """
 
-    def __init__(self, every_n_steps: int, event: Event) -> None:
-        """Note them every ``every_n_steps`` optimizer steps, and at the last one."""
-        self._every_n_steps = every_n_steps
+    def __init__(self, config: TrainingConfig, event: Event) -> None:
+        """Note them every ``log_every_n_steps`` optimizer steps, at each validation and at the last step."""
+        self._config = config
         self._event = event
         self.tokens = 0
         self.latest: Event = {}
@@ -109,13 +109,14 @@ class TokensMonitor(StepCallback):
         Raises:
             UserError: the loss is no longer a number.
         """
-        if step % self._every_n_steps and step != trainer.max_steps:
+        config = self._config
+        if step % config.log_every_n_steps and step % config.val_every_n_steps and step != trainer.max_steps:
             return
         # Lightning divides the loss by the number of micro-batches before it hands it to callbacks.
         loss = float(self._loss_sum) * trainer.accumulate_grad_batches / self._batches
         if not math.isfinite(loss):
             raise UserError(
-                f"the loss is {loss} within the {self._every_n_steps} steps up to step {step}: "
+                f"the loss is {loss} at step {step} or up to {config.log_every_n_steps} steps before: "
                 "lower learning_rate or raise warmup_ratio, and go on from an earlier checkpoint with --resume"
             )
         now = time.perf_counter()
@@ -123,7 +124,7 @@ class TokensMonitor(StepCallback):
             "train_loss": loss,
             "train_ppl": math.exp(min(loss, 700.0)),
             # The schedule has moved on to the next step; this is the rate that this step used.
-            "lr": learning_rate_at(step - 1, module.config),
+            "lr": learning_rate_at(step - 1, config),
             "grad_norm": float(module.gradient_norm),
             "tokens": self.tokens,
             "tokens_per_sec": self._window_tokens / (now - self._started),

@@ -145,7 +145,7 @@ def _fit(
     """Run Lightning's trainer and write down how it ended."""
     config = module.config
     event: Event = {}
-    monitor = TokensMonitor(config.log_every_n_steps, event)
+    monitor = TokensMonitor(config, event)
     validation = Validation(config, data.val_stream, monitor, event)
     writer = CheckpointWriter(run, config.save_every_n_steps, config.keep_checkpoints, validation, monitor)
     before, started = run.read_record().get("seconds", 0.0), time.perf_counter()
