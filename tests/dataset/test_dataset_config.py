@@ -9,7 +9,7 @@ from tiny_lm.dataset import DatasetConfig, Filters, Splits, describe
 from tiny_lm.errors import UserError
 
 SHIPPED = {
-    "quickstart": "stories:20000:seed0",
+    "quickstart": "stories:20000:seed0:plots12",
     "stories": "stories:100000:seed0",
     "swallow-code": "huggingface:tokyotech-llm/swallow-code:swallow-code",
     "tinystories": "huggingface:roneneldan/TinyStories",

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from random import Random
 
@@ -93,6 +94,13 @@ def test_every_plot_is_told_about_equally_often(monkeypatch: pytest.MonkeyPatch)
     list(generate_stories(2_000))
     assert len(told) == len(library().plots) >= 20
     assert min(told.values()) > 0.5 * sum(told.values()) / len(told)
+
+
+def test_fewer_plots_are_the_first_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = list(generate_stories(200, num_plots=12))
+    first = replace(library(), plots=library().plots[:12])
+    monkeypatch.setattr(stories, "library", lambda: first)
+    assert few == list(generate_stories(200))
 
 
 @pytest.mark.parametrize("rule", LINTS)

@@ -66,6 +66,7 @@ class DatasetConfig(Config):
     cache_dir: str | None = Field(default=None, description="huggingface: where downloads are kept")
     num_stories: int = Field(default=20_000, ge=1, le=10**9, description="stories: documents in train")
     num_validation: int = Field(default=500, ge=0, le=10**9, description="stories: documents in validation")
+    num_plots: int | None = Field(default=None, ge=1, description="stories: only the first so many plots; null: all")
     seed: int = Field(default=0, ge=0, lt=2**63, description="stories: another seed tells other stories")
 
     @field_validator("filters", mode="before")

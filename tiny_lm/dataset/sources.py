@@ -52,7 +52,8 @@ def _raw_documents(config: DatasetConfig, split: Split, errors: Errors) -> Itera
     if config.source == "stories":
         from tiny_lm.dataset.stories import generate_stories
 
-        return generate_stories(story_count(config, split), seed=config.seed, split=split)
+        count = story_count(config, split)
+        return generate_stories(count, seed=config.seed, split=split, num_plots=config.num_plots)
     from tiny_lm.dataset.huggingface import read_huggingface
 
     return read_huggingface(config, split)
@@ -87,7 +88,8 @@ def estimate_bytes(config: DatasetConfig, split: Split, *, val_split: float = 0.
 def describe(config: DatasetConfig) -> str:
     """Return where the documents come from in one word for metadata, such as ``huggingface:owner/name@revision``."""
     if config.source == "stories":
-        return f"stories:{config.num_stories}:seed{config.seed}"
+        plots = f":plots{config.num_plots}" if config.num_plots else ""
+        return f"stories:{config.num_stories}:seed{config.seed}{plots}"
     if config.source == "local":
         return f"local:{config.name}"
     part = f":{config.config_name}" if config.config_name else ""

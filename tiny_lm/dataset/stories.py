@@ -93,7 +93,9 @@ class Library:
     plots: Sequence[Plot]
 
 
-def generate_stories(count: int, *, seed: int = 0, split: Split = "train", start: int = 0) -> Iterator[str]:
+def generate_stories(
+    count: int, *, seed: int = 0, split: Split = "train", start: int = 0, num_plots: int | None = None
+) -> Iterator[str]:
     """Yield ``count`` stories of one split, from story ``start`` on.
 
     Story ``i`` depends on the seed, the split and ``i`` alone, so any range can be made without the stories before it.
@@ -103,6 +105,7 @@ def generate_stories(count: int, *, seed: int = 0, split: Split = "train", start
         seed: any integer; each gives other stories.
         split: which half of the possible stories to draw from.
         start: index of the first story, at least 0.
+        num_plots: tell only the first so many plots; all of them when None.
 
     Raises:
         UserError: a number is out of range or the split is unknown (raised at the call, not at the first story).
@@ -110,10 +113,10 @@ def generate_stories(count: int, *, seed: int = 0, split: Split = "train", start
     if count < 0:
         raise UserError(f"the number of stories must be 0 or more, not {count}")
     _check(start, split)
-    return (story(index, seed=seed, split=split) for index in range(start, start + count))
+    return (story(index, seed=seed, split=split, num_plots=num_plots) for index in range(start, start + count))
 
 
-def story(index: int, *, seed: int = 0, split: Split = "train") -> str:
+def story(index: int, *, seed: int = 0, split: Split = "train", num_plots: int | None = None) -> str:
     """Return story ``index`` of a seed: paragraphs of plain ASCII text, one per line, without a final newline.
 
     Raises:
@@ -123,8 +126,9 @@ def story(index: int, *, seed: int = 0, split: Split = "train") -> str:
     # Of Random, Python promises across versions only the sequence of random() for an integer seed: use nothing else.
     draw = Random(((seed % 2**64) << (_INDEX_BITS + 1)) | (index << 1) | (split == "train")).random
     material = library()
+    plots = material.plots[:num_plots]
     while True:
-        plot = _pick(material.plots, draw)
+        plot = _pick(plots, draw)
         scene = _scene(plot, material, draw)
         opening = _paragraph(plot.paragraphs[0], scene, draw)
         if split_of(opening) == split:
