@@ -26,7 +26,8 @@ def track(documents: Iterable[str], description: str, *, total_bytes: int | None
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     ]
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as progress:
+    console = Console(file=sys.stderr)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(description, total=total_bytes, documents=0)
         size = 0
         for count, document in enumerate(documents, start=1):

@@ -329,6 +329,7 @@ class OptimizerStepProgressBar(ProgressBar):
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
