@@ -1,0 +1,59 @@
+"""What the documents say: the commands exist with their options, the links lead somewhere, the figures are true."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiny_lm.cli import main
+from tiny_lm.config import find_config
+from tiny_lm.model import load_model_config, num_parameters
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+GROUPS = ("data", "tokenizer")
+
+
+def commands() -> list[str]:
+    """Every `tiny-lm` command line in a block or between backquotes."""
+    found = set()
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        found |= set(re.findall(r"^(?:    |\$ )(tiny-lm [a-z].*?)(?: +#.*)?$", text, flags=re.MULTILINE))
+        found |= set(re.findall(r"`(tiny-lm [a-z][^`]*)`", text))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("line", commands())
+def test_every_command_in_the_documents_exists(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = shlex.split(line)[1:]
+    command = words[:2] if words[0] in GROUPS else words[:1]
+    monkeypatch.setattr(sys, "argv", ["tiny-lm", *command, "--help"])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    shown = capsys.readouterr().out
+    assert not exit_.value.code
+    for option in (word for word in words if word.startswith("--")):
+        assert option.partition("=")[0] in shown, f"{' '.join(command)} has no {option}"
+    for option, kind in (("--config", "tokenizers" if command != ["data", "download"] else "datasets"),):
+        if option in words:
+            find_config(kind, words[words.index(option) + 1])
+
+
+def test_links_lead_somewhere() -> None:
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_the_readme_tells_the_true_size_of_the_quickstart_model() -> None:
+    assert f"{num_parameters(load_model_config('quickstart')):,} parameters" in (ROOT / "README.md").read_text()
+
+
+def test_no_placeholder_is_left() -> None:
+    for document in DOCUMENTS:
+        assert "@@" not in document.read_text(encoding="utf-8"), document
