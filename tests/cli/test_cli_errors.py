@@ -133,6 +133,12 @@ def test_help_is_quick_and_names_every_command(workplace: Path, cli: Callable[..
     assert re.fullmatch(r"tiny-lm \d+\.\d+\.\d+\n", cli("--version").stdout)
 
 
+def test_a_group_without_a_command_shows_its_help(workplace: Path, cli: Callable[..., object]) -> None:
+    result = cli("data")
+    assert result.code == 2
+    assert re.search(r"^  download ", result.stderr, flags=re.MULTILINE)
+
+
 def test_a_reader_that_has_had_enough_is_no_error(workplace: Path) -> None:
     code = "from tiny_lm.cli import main; main('train', 'speed', '--dry-run')"
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)

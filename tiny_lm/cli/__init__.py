@@ -79,6 +79,7 @@ def main(*command: str) -> None:
 
 
 def _fail(message: str) -> int:
-    """Print one line; the messages of libraries may hold more."""
-    print("error: " + " ".join(message.split("\n")).strip(), file=sys.stderr)
+    """Print one line, whatever the message of a library holds; but the help of a group without a command as it is."""
+    is_help = message.startswith("Usage: ")
+    print(message if is_help else "error: " + " ".join(message.split("\n")).strip(), file=sys.stderr)
     return 2

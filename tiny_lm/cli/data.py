@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tiny_lm.dataset import DatasetConfig
     from tiny_lm.tokenizer import Tokenizer, TokenizerConfig
 
-data_app = typer.Typer(help="Fetch a data set, or write the built-in one.", rich_markup_mode=None)
+data_app = typer.Typer(help="Fetch a data set, or write the built-in one.", rich_markup_mode=None, no_args_is_help=True)
 
 
 @data_app.command()
@@ -65,10 +65,11 @@ def tokenize(
     settings: Settings = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Turn a corpus into token streams: train.bin, val.bin and metadata.json.
+    """Turn a corpus into token streams.
 
-    The corpus is the one that the tokenizer config names, the tokenizer is the one in its output folder (train it first
-    with `tiny-lm tokenizer train`), and the streams go to its tokenized_output_dir.
+    Writes train.bin, val.bin, metadata.json and a copy of the tokenizer into the config's tokenized_output_dir. The
+    corpus is the one that the tokenizer config names, and the tokenizer is the one in its output_dir: train it first,
+    with `tiny-lm tokenizer train`.
     """
     from tiny_lm.tokenizer import load_tokenizer
 

@@ -30,7 +30,7 @@ def generate(
     seed: Seed = None,
     add_bos: AddBos = True,
 ) -> None:
-    """Continue a prompt with a trained model; the text appears as it is written."""
+    """Continue a prompt with a trained model."""
     from tiny_lm.inference import TextGenerator
 
     _write(TextGenerator.from_run(run), prompt, max_new_tokens, temperature, top_k, top_p, seed, add_bos)

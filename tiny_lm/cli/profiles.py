@@ -4,7 +4,10 @@ from tiny_lm.config import shipped_configs
 
 
 def profiles() -> None:
-    """List the profiles that `tiny-lm train` knows, with size, tokens and what their guides promise."""
+    """List what `tiny-lm train` knows by name.
+
+    For each profile its size, its tokens and what its guide promises.
+    """
     from tiny_lm.data import BinDataConfig
     from tiny_lm.model.config import load_model_config, num_parameters
     from tiny_lm.training import TrainingConfig

@@ -33,7 +33,10 @@ def quickstart(
     errors: ReplaceErrors = "strict",
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Another seed: other first weights and batches.")] = 0,
 ) -> None:
-    """From raw text to a story in minutes: data, tokenizer, token stream, model, training, generation."""
+    """Go from raw text to a story in minutes.
+
+    Text, tokenizer, token stream, model, training, loss curve and three stories, on a CPU if need be.
+    """
     from rich.console import Console
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)

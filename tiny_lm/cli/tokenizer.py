@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tiny_lm.dataset import DatasetConfig, Errors
     from tiny_lm.tokenizer import Tokenizer, TokenizerConfig
 
-tokenizer_app = typer.Typer(help="Train, inspect or import a tokenizer.", rich_markup_mode=None)
+tokenizer_app = typer.Typer(help="Train, inspect or import a tokenizer.", rich_markup_mode=None, no_args_is_help=True)
 
 
 @tokenizer_app.command("train")

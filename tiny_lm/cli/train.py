@@ -30,7 +30,10 @@ def train(
     settings: Settings = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Train a model: a profile, or a model, a training and a data config, or both, where a config replaces its part."""
+    """Train a model, or go on training one.
+
+    What is trained is a profile, or a model, a training and a data config, or both, where a config replaces its part.
+    """
     resumed = _run_of(resume)
     given = {"model": model_config, "training": training_config, "data": data_config}
     files = _config_files(profile, given, resumed)

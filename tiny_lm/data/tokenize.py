@@ -55,7 +55,7 @@ def tokenize_corpus(
             temporary = stack.enter_context(atomic_path(output_dir / f"{name}.bin"))
             files[f"{name}.bin"] = _write_split(tokenizer, documents, temporary, np.dtype(dtype), num_threads)
             if files[f"{name}.bin"].documents == 0:
-                raise UserError(f"{source}: the {name} split holds no document; check the data set and its filters")
+                raise UserError(f"{source}: the {name} split holds no document; use more text or other filters")
         (output_dir / METADATA_FILE).unlink(missing_ok=True)
     shutil.rmtree(output_dir / TOKENIZER_FOLDER, ignore_errors=True)
     tokenizer.save(output_dir / TOKENIZER_FOLDER)

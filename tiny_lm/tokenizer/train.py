@@ -46,7 +46,7 @@ def train_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> Tokeni
         tokenizer = CharTokenizer.train(config, corpus)
     if config.type != "char" and config.vocab_size and tokenizer.vocab_size < config.vocab_size:
         logger.warning(
-            "the corpus yields only %d tokens, not vocab_size=%d; set the model's vocab_size to that",
+            "the corpus yields only %d tokens, not vocab_size=%d",
             tokenizer.vocab_size,
             config.vocab_size,
         )
