@@ -83,6 +83,28 @@ def test_invalid_utf8_can_be_read_on_request(files: Path, cli: Callable[..., obj
     assert cli("tokenize", "--config", "bpe.yaml", "--errors", "replace").code == 0
 
 
+def test_a_tokenizer_config_that_was_changed_after_the_training(files: Path, cli: Callable[..., object]) -> None:
+    cli(*TOKENIZER)
+    with (files / "bpe.yaml").open("a") as file:
+        file.write("special_tokens: {eos: <end>, bos: <begin>}\n")
+    result = cli("tokenize", "--config", "bpe.yaml")
+    assert result.code == 2
+    assert "train it again with `tiny-lm tokenizer train --config bpe.yaml`" in result.stderr
+
+
+def test_a_checkpoint_outside_a_run_is_not_gone_on_from(files: Path, cli: Callable[..., object]) -> None:
+    cli(*TOKENIZER)
+    cli("tokenize", "--config", "bpe.yaml")
+    cli(*TRAIN)
+    (files / "deep").mkdir()
+    (files / "runs" / "r" / "checkpoints" / "last.ckpt").rename(files / "deep" / "copy.ckpt")
+    result = cli(*TRAIN, "--resume", "deep/copy.ckpt", "--set", "training.max_steps=9")
+    assert result.code == 2
+    assert "is no run folder" in result.stderr
+    result = cli(*TRAIN)
+    assert "runs/r: is there already" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

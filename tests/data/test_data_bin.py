@@ -1,6 +1,8 @@
 import json
+import pickle
 import shutil
 from collections.abc import Callable
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +165,32 @@ def test_damaged_stream_is_one_line(data_config: MakeConfig, stream_folder: Path
     (tmp_path / "other.bin").write_bytes(b"")
     with pytest.raises(UserError, match=r"other.bin: is not listed in"):
         BinTokenDataModule(data_config(train_path=str(tmp_path / "other.bin")))
+
+
+def test_an_id_outside_the_vocabulary_is_one_line(data_config: MakeConfig, stream_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(stream_folder, tmp_path, dirs_exist_ok=True)
+    ids = np.fromfile(tmp_path / "train.bin", dtype="<u2")
+    ids[40] = 60_000
+    ids.tofile(tmp_path / "train.bin")
+    dataset = open_dataset(data_config(train_path=str(tmp_path / "train.bin")))
+    assert dataset[[0]][0].max() < 512
+    with pytest.raises(UserError, match="holds the token id 60000, but its tokenizer has 512 tokens"):
+        dataset[[1]]
+
+
+def test_a_loader_process_gets_no_copy_of_the_tokens(data_config: MakeConfig) -> None:
+    dataset = open_dataset(data_config())
+    window = dataset[3]
+    sent = pickle.dumps(dataset)
+    assert len(sent) < 10_000
+    received = ForkingPickler.loads(sent)  # as a loader process reads it
+    assert torch.equal(received[3][0], window[0])
+
+
+@pytest.mark.parametrize("path", ["", ".", "a**/b", "/", "~nobody/x.bin", "[", "\0"])
+def test_paths_that_are_none(path: str, data_config: MakeConfig) -> None:
+    with pytest.raises(UserError, match="no such token stream"):
+        open_stream(path, data_config())
 
 
 def test_streams_of_two_tokenizers_are_refused(data_config: MakeConfig, stream_folder: Path, tmp_path: Path) -> None:

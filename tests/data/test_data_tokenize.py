@@ -107,6 +107,32 @@ def test_real_stories_keep_every_byte(tinystories: Path, tmp_path: Path) -> None
     assert [tokenizer.decode(document.tolist()) for document in documents] == valid
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="has no limit on the size of a file")
+def test_a_full_disk_leaves_the_stream_that_was_there(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """The limit on the size of a file stands for the end of the disk: both end a write in the middle."""
+    stream = tmp_path / "stream"
+    tokenize_corpus(tokenizer, {"train": ["old"], "val": ["old"]}, stream, source="test")
+    before = {path: path.read_bytes() for path in stream.rglob("*") if path.is_file()}
+    code = f"""
+        import resource
+        from pathlib import Path
+        from tiny_lm.data.tokenize import tokenize_corpus
+        from tiny_lm.dataset.stories import generate_stories
+        from tiny_lm.errors import UserError
+        from tiny_lm.tokenizer import load_tokenizer
+        tokenizer = load_tokenizer({str(stream / "tokenizer")!r})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        corpus = {{"train": generate_stories(9_000), "val": ["new"]}}
+        try:
+            tokenize_corpus(tokenizer, corpus, Path({str(stream)!r}), source="x")
+        except UserError as error:
+            print(error)
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert "train.bin: could not be written (File too large)" in result.stdout, result.stderr[-2000:]
+    assert {path: path.read_bytes() for path in stream.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """A corpus of 200 MiB goes through a process whose data may take 160 MiB in all."""

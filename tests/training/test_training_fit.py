@@ -19,6 +19,7 @@ from tiny_lm.errors import UserError
 from tiny_lm.model import ModelConfig, model_config_from_dict
 from tiny_lm.model.checkpoint import load_checkpoint_model, read_checkpoint
 from tiny_lm.runs import Run
+from tiny_lm.tokenizer import TokenizerConfig, train_tokenizer
 from tiny_lm.training import TrainingConfig
 from tiny_lm.training.fit import TrainingResult, train
 from tiny_lm.training.trackers import read_metrics
@@ -254,6 +255,22 @@ def test_block_size_above_the_context(fit: Fit) -> None:
 def test_model_with_too_small_a_vocabulary(fit: Fit) -> None:
     with pytest.raises(UserError, match="vocab_size 300 of the model config is below the 512 tokens"):
         fit(config=model(vocab_size=300))
+
+
+def test_stream_without_its_tokenizer_or_with_another(
+    data_config: Callable[..., BinDataConfig], run: Run, tmp_path: Path, stories: list[str]
+) -> None:
+    stream = tmp_path / "stream"
+    shutil.copytree(Path(data_config().train_path).parent, stream)
+    data = data_config(train_path=str(stream / "train.bin"), val_path=str(stream / "val.bin"))
+    shutil.rmtree(stream / "tokenizer")
+    with pytest.raises(UserError, match="tokenizer"):
+        train(model(), training(), data, run)
+    config = TokenizerConfig(name="other", vocab_size=512, dataset_config="x")
+    train_tokenizer(config, stories[:3]).save(stream / "tokenizer")
+    with pytest.raises(UserError, match=r"tokenizer: is not the tokenizer that wrote .*train.bin"):
+        train(model(), training(), data, run)
+    assert not run.folder.exists()
 
 
 def test_resuming_with_another_model_or_nothing_left(fit: Fit, run: Run) -> None:
