@@ -8,7 +8,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -94,11 +94,11 @@ def train(
     tokenizer = _check_fit(model_config, data)
     device = choose_device()
     precision, why = choose_precision(training_config, device)
-    if training_config.compile and not _has_compiler(device):
-        why = "compile: true needs a C++ compiler (on a GPU: Triton), which is not here: training uncompiled"
-        training_config = replace(training_config, compile=False)
     if why:
         console.print(why)
+    if training_config.compile and not _has_compiler(device):
+        console.print("compile: true needs a C++ compiler (on a GPU: Triton), which is not here: training uncompiled")
+        training_config = replace(training_config, compile=False)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     torch.manual_seed(training_config.seed)
     # What decides the order of batches and the state of the optimizer: a resumed run must agree.
@@ -175,14 +175,14 @@ def _fit(
                 ],
             )
             trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
-    except torch.OutOfMemoryError:
-        run.update_record(status="failed")
-        raise UserError(
-            "out of memory: lower batch_size and raise accumulate_grad_batches as much, or set "
-            "gradient_checkpointing: true"
-        ) from None
-    except BaseException:
-        run.update_record(status="failed")
+    except BaseException as error:
+        with suppress(UserError):  # a full disk takes the record no more than the checkpoint
+            run.update_record(status="failed")
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(
+                "out of memory: lower batch_size and raise accumulate_grad_batches as much, or set "
+                "gradient_checkpointing: true"
+            ) from None
         raise
     finished = trainer.global_step >= config.max_steps
     metrics = {**monitor.latest, **validation.latest, "best_val_loss": validation.best_loss}
