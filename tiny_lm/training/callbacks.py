@@ -1,7 +1,7 @@
 """What happens beside the training step: logging, validation, checkpoints, stopping, the progress bar.
 
-The callbacks act at the end of optimizer steps and in the order in which ``fit.py`` lists them: metrics are logged
-before a validation, and the checkpoint is written last, when everything that belongs to the step has happened.
+The callbacks act at the end of optimizer steps and in the order in which ``fit.py`` lists them. The first ones note
+their figures in one event, which is then written; the checkpoint comes last, when all that belongs to the step is done.
 """
 
 import math
