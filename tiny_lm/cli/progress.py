@@ -9,7 +9,6 @@ from rich.progress import (
     DownloadColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -19,12 +18,11 @@ def track(documents: Iterable[str], description: str, *, total_bytes: int | None
     """Yield ``documents`` and show their number, the amount of text, its rate and, if known, the time left."""
     columns = [
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(bar_width=12),  # all columns together fit into 80 characters
         TextColumn("{task.fields[documents]:,} documents"),
         DownloadColumn(),
         TransferSpeedColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
     ]
     console = Console(file=sys.stderr)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -42,7 +42,7 @@ def train_and_save(
     val_split = tokenizer_config.val_split
     documents = iter_documents(dataset_config, "train", val_split=val_split, errors=errors)
     total_bytes = estimate_bytes(dataset_config, "train", val_split=val_split)
-    documents = track(documents, "training the tokenizer", total_bytes=total_bytes)
+    documents = track(documents, "tokenizer", total_bytes=total_bytes)
     tokenizer = train_tokenizer(tokenizer_config, documents)
     tokenizer.save(Path(tokenizer_config.output_dir))
     return tokenizer
