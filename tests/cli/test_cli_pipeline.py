@@ -73,23 +73,23 @@ def test_raw_text_to_a_story_for_every_family(corpus: Path, cli: Callable[..., o
         assert told[0].stderr == ""
 
 
-def test_resuming_by_itself_and_by_name(corpus: Path, cli: Callable[..., object]) -> None:
+@pytest.fixture
+def streams(corpus: Path, cli: Callable[..., object]) -> Path:
+    """The corpus, tokenized."""
     cli("tokenizer", "train", "--config", "bpe.yaml")
     cli("tokenize", "--config", "bpe.yaml")
-    command = [
-        "train",
-        "--model-config",
-        "gpt2.yaml",
-        "--training-config",
-        "training.yaml",
-        "--data-config",
-        "data.yaml",
-    ]
-    result = cli(*command, "--resume", "auto")  # nothing to go on from: a new run
+    return corpus
+
+
+TRAIN = ["train", "--model-config", "gpt2.yaml", "--training-config", "training.yaml", "--data-config", "data.yaml"]
+
+
+def test_resuming_by_itself_and_by_name(streams: Path, cli: Callable[..., object]) -> None:
+    result = cli(*TRAIN, "--resume", "auto")  # nothing to go on from: a new run
     assert "from the beginning" in result.stderr
-    (run,) = (corpus / "runs").iterdir()
+    (run,) = (streams / "runs").iterdir()
     assert re.fullmatch(r"gpt2-data-\d{8}-\d{6}", run.name)
-    result = cli(*command, "--resume", "auto", "--set", "training.max_steps=9")
+    result = cli(*TRAIN, "--resume", "auto", "--set", "training.max_steps=9")
     assert f"going on from runs/{run.name}/checkpoints/last.ckpt" in result.stderr
     assert json.loads((run / "run.json").read_text())["steps"] == 9
     result = cli("train", "--resume", f"runs/{run.name}", "--set", "training.max_steps=12")
@@ -98,24 +98,13 @@ def test_resuming_by_itself_and_by_name(corpus: Path, cli: Callable[..., object]
         "train", "--resume", f"runs/{run.name}/checkpoints/step-00000009.ckpt", "--set", "training.max_steps=10"
     )
     assert "step-00000009.ckpt" in result.stderr
-    assert list((corpus / "runs").iterdir()) == [run]
+    assert list((streams / "runs").iterdir()) == [run]
     steps = [event["step"] for event in read_metrics(run / "metrics.jsonl") if "val_loss" in event]
     assert steps == [3, 6, 9, 10]
 
 
-def test_a_run_that_is_there_is_not_overwritten(corpus: Path, cli: Callable[..., object]) -> None:
-    cli("tokenizer", "train", "--config", "bpe.yaml")
-    cli("tokenize", "--config", "bpe.yaml")
-    command = [
-        "train",
-        "--model-config",
-        "gpt2.yaml",
-        "--training-config",
-        "training.yaml",
-        "--data-config",
-        "data.yaml",
-    ]
-    command += ["--set", "training.run_name=mine"]
+def test_a_run_that_is_there_is_not_overwritten(streams: Path, cli: Callable[..., object]) -> None:
+    command = [*TRAIN, "--set", "training.run_name=mine"]
     assert cli(*command).code == 0
     result = cli(*command)
     assert result.code == 2

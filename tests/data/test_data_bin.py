@@ -87,8 +87,8 @@ def test_a_glob_of_shards_is_one_stream(data_config: MakeConfig, stream_folder: 
 
 
 def test_shuffling_is_a_function_of_seed_and_batch() -> None:
-    def take(count: int, **options: int) -> list[list[int]]:
-        batches = iter(ShuffledBatches(10, 3, **{"seed": 1, "drop_last": True, **options}))  # type: ignore[arg-type]
+    def take(count: int, *, seed: int = 1, start: int = 0, drop_last: bool = True) -> list[list[int]]:
+        batches = iter(ShuffledBatches(10, 3, seed=seed, drop_last=drop_last, start=start))
         return [next(batches).tolist() for _ in range(count)]
 
     first = take(9)

@@ -149,11 +149,11 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
             rows = np.flatnonzero(file_of == file)
             starts = (windows[rows] - self._first_window[file]) * self._stride
             ids[rows], short[rows] = self._read(self._maps[file], starts)
-        if ids.max() >= self.stream.metadata.vocab_size:
-            raise UserError(
-                f"{self.stream.files[0]}: holds the token id {ids.max()}, but its tokenizer has "
-                f"{self.stream.metadata.vocab_size} tokens; it is damaged, so tokenize again"
-            )
+            if (largest := ids[rows].max()) >= self.stream.metadata.vocab_size:
+                raise UserError(
+                    f"{self.stream.files[file]}: holds the token id {largest}, but its tokenizer has "
+                    f"{self.stream.metadata.vocab_size} tokens; it is damaged, so tokenize again"
+                )
         x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())  # [B, T] each
         if (short <= self.block_size).any():
             y[torch.arange(self.block_size) + 1 >= torch.from_numpy(short)[:, None]] = self._ignore_index
