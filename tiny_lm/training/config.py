@@ -20,11 +20,23 @@ class TrainingConfig(Config):
     )
     learning_rate: float = Field(gt=0, le=10, description="peak, reached after the warm-up")
     min_lr: float = Field(default=0.0, ge=0, description="learning rate at the last step")
-    scheduler: Literal["cosine", "linear", "constant", "none"] = Field(
-        default="cosine", description="what follows the warm-up; constant and none hold the peak, none without warm-up"
+    scheduler: Literal["cosine", "wsd", "linear", "constant", "none"] = Field(
+        default="cosine",
+        description="what follows the warm-up; wsd holds the peak and then falls linearly (warm-up, stable, decay), "
+        "constant and none hold the peak, none without warm-up",
     )
     warmup_ratio: float = Field(default=0.01, ge=0, le=1, description="share of max_steps with a rising rate")
+    decay_ratio: float = Field(default=0.65, gt=0, le=1, description="wsd only: share of max_steps with a falling rate")
     weight_decay: float = Field(default=0.1, ge=0, description="of matrices and embeddings; never of norms and biases")
+    weight_decay_schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="linear and cosine fall to 0 over the run"
+    )
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="validate, save and tell stories with a moving average of the weights of this decay; null: none",
+    )
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     grad_clip_norm: float = Field(default=1.0, ge=0, description="global norm; 0 does not clip")
@@ -52,8 +64,28 @@ class TrainingConfig(Config):
         default=None, pattern=r"^[\w][\w.-]*$", max_length=128, description="null: <model>-<data>-<UTC time>"
     )
     seed: int = Field(default=0, ge=0, lt=2**32)
-    compile: bool = Field(default=False, description="torch.compile the model")
+    spike_threshold: float | None = Field(
+        default=None,
+        gt=0,
+        description="stop when the loss of a step is so many nats above the mean of those before; null: only warn",
+    )
+    sample_prompts: tuple[str, ...] = Field(
+        default=("Once upon a time",), max_length=16, description="begun stories that each validation continues"
+    )
+    sample_tokens: int = Field(default=120, ge=0, le=4096, description="length of each sample story; 0: none is told")
+    trackers: tuple[Literal["jsonl", "trackio", "wandb", "tensorboard"], ...] = Field(
+        default=("jsonl",),
+        description="where metrics go besides the run folder's metrics.jsonl, which is always written",
+    )
+    compile: Literal["auto"] | bool = Field(
+        default="auto", description="torch.compile the model; auto: when the run is long enough to earn the compiling"
+    )
     gradient_checkpointing: bool = Field(default=False, description="less memory for about a third more time")
+    devices: int | Literal["auto"] = Field(default=1, description="processes on each node; auto: all GPUs")
+    num_nodes: int = Field(default=1, ge=1, le=1024)
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        default="auto", description="how several processes share the work; auto: ddp where there are several"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,44 +1,31 @@
 """One training run: checks, run folder, Lightning's trainer, and what is written down at the end."""
 
-import importlib.util
 import logging
 import math
-import os
-import shutil
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins.io import TorchCheckpointIO
 from rich.console import Console
 
 from tiny_lm.data import BinDataConfig
 from tiny_lm.data.module import BinTokenDataModule
 from tiny_lm.errors import UserError
-from tiny_lm.files import atomic_path
 from tiny_lm.model import ModelConfig, num_parameters
-from tiny_lm.model.checkpoint import CHECKPOINT_KEY, read_checkpoint
 from tiny_lm.runs import Run, environment
 from tiny_lm.tokenizer import Tokenizer, load_tokenizer
-from tiny_lm.training.callbacks import (
-    CheckpointWriter,
-    Event,
-    GpuStatsMonitor,
-    GracefulStop,
-    MetricsWriter,
-    OptimizerStepProgressBar,
-    TokensMonitor,
-    Validation,
-)
+from tiny_lm.training.callbacks import MetricsWriter, Validation
+from tiny_lm.training.checkpoints import AtomicCheckpointIO, CheckpointWriter, GracefulStop
 from tiny_lm.training.config import TrainingConfig
-from tiny_lm.training.device import Device, Precision, choose_device, choose_precision, describe_device
+from tiny_lm.training.device import Precision, choose_device, choose_precision, describe_device, has_compiler
 from tiny_lm.training.module import CausalLMModule
+from tiny_lm.training.monitors import Event, GpuStatsMonitor, OptimizerStepProgressBar, TokensMonitor
+from tiny_lm.training.resume import check_resume, forget_after
 from tiny_lm.training.trackers import JsonlLogger
 
 
@@ -51,17 +38,6 @@ class TrainingResult:
     """False where the run was stopped before its last step; it can be resumed."""
     steps: int
     metrics: dict[str, float]
-
-
-class _AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints whole or not at all and reads them without executing anything."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return read_checkpoint(Path(path), mmap=False)  # it is about to be replaced by the next one
 
 
 def train(
@@ -96,7 +72,7 @@ def train(
     precision, why = choose_precision(training_config, device)
     if why:
         console.print(why)
-    if training_config.compile and not _has_compiler(device):
+    if training_config.compile is True and not has_compiler(device):
         console.print("compile: true needs a C++ compiler (on a GPU: Triton), which is not here: training uncompiled")
         training_config = replace(training_config, compile=False)
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
@@ -111,7 +87,7 @@ def train(
         "block_size": data_config.block_size,
         "stride": data_config.window_stride,
     }
-    resumed_step = 0 if resume_from is None else _check_resume(resume_from, identity, training_config.max_steps)
+    resumed_step = 0 if resume_from is None else check_resume(resume_from, identity, training_config.max_steps)
     module = CausalLMModule(model_config, training_config, identity)
     for section, config in (("model", model_config), ("training", training_config), ("data", data_config)):
         config.save(run.configs / f"{section}.yaml")
@@ -128,7 +104,7 @@ def train(
         val_tokens=data.val_stream.tokens,
         environment=environment(),
     )
-    _forget_after(run, resumed_step)
+    forget_after(run, resumed_step)
     return _fit(module, data, run, resume_from, accelerator=device, precision=precision, console=console)
 
 
@@ -163,7 +139,7 @@ def _fit(
                 enable_checkpointing=False,
                 enable_model_summary=False,
                 logger=JsonlLogger(run.metrics),
-                plugins=[_AtomicCheckpointIO()],
+                plugins=[AtomicCheckpointIO()],
                 callbacks=[
                     monitor,
                     GpuStatsMonitor(config.system_metrics_every_n_steps, event),
@@ -216,46 +192,6 @@ def _check_fit(model_config: ModelConfig, data: BinTokenDataModule) -> Tokenizer
             f"{folder}: is not the tokenizer that wrote {data.config.train_path}; run `tiny-lm tokenize` again"
         )
     return tokenizer
-
-
-_KEPT_WHEN_RESUMING = {
-    "tokenizer_hash": "the text was encoded by another tokenizer",
-    "optimizer": "the state in the checkpoint is another optimizer's",
-    "seed": "other batches would follow",
-    "batch_size": "other batches would follow",
-    "block_size": "other batches would follow",
-    "stride": "other batches would follow",
-}
-
-
-def _check_resume(path: Path, identity: dict[str, Any], max_steps: int) -> int:
-    """Return the step of a checkpoint that this run can go on from."""
-    checkpoint = read_checkpoint(path)
-    ours = checkpoint[CHECKPOINT_KEY]
-    if ours["model"] != identity["model"]:
-        raise UserError(f"{path}: holds another model than the model config; resume with the run's own configs")
-    for key, why in _KEPT_WHEN_RESUMING.items():
-        if ours.get(key) != identity[key]:
-            raise UserError(f"{path}: was trained with {key} {ours.get(key)} and not {identity[key]}: {why}")
-    step = int(checkpoint["global_step"])
-    if step >= max_steps:
-        raise UserError(f"{path}: stands at step {step} of max_steps {max_steps}: nothing is left to train")
-    return step
-
-
-def _forget_after(run: Run, step: int) -> None:
-    """Drop metrics and checkpoints of later steps, which a run that goes on from ``step`` is about to write again."""
-    JsonlLogger(run.metrics).drop_after(step)
-    for checkpoint in [*run.checkpoints.glob("step-*.ckpt"), run.best_checkpoint]:
-        if checkpoint.is_file() and read_checkpoint(checkpoint)["global_step"] > step:
-            checkpoint.unlink()
-
-
-def _has_compiler(device: Device) -> bool:
-    """Whether torch.compile finds what it needs: a C++ compiler for a CPU, Triton for a GPU."""
-    if device == "cuda":
-        return importlib.util.find_spec("triton") is not None
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))
 
 
 @contextmanager

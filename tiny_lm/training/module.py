@@ -36,7 +36,7 @@ class CausalLMModule(pl.LightningModule):
         self.model = build_model(model_config)
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-        if config.compile:
+        if config.compile is True:
             self.model.compile()  # in place: the keys of the state dict stay as they are
         self.config = config
         self._identity = identity
