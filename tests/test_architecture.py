@@ -34,11 +34,13 @@ CONFINED = {
     "pytorch_lightning": ("training/", "data/module.py"),
     "lightning_utilities": ("training/",),
     "transformers": (),
+    "trackio": ("training/trackers.py",),
+    "wandb": ("training/trackers.py",),
     "datasets": ("dataset/huggingface.py",),
     "typer": ("cli/",),
 }
 # Imported inside functions only: they are slow to load, and most commands do not need them.
-LAZY = {"datasets", "tiktoken", "rustbpe", "sentencepiece", "matplotlib", "pyarrow", "transformers"}
+LAZY = {"datasets", "tiktoken", "rustbpe", "sentencepiece", "matplotlib", "pyarrow", "transformers", "trackio", "wandb"}
 
 
 def room_of(path: Path) -> str:

@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tiny_lm.errors import UserError
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
 
 @contextmanager
@@ -20,7 +23,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full, or the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # as _TEMPORARY says
     # None: a write to a file that is open, on a full disk.
     ours = {None, str(temporary), str(path), *map(str, path.parents)}
     try:
@@ -35,6 +38,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise UserError(f"{path}: could not be written ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in ``folder``; nobody else may be writing there."""
+    for temporary in folder.rglob(".*.tmp"):
+        if _TEMPORARY.fullmatch(temporary.name):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

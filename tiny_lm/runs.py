@@ -7,15 +7,19 @@
       tokenizer/                           a copy, so that a run needs nothing outside its folder
       checkpoints/                         step-*.ckpt, last.ckpt, best.ckpt
       metrics.jsonl                        one JSON object for each logged event
+      batches/*.txt                        the text of batches whose loss stood out
+      samples.md                           a story told at each validation
       plots/*.png
       run.json                             git state, versions, device, sizes, times, final metrics
 """
 
+import errno
 import platform
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
@@ -27,6 +31,8 @@ from tiny_lm.errors import UserError
 from tiny_lm.files import read_json, write_json
 
 RUNS_FOLDER = Path("runs")
+
+_STEP = re.compile(r"step-(\d+)\.ckpt")
 
 
 @dataclass(frozen=True)
@@ -65,10 +71,29 @@ class Run:
         """The checkpoint of the lowest validation loss."""
         return self.checkpoints / "best.ckpt"
 
+    def step_checkpoint(self, step: int) -> Path:
+        """Return the path of the checkpoint of an optimizer step."""
+        return self.checkpoints / f"step-{step:08d}.ckpt"
+
+    def saved_steps(self) -> list[tuple[int, Path]]:
+        """Return the steps that have a checkpoint under their own number, oldest first."""
+        found = [(_STEP.fullmatch(path.name), path) for path in self.checkpoints.glob("step-*.ckpt")]
+        return sorted((int(match[1]), path) for match, path in found if match)
+
     @property
     def metrics(self) -> Path:
         """Log of all metrics, one JSON object a line."""
         return self.folder / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Stories told at each validation."""
+        return self.folder / "samples.md"
+
+    @property
+    def batches(self) -> Path:
+        """Folder of the text of batches whose loss stood out."""
+        return self.folder / "batches"
 
     @property
     def plots(self) -> Path:
@@ -92,6 +117,34 @@ class Run:
     def update_record(self, **values: Any) -> None:
         """Set ``values`` in ``run.json`` and leave the rest."""
         write_json(self.record, {**self.read_record(), **values})
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Keep other processes from training in this folder while the block runs; a killed one frees it by itself.
+
+        Raises:
+            UserError: another process is training there.
+        """
+        try:
+            import fcntl
+        except ImportError:  # Windows has no such locks
+            yield
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"{self.folder}: could not be written ({error.strerror or error})") from error
+        with lock:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # belongs to this process alone, not to its children
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise UserError(
+                        f"{self.folder}: another process is training this run; wait for its end, or stop it first"
+                    ) from None
+                # A network disk without locks: there the user must take care.
+            yield
 
     def model_checkpoint(self) -> Path:
         """Return the checkpoint to generate from: the best one, or the newest where none was validated.
@@ -127,14 +180,22 @@ def new_run_name(model: str, data: str) -> str:
 
 
 def find_newest_run(names: Sequence[str]) -> Run | None:
-    """Return the newest run of the model, training and data configs of these names that has a checkpoint."""
-    candidates = [Run(checkpoint.parent.parent) for checkpoint in RUNS_FOLDER.glob("*/checkpoints/last.ckpt")]
+    """Return the newest run of the model, training and data configs of these names.
+
+    One that has a checkpoint comes before any that has none, since it was stopped before its first save.
+    """
     ours = []
-    for run in candidates:
+    for record in RUNS_FOLDER.glob("*/run.json"):
         with suppress(UserError):  # a damaged record belongs to some other run
-            if run.read_record().get("configs") == list(names):
-                ours.append(run)
-    return max(ours, key=lambda run: run.last_checkpoint.stat().st_mtime, default=None)
+            if Run(record.parent).read_record().get("configs") == list(names):
+                ours.append(Run(record.parent))
+    return max(ours, key=_last_saved, default=None)
+
+
+def _last_saved(run: Run) -> tuple[bool, float]:
+    """Return whether a run has a checkpoint, and when its checkpoints or else its record last changed."""
+    has_checkpoint = any(run.checkpoints.glob("*.ckpt"))
+    return has_checkpoint, (run.checkpoints if has_checkpoint else run.record).stat().st_mtime
 
 
 def environment() -> dict[str, Any]:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tiny_lm.data import BinDataConfig, StreamMetadata
+from tiny_lm.data import BinDataConfig
 from tiny_lm.data.bin import IGNORE_INDEX, BinTokenDataset, open_stream
-from tiny_lm.data.module import BinTokenDataModule, ShuffledBatches
+from tiny_lm.data.module import BinTokenDataModule
 from tiny_lm.errors import UserError
 from tiny_lm.tokenizer import Tokenizer
 
@@ -84,57 +84,6 @@ def test_a_glob_of_shards_is_one_stream(data_config: MakeConfig, stream_folder: 
     dataset = open_dataset(data_config(train_path=str(tmp_path / "train_*.bin")))
     expected = [part[start : start + 32].tolist() for part in parts for start in range(0, len(part) - 32, 32)]
     assert dataset[range(len(dataset))][0].tolist() == expected
-
-
-def test_shuffling_is_a_function_of_seed_and_batch() -> None:
-    def take(count: int, *, seed: int = 1, start: int = 0, drop_last: bool = True) -> list[list[int]]:
-        batches = iter(ShuffledBatches(10, 3, seed=seed, drop_last=drop_last, start=start))
-        return [next(batches).tolist() for _ in range(count)]
-
-    first = take(9)
-    assert take(9) == first
-    assert take(5, start=4) == first[4:]
-    assert take(9, seed=2) != first
-    epochs = [[window for batch in first[start : start + 3] for window in batch] for start in (0, 3, 6)]
-    assert all(len(set(epoch)) == 9 for epoch in epochs)  # three batches of three different windows
-    assert first[:3] != first[3:6]
-    everything = take(4, drop_last=False)
-    assert sorted(window for batch in everything for window in batch) == list(range(10))
-
-
-def test_loader_gives_what_the_sampler_says_and_resumes_behind_it(data_config: MakeConfig) -> None:
-    data = BinTokenDataModule(data_config(), seed=3)
-    order = iter(ShuffledBatches(len(data.train_dataset), 4, seed=3, drop_last=True))
-    expected = [data.train_dataset[next(order).tolist()] for _ in range(9)]
-    loaded = iter(data.train_dataloader())
-    for x, y in expected:
-        batch = next(loaded)
-        assert torch.equal(batch[0], x)
-        assert torch.equal(batch[1], y)
-    data.load_state_dict({"batches_seen": 7})
-    assert torch.equal(next(iter(data.train_dataloader()))[0], expected[7][0])
-
-
-def test_reading_leaves_the_resident_set_flat(tmp_path: Path, data_config: MakeConfig, stream_folder: Path) -> None:
-    """4,096 windows spread over a sparse stream of 8 GB add less than 64 MiB to the resident set."""
-    tokens = 4 * 10**9
-    metadata = StreamMetadata.read(stream_folder).to_dict()
-    metadata["files"] = {"train.bin": {**metadata["files"]["train.bin"], "tokens": tokens}}
-    (tmp_path / "metadata.json").write_text(json.dumps(metadata))
-    with (tmp_path / "train.bin").open("wb") as file:
-        file.truncate(2 * tokens)
-    dataset = open_dataset(data_config(train_path=str(tmp_path / "train.bin"), block_size=1024))
-
-    def resident_mib() -> float:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * 4096 / 2**20
-
-    rng = np.random.default_rng(0)
-    dataset[rng.integers(len(dataset), size=16)]
-    before = resident_mib()
-    for _ in range(256):
-        dataset[rng.integers(len(dataset), size=16)]
-    assert resident_mib() - before < 64
 
 
 @pytest.mark.parametrize(

@@ -13,59 +13,19 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_runs import FAMILIES, losses, model, training
 
 from tiny_lm.data import BinDataConfig
 from tiny_lm.errors import UserError
-from tiny_lm.model import ModelConfig, model_config_from_dict
 from tiny_lm.model.checkpoint import load_checkpoint_model, read_checkpoint
 from tiny_lm.runs import Run
 from tiny_lm.tokenizer import TokenizerConfig, train_tokenizer
-from tiny_lm.training import TrainingConfig
 from tiny_lm.training.fit import TrainingResult, train
 from tiny_lm.training.trackers import read_metrics
 
 GOLDEN = Path(__file__).with_name("golden_loss.txt")
-FAMILIES: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_heads": 2, "d_ff": 64},
-    "smalllm": {"n_heads": 2, "d_ff": 64},
-    "llama3": {"n_heads": 4, "n_kv_heads": 2},
-    "qwen3": {"n_heads": 4, "n_kv_heads": 2},
-}
-
-
-def model(family: str = "gpt2", **values: Any) -> ModelConfig:
-    size = {"vocab_size": 512, "context_length": 32, "d_model": 32, "n_layers": 2, "dropout": 0.1}
-    return model_config_from_dict({"architecture": family, **size, **FAMILIES[family], **values}, source="test")
-
-
-def training(**values: Any) -> TrainingConfig:
-    defaults = {
-        "max_steps": 12,
-        "learning_rate": 3e-3,
-        "precision": "32-true",
-        "val_every_n_steps": 6,
-        "save_every_n_steps": 4,
-        "log_every_n_steps": 1,
-        "system_metrics_every_n_steps": 5,
-    }
-    return TrainingConfig.from_dict({**defaults, **values})
-
 
 Fit = Callable[..., TrainingResult]
-
-
-@pytest.fixture
-def fit(data_config: Callable[..., BinDataConfig], run: Run) -> Fit:
-    def do(
-        run: Run = run, resume_from: Path | None = None, config: ModelConfig | None = None, **values: Any
-    ) -> TrainingResult:
-        return train(config or model(), training(**values), data_config(), run, resume_from=resume_from)
-
-    return do
-
-
-def losses(run: Run) -> dict[int, float]:
-    return {event["step"]: event["train_loss"] for event in read_metrics(run.metrics) if "train_loss" in event}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -140,38 +100,6 @@ def test_accumulation_is_a_larger_batch(data_config: Callable[..., BinDataConfig
     assert losses(runs[0]) == pytest.approx(losses(runs[1]), abs=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_resumed_run_repeats_the_unbroken_one_bit_for_bit(optimizer: str, fit: Fit, tmp_path: Path) -> None:
-    whole, broken = Run(tmp_path / "whole"), Run(tmp_path / "broken")
-    options: dict[str, Any] = {"optimizer": optimizer, "accumulate_grad_batches": 2, "keep_checkpoints": 9}
-    fit(run=whole, **options)
-    fit(run=broken, **options)
-    fit(run=broken, resume_from=broken.checkpoints / "step-00000004.ckpt", **options)
-    assert losses(broken) == losses(whole)  # exactly: dropout, batches, rates and optimizer state are all the same
-    rates = {event["step"]: event["lr"] for event in read_metrics(broken.metrics) if "lr" in event}
-    assert rates == {event["step"]: event["lr"] for event in read_metrics(whole.metrics) if "lr" in event}
-    assert [event["step"] for event in read_metrics(broken.metrics)] == list(range(1, 13))  # nothing stands twice
-    final = [load_checkpoint_model(run.last_checkpoint).model.state_dict() for run in (whole, broken)]
-    assert all(torch.equal(final[0][key], final[1][key]) for key in final[0])
-
-
-def test_a_checkpoint_inside_a_log_window_keeps_the_mean(fit: Fit, tmp_path: Path) -> None:
-    whole, broken = Run(tmp_path / "whole"), Run(tmp_path / "broken")
-    fit(run=whole, log_every_n_steps=6)
-    fit(run=broken, log_every_n_steps=6, keep_checkpoints=9)
-    fit(run=broken, log_every_n_steps=6, resume_from=broken.checkpoints / "step-00000004.ckpt")
-    assert losses(broken) == losses(whole)
-    assert [event["tokens"] for event in read_metrics(broken.metrics) if "tokens" in event] == [6 * 128, 12 * 128]
-
-
-def test_going_back_drops_what_came_after(fit: Fit, run: Run) -> None:
-    fit(keep_checkpoints=9)
-    fit(resume_from=run.checkpoints / "step-00000004.ckpt", max_steps=7, val_every_n_steps=100)
-    names = sorted(path.name for path in run.checkpoints.iterdir())
-    assert names == ["best.ckpt", "last.ckpt", "step-00000004.ckpt", "step-00000007.ckpt"]
-    assert load_checkpoint_model(run.best_checkpoint).step == 7
-
-
 def test_validation_may_be_cut_but_not_after_the_last_step(fit: Fit, run: Run, tmp_path: Path) -> None:
     full = fit(run=Run(tmp_path / "full"))
     cut = fit(val_max_tokens=64)
@@ -181,14 +109,6 @@ def test_validation_may_be_cut_but_not_after_the_last_step(fit: Fit, run: Run, t
     ]
     assert curves[0][0] != curves[1][0]
     assert curves[0][1] == curves[1][1]
-
-
-def test_a_loss_that_is_no_number_ends_the_run_in_one_line(fit: Fit, run: Run) -> None:
-    with pytest.raises(
-        UserError, match=r"the loss is (nan|inf) at step \d+ or up to 1 steps before: lower learning_rate"
-    ):
-        fit(learning_rate=10.0, warmup_ratio=0.0, scheduler="none", max_steps=60, grad_clip_norm=0, weight_decay=3e38)
-    assert json.loads(run.record.read_text())["status"] == "failed"
 
 
 def test_bf16_compile_and_gradient_checkpointing_train(fit: Fit, tmp_path: Path) -> None:
@@ -271,18 +191,6 @@ def test_stream_without_its_tokenizer_or_with_another(
     with pytest.raises(UserError, match=r"tokenizer: is not the tokenizer that wrote .*train.bin"):
         train(model(), training(), data, run)
     assert not run.folder.exists()
-
-
-def test_resuming_with_another_model_or_nothing_left(fit: Fit, run: Run) -> None:
-    fit()
-    with pytest.raises(UserError, match="holds another model than the model config"):
-        fit(resume_from=run.last_checkpoint, config=model(d_model=64))
-    with pytest.raises(UserError, match="stands at step 12 of max_steps 12: nothing is left to train"):
-        fit(resume_from=run.last_checkpoint)
-    with pytest.raises(UserError, match="trained with optimizer adamw and not muon: the state in the checkpoint"):
-        fit(resume_from=run.last_checkpoint, optimizer="muon", max_steps=20)
-    with pytest.raises(UserError, match="trained with seed 0 and not 1: other batches would follow"):
-        fit(resume_from=run.last_checkpoint, seed=1, max_steps=20)
 
 
 def test_damaged_and_foreign_checkpoints(fit: Fit, run: Run, tmp_path: Path) -> None:

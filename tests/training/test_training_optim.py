@@ -4,7 +4,7 @@ from torch import Tensor
 
 from tiny_lm.model import build_model, load_model_config
 from tiny_lm.training import TrainingConfig
-from tiny_lm.training.optim import MuonAdamW, build_optimizer, build_scheduler, learning_rate_at
+from tiny_lm.training.optim import MuonAdamW, Schedule, build_optimizer, learning_rate_at
 
 SMALL = {"d_model": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 300, "context_length": 16}
 
@@ -36,7 +36,7 @@ def test_other_schedules(scheduler: str, first: float, middle: float, last: floa
 def test_the_scheduler_sets_the_rate_of_each_step() -> None:
     parameter = torch.nn.Parameter(torch.zeros(2, 2))
     optimizer = torch.optim.AdamW([parameter], lr=1e-2)
-    scheduler = build_scheduler(optimizer, config())
+    scheduler = Schedule(optimizer, config())
     for step in range(100):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(learning_rate_at(step, config()))
         optimizer.step()

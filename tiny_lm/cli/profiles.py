@@ -1,24 +1,136 @@
 """The command that lists the profiles."""
 
+import json
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
 from tiny_lm.config import shipped_configs
 
+if TYPE_CHECKING:
+    from tiny_lm.training.profile import Profile
+    from tiny_lm.training.speed import PlannedRun, RunTime
 
-def profiles() -> None:
+_SECONDS = 10.0
+
+
+def profiles(
+    time: Annotated[
+        bool, typer.Option(help="Measure for ten seconds how long each would take here, or do not.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
     """List what `tiny-lm train` knows by name.
 
-    For each profile its size, its tokens and what its guide promises.
+    For each profile its size, its tokens, about how long it would take on this machine, and what its guide promises.
     """
+    from tiny_lm.model.config import num_parameters
+
+    planned = _load()
+    times = _measure(run for _, run in planned.values()) if time else [None] * len(planned)
+    rows = [
+        {
+            "name": name,
+            "description": profile.description,
+            "expect": profile.expect,
+            "parameters": num_parameters(run.model),
+            "tokens": run.tokens,
+            "time": result,
+        }
+        for (name, (profile, run)), result in zip(planned.items(), times, strict=True)
+    ]
+    if as_json:
+        print(json.dumps([_plain(row) for row in rows], indent=2, ensure_ascii=False))
+    else:
+        _print_table(rows, with_times=time)
+
+
+def _load() -> "dict[str, tuple[Profile, PlannedRun]]":
+    """Return every shipped profile and its configs, by name."""
     from tiny_lm.data import BinDataConfig
-    from tiny_lm.model.config import load_model_config, num_parameters
+    from tiny_lm.model.config import load_model_config
     from tiny_lm.training import TrainingConfig
     from tiny_lm.training.profile import Profile
+    from tiny_lm.training.speed import PlannedRun
 
+    loaded = {}
     for file in sorted((shipped_configs() / Profile.folder).glob("*.yaml")):
         profile = Profile.from_yaml(file)
-        training, data = TrainingConfig.from_yaml(profile.training), BinDataConfig.from_yaml(profile.data)
-        tokens = training.max_steps * training.accumulate_grad_batches * data.batch_size * data.block_size
-        parameters = num_parameters(load_model_config(profile.model))
-        size = f"{parameters / 1e6:>6.1f}M parameters {tokens / 1e6:>9,.1f}M tokens"
-        print(f"{file.stem:<12} {size}  {profile.description}")
-        if profile.expect:
-            print(f"{'':<12} its guide promises {profile.expect}")
+        loaded[file.stem] = (
+            profile,
+            PlannedRun(
+                load_model_config(profile.model),
+                TrainingConfig.from_yaml(profile.training),
+                BinDataConfig.from_yaml(profile.data),
+            ),
+        )
+    return loaded
+
+
+def _measure(runs: "Iterable[PlannedRun]") -> "list[RunTime]":
+    from rich.console import Console
+
+    from tiny_lm.training.speed import estimate_run_times
+
+    with Console(stderr=True).status(f"measuring this machine for {_SECONDS:.0f} seconds"):
+        return estimate_run_times(list(runs), seconds=_SECONDS)
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row as JSON takes it; the figures of this machine are null where they were not asked for."""
+    result: RunTime | None = row["time"]
+    return {
+        **{key: value for key, value in row.items() if key != "time"},
+        "seconds": result and round(result.seconds),
+        "tokens_per_second": result and round(result.tokens_per_second),
+        "measured": result and result.measured,
+        "validation_included": result and result.validates,
+    }
+
+
+def _print_table(rows: list[dict[str, Any]], *, with_times: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
+    table.add_column("profile", no_wrap=True)
+    table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("tokens", justify="right", no_wrap=True)
+    if with_times:
+        table.add_column("time here", no_wrap=True)
+    table.add_column("what it is, and what its guide promises")
+    for row in rows:
+        size = [f"{row['parameters'] / 1e6:.1f}M", f"{row['tokens'] / 1e6:,.1f}M"]
+        about = [_about(row["time"])] if with_times else []
+        promise = f"\nguide: {row['expect']}" if row["expect"] else ""
+        table.add_row(row["name"], *size, *about, row["description"] + promise)
+    # A pipe has no width of its own.
+    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 100).print(table)
+    if with_times:
+        print("\n".join(_remarks([row["time"] for row in rows])))
+
+
+def _about(result: "RunTime") -> str:
+    """Say how long a run takes, as coarsely as it is known."""
+    seconds = result.seconds
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 1.5 * size:
+            number = seconds / size
+            mark = "" if result.validates else "*"
+            return f"about {number:.1f} {unit}{mark}" if number < 10 else f"about {number:.0f} {unit}{mark}"
+    return f"about {seconds:.0f} s"
+
+
+def _remarks(times: "list[RunTime]") -> list[str]:
+    """Say what the times rest on."""
+    from tiny_lm.training.device import choose_device, describe_device
+
+    device = describe_device(choose_device())
+    remarks = [f"measured on this machine ({device}) in short rehearsals; a long run is compiled and somewhat faster"]
+    if not all(result.measured for result in times):
+        remarks.append("some were scaled from the others by their operations: ten seconds did not suffice for all")
+    if not all(result.validates for result in times):
+        remarks.append("* without validation: the token stream that it reads is not there yet")
+    return remarks

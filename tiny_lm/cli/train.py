@@ -1,5 +1,6 @@
 """The command that trains a model."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -11,6 +12,8 @@ from tiny_lm.errors import UserError
 from tiny_lm.runs import RUNS_FOLDER, Run, find_newest_run, new_run_name, open_run
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from tiny_lm.data import BinDataConfig
     from tiny_lm.model.config import ModelConfig
     from tiny_lm.training import TrainingConfig
@@ -104,58 +107,87 @@ def _load(files: list[str], settings: list[str] | None) -> Configs:
 
 
 def _choose_run(config: "TrainingConfig", resume: str | None, names: list[str]) -> tuple[Run, Path | None]:
-    """Return the run folder to write and the checkpoint to go on from."""
+    """Return the run folder to write and the checkpoint to go on from, if the run has one."""
+    from tiny_lm.training.resume import find_checkpoint
+
+    run = _run_of(resume)
     if resume == "auto":
-        found = Run(RUNS_FOLDER / config.run_name) if config.run_name else find_newest_run(names)
-        if found is not None and found.last_checkpoint.is_file():
-            return found, found.last_checkpoint
-    resumed = _run_of(resume)
-    if resumed is not None:
-        return resumed, Path(str(resume)) if str(resume).endswith(".ckpt") else resumed.last_checkpoint
+        run = Run(RUNS_FOLDER / config.run_name) if config.run_name else find_newest_run(names)
+    if run is not None:
+        is_named = str(resume).endswith(".ckpt")
+        return run, Path(str(resume)) if is_named else find_checkpoint(run, _console(_is_main_process(config)))
     run = Run(RUNS_FOLDER / (config.run_name or new_run_name(names[0], names[2])))
-    if resume is None and run.folder.exists():
+    if resume is None and run.folder.exists() and _is_main_process(config):
         raise UserError(f"{run.folder}: is there already; go on with --resume auto, or choose another run_name")
     return run, None
 
 
+def _console(speaks: bool) -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=True, soft_wrap=True, highlight=False, quiet=not speaks)
+
+
+def _is_main_process(config: "TrainingConfig") -> bool:
+    """Whether this process writes the run folder, of those that train together."""
+    from tiny_lm.training.device import choose_device
+    from tiny_lm.training.parallel import choose_processes
+
+    return choose_processes(config, choose_device()).is_main
+
+
 def run_training(run: Run, configs: Configs, names: list[str], checkpoint: Path | None = None) -> "TrainingResult":
-    """Train and draw the loss curve.
+    """Train and draw the curves, also of a run that the user stopped.
 
     Raises:
         typer.Exit: with code 130 where the user stopped the run.
     """
-    from rich.console import Console
-
-    from tiny_lm.evaluation.plots import plot_loss
+    from tiny_lm.evaluation.plots import plot_run
     from tiny_lm.training.fit import train as fit
     from tiny_lm.training.trackers import read_metrics
 
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    main = _is_main_process(configs[1])
+    console = _console(main)
     start = f"going on from {checkpoint}" if checkpoint else "from the beginning"
     console.print(f"run folder {run.folder}, {start}")
     result = fit(*configs, run, resume_from=checkpoint, names=names, console=console)
+    if not main:
+        raise typer.Exit  # the first process writes and tells what remains
+    plot_run(run, read_metrics(run.metrics) if run.metrics.is_file() else [])
     if not result.finished:
         console.print(f"stopped at step {result.steps:,}; go on with: tiny-lm train --resume {run.folder}")
         raise typer.Exit(130)
-    plot_loss(run, read_metrics(run.metrics))
     return result
 
 
 def _print_summary(run: Run) -> None:
     """Print what the run came to."""
+    from tiny_lm.training.trackers import mean_over_time, read_metrics
+
     record: dict[str, Any] = run.read_record()
-    metrics = record["metrics"]
+    metrics, events = record["metrics"], read_metrics(run.metrics)
+    best = min((event for event in events if event.get("val_loss") is not None), key=lambda event: event["val_loss"])
+    peak, mfu = record["peak_flops"], mean_over_time(events, "mfu")
+    memory = {"process": "process_peak_memory_mb", "GPU": "gpu_peak_memory_mb"}
+    peaks = [f"{name} {record['memory'][key]:,.0f} MiB" for name, key in memory.items() if key in record["memory"]]
     rows = {
         "run": str(run.folder),
+        "device": f"{record['device']}, {record['precision']}",
         "parameters": f"{record['parameters']:,}",
-        "steps": f"{record['steps']:,} of {record['tokens_per_step']:,} tokens",
-        "time": f"{record['seconds']:,.0f} s",
+        "steps": f"{record['steps']:,} of {record['tokens_per_step']:,} tokens, {record['tokens']:,} in all",
+        "wall time": str(timedelta(seconds=round(record["seconds"]))),
+        "speed": f"{mean_over_time(events, 'tokens_per_sec'):,.0f} tokens/s",
+        "MFU": f"{mfu:.1%} of {peak['value'] / 1e12:,.3g} TFLOP/s ({peak['source']})",
+        "peak memory": ", ".join(peaks),
         "train loss": f"{metrics['train_loss']:.4f}",
-        "val loss": f"{metrics['val_loss']:.4f} (best {metrics['best_val_loss']:.4f})",
+        "val loss": f"{metrics['val_loss']:.4f}",
+        "best val loss": f"{best['val_loss']:.4f} at step {best['step']:,}",
         "val perplexity": f"{metrics['val_ppl']:.3f}",
         "bits per byte": f"{metrics['val_bpb']:.4f}",
-        "loss curve": str(run.plots / "loss.png"),
+        "curves": " ".join(str(path) for path in sorted(run.plots.glob("*.png"))),
+        "sample stories": str(run.samples) if run.samples.is_file() else "",
         "next": f"tiny-lm generate {run.folder} --prompt 'Once upon a time'",
     }
     for name, value in rows.items():
-        print(f"{name:<15} {value}")
+        if value:
+            print(f"{name:<15} {value}")

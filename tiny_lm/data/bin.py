@@ -131,6 +131,11 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return int(self._first_window[-1])
 
+    def find(self, window: int) -> tuple[Path, int]:
+        """Return the file of a window, and the place of its first token there."""
+        file = int(np.searchsorted(self._first_window, window, side="right")) - 1
+        return self.stream.files[file], int(window - self._first_window[file]) * self._stride
+
     def __getstate__(self) -> dict[str, Any]:
         # A loader process opens the files itself: a memory map would be pickled as a copy of all its tokens.
         return {**self.__dict__, "_maps": {}}

@@ -25,7 +25,10 @@ class BinDataConfig(Config):
     batch_size: int = Field(ge=1, le=2**20, description="windows in a micro-batch")
     num_workers: int = Field(default=0, ge=0, le=256, description="loader processes beside a GPU; none on a CPU")
     pin_memory: bool = Field(default=False, description="page-locked batches; only where there is a GPU")
-    drop_last: bool = Field(default=True, description="leave out the last, smaller training batch of an epoch")
+    drop_last: bool = Field(
+        default=True,
+        description="leave out windows at the end of an epoch that fill no batch; false: the next epoch fills it up",
+    )
     mask_after_eos: bool = Field(
         default=False, description="ignore targets after a window's first eos; only for streams of padded documents"
     )

@@ -1,17 +1,15 @@
 """The Lightning side of token streams: loaders, and the position in them that a checkpoint keeps."""
 
 import signal
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from tiny_lm.data.bin import IGNORE_INDEX, BinTokenDataset, TokenStream, open_stream
 from tiny_lm.data.config import BinDataConfig
+from tiny_lm.data.order import OrderedBatches, ShuffledBatches
 from tiny_lm.errors import UserError
 
 _Loader = DataLoader[tuple[torch.Tensor, torch.Tensor]]
@@ -22,35 +20,24 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-class ShuffledBatches(Sampler[npt.NDArray[np.int64]]):
-    """An endless sequence of batches of window indices, a pure function of (seed, number of the batch).
-
-    Each epoch is its own permutation of all windows, drawn from (seed, epoch). Training is therefore one unbroken
-    sequence that can be entered at any batch, which is how a run resumes on exactly the batches that were to come.
-    """
-
-    def __init__(self, windows: int, batch_size: int, *, seed: int, drop_last: bool, start: int = 0) -> None:
-        """Shuffle ``windows`` windows into batches; ``start`` is the number of batches already seen."""
-        self._windows = windows
-        self._batch_size = batch_size
-        self._seed = seed
-        self._start = start
-        self.batches_per_epoch = windows // batch_size if drop_last else -(-windows // batch_size)
-
-    def __iter__(self) -> Iterator[npt.NDArray[np.int64]]:
-        epoch, batch = divmod(self._start, self.batches_per_epoch)
-        while True:
-            order = np.random.default_rng([self._seed, epoch]).permutation(self._windows)
-            for first in range(batch * self._batch_size, self.batches_per_epoch * self._batch_size, self._batch_size):
-                yield order[first : first + self._batch_size]
-            epoch, batch = epoch + 1, 0
-
-
 class BinTokenDataModule(pl.LightningDataModule):
     """Training and validation batches ``(x, y)``, int64 ``[B, T]`` each, of the streams that a data config names."""
 
-    def __init__(self, config: BinDataConfig, *, seed: int = 0, ignore_index: int = IGNORE_INDEX) -> None:
+    def __init__(
+        self,
+        config: BinDataConfig,
+        *,
+        seed: int = 0,
+        ignore_index: int = IGNORE_INDEX,
+        micro_batch: int | None = None,
+    ) -> None:
         """Open both streams.
+
+        Args:
+            config: streams, windows and batches.
+            seed: of the order of the training windows.
+            ignore_index: target that counts in no loss.
+            micro_batch: windows that this process reads at a time, where it is not the config's ``batch_size``.
 
         Raises:
             UserError: a stream is missing or damaged, too small, or the two come from different tokenizers.
@@ -58,7 +45,9 @@ class BinTokenDataModule(pl.LightningDataModule):
         super().__init__()
         self.config = config
         self._seed = seed
-        self._batches_seen = 0
+        self.micro_batch = micro_batch or config.batch_size
+        self._windows_seen = 0  # by all ranks together, at the step where this process began
+        self._first_step = 0
         self.train_stream: TokenStream = open_stream(config.train_path, config)
         self.val_stream: TokenStream = open_stream(config.val_path, config)
         if self.train_stream.metadata.tokenizer_hash != self.val_stream.metadata.tokenizer_hash:
@@ -71,24 +60,44 @@ class BinTokenDataModule(pl.LightningDataModule):
                 f"{config.batch_size}; use more text, a smaller batch_size or block_size, or drop_last: false"
             )
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Tokens of both streams, as they are written down."""
+        return {"train_tokens": self.train_stream.tokens, "val_tokens": self.val_stream.tokens}
+
     def train_dataloader(self) -> _Loader:
-        """Endless, shuffled by (seed, epoch), starting behind the batches that a resumed run has seen."""
-        batches = ShuffledBatches(
+        """Endless, shuffled by (seed, epoch), starting behind the windows that a resumed run has seen."""
+        self._first_step = 0 if self.trainer is None else self.trainer.global_step
+        order = self._order(self._windows_seen, *self._place())
+        return self._loader(self.train_dataset, order, self.config.num_workers)
+
+    def val_dataloader(self, max_tokens: int | None = None) -> _Loader:
+        """Every token of the validation stream once, in order, or the windows of its first ``max_tokens``.
+
+        Several processes share them.
+        """
+        windows = len(self.val_dataset)
+        if max_tokens is not None:
+            windows = min(windows, -(-max_tokens // self.config.block_size))
+        rank, world_size = self._place()
+        order = OrderedBatches(windows, self.micro_batch, rank=rank, world_size=world_size)
+        return self._loader(self.val_dataset, order, workers=0)
+
+    def _order(self, start: int, rank: int = 0, world_size: int = 1) -> ShuffledBatches:
+        return ShuffledBatches(
             len(self.train_dataset),
             self.config.batch_size,
             seed=self._seed,
             drop_last=self.config.drop_last,
-            start=self._batches_seen,
+            start=start,
+            rank=rank,
+            world_size=world_size,
+            micro_batch=self.micro_batch,
         )
-        return self._loader(self.train_dataset, batches, self.config.num_workers)
 
-    def val_dataloader(self, max_tokens: int | None = None) -> _Loader:
-        """Every token of the validation stream once, in order, or the windows of its first ``max_tokens``."""
-        windows = len(self.val_dataset)
-        if max_tokens is not None:
-            windows = min(windows, -(-max_tokens // self.config.block_size))
-        order = BatchSampler(range(windows), self.config.batch_size, drop_last=False)
-        return self._loader(self.val_dataset, order, workers=0)
+    def _place(self) -> tuple[int, int]:
+        """Return the rank of this process and the number of processes."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _loader(self, dataset: BinTokenDataset, batches: Any, workers: int) -> _Loader:
         # A batch is one vectorised read of a memory map: on a CPU a worker process costs more than it saves.
@@ -105,12 +114,27 @@ class BinTokenDataModule(pl.LightningDataModule):
             generator=torch.Generator(),  # else each pass over a loader would draw from the global random state
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return how many batches training has used; the loader itself may have read ahead."""
+    @property
+    def windows_seen(self) -> int:
+        """How many windows all ranks have trained on; the loaders themselves may have read ahead."""
         assert self.trainer is not None
-        total: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
-        return {"batches_seen": total.processed}
+        _, world_size = self._place()
+        windows_per_step = self.micro_batch * world_size * self.trainer.accumulate_grad_batches
+        steps = self.trainer.global_step - self._first_step
+        return self._windows_seen + steps * windows_per_step
+
+    def windows_at(self, place: int) -> tuple[int, list[int]]:
+        """Return the epoch and the windows of the micro-batch that begins behind ``place`` windows."""
+        order = self._order(place)
+        return place // order.epoch_length, next(iter(order)).tolist()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many windows all ranks have trained on."""
+        return {"windows_seen": self.windows_seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on behind the batches that a checkpoint has seen."""
-        self._batches_seen = int(state_dict["batches_seen"])
+        """Go on behind the windows that a checkpoint has seen."""
+        if "batches_seen" in state_dict:  # written before several processes could share a batch
+            self._windows_seen = int(state_dict["batches_seen"]) * self.config.batch_size
+        else:
+            self._windows_seen = int(state_dict["windows_seen"])

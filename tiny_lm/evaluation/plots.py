@@ -1,43 +1,125 @@
 """Pictures of a run."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import TYPE_CHECKING, Any
 
-from tiny_lm.errors import UserError
 from tiny_lm.files import atomic_path
 from tiny_lm.runs import Run
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-def plot_loss(run: Run, events: list[dict[str, Any]]) -> Path:
-    """Draw training and validation loss over the optimizer steps into ``plots/loss.png``.
+_PALE, _TRAIN, _VAL = "#b9c9dd", "#2f5d8c", "#c2410c"
+_SHARE = 40
+"""A point of the smoothed loss is the median of this part of all points on either side."""
+
+Curve = list[tuple[int, float]]
+
+
+def plot_run(run: Run, events: Sequence[dict[str, Any]]) -> list[Path]:
+    """Draw ``plots/loss.png``, and ``plots/training.png`` with learning rate, gradient norm and speed.
 
     Args:
         run: the run folder.
         events: of its ``metrics.jsonl``.
 
-    Raises:
-        UserError: nothing was logged yet.
+    Returns:
+        the files; none where no training loss was logged yet.
     """
+    if not _curve(events, "train_loss"):
+        return []
+    figures = {"loss": _draw_loss(run, events), "training": _draw_training(run, events)}
+    return [_save(figure, run.plots / f"{name}.png") for name, figure in figures.items()]
+
+
+def _curve(events: Sequence[dict[str, Any]], key: str) -> Curve:
+    """Return (step, value) of the events that have a number under ``key``."""
+    return [(event["step"], event[key]) for event in events if event.get(key) is not None]
+
+
+def _draw_loss(run: Run, events: Sequence[dict[str, Any]]) -> "Figure":
+    """Draw every logged training loss palely, so that spikes show, their smoothed course, and the validations."""
     from matplotlib.figure import Figure
 
-    train = [(event["step"], event["train_loss"]) for event in events if event.get("train_loss") is not None]
-    val = [(event["step"], event["val_loss"]) for event in events if event.get("val_loss") is not None]
-    if not train:
-        raise UserError(f"{run.metrics}: holds no training loss yet")
+    train, val = _curve(events, "train_loss"), _curve(events, "val_loss")
     figure = Figure(figsize=(8, 4.5), layout="constrained")  # pyplot would pick, or change, the caller's backend
     axes = figure.subplots()
-    axes.plot(*zip(*train, strict=True), color="#9db4d0", linewidth=1.2, label="training")
+    _line(axes, train, color=_PALE if len(train) >= _SHARE else _TRAIN, linewidth=1.2, label="training")
+    if len(train) >= _SHARE:
+        _line(axes, _smooth(train), color=_TRAIN, linewidth=1.8, label="training, smoothed")
     if val:
-        axes.plot(*zip(*val, strict=True), color="#c2410c", linewidth=2, marker="o", markersize=4, label="validation")
-        step, loss = val[-1]
-        axes.annotate(f"{loss:.3f}", (step, loss), textcoords="offset points", xytext=(0, 10), ha="center")
+        _line(axes, val, color=_VAL, linewidth=1.5, marker="o", markersize=4, label="validation")
+        step, loss = min(val, key=lambda point: point[1])
+        axes.annotate(
+            f"{loss:.3f}", (step, loss), xytext=(0, -6), textcoords="offset points", ha="center", va="top", color=_VAL
+        )
+    axes.set_yscale("log")  # on a linear one the first steps flatten all the others
+    axes.margins(y=0.12)
+    _label_log(axes)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title(run.name, loc="left")
+    axes.legend(frameon=False)
+    _finish(axes, run.name)
+    return figure
+
+
+def _draw_training(run: Run, events: Sequence[dict[str, Any]]) -> "Figure":
+    """Draw learning rate, gradient norm and speed below one another, over the same steps."""
+    from matplotlib.figure import Figure
+
+    panels = {"lr": "learning rate", "grad_norm": "gradient norm", "tokens_per_sec": "tokens per second"}
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    rows = figure.subplots(len(panels), 1, sharex=True)
+    for axes, (key, label) in zip(rows, panels.items(), strict=True):
+        _line(axes, _curve(events, key), color=_TRAIN, linewidth=1.2)
+        axes.set_ylabel(label)
+        if key == "grad_norm" and any(norm > 0 for _, norm in _curve(events, key)):
+            axes.set_yscale("log")
+            _label_log(axes)
+        else:
+            axes.set_ylim(bottom=0)
+        if key == "tokens_per_sec":
+            axes.yaxis.set_major_formatter("{x:,.0f}")
+        _finish(axes, run.name if key == "lr" else "")
+    rows[-1].set_xlabel("optimizer step")
+    return figure
+
+
+def _line(axes: "Axes", curve: Curve, **style: Any) -> None:
+    """Draw a curve; one of few points shows them, since a single one would be no line."""
+    marker = {"marker": "o", "markersize": 3} if len(curve) < 20 else {}
+    axes.plot([step for step, _ in curve], [value for _, value in curve], **{**marker, **style})
+
+
+def _label_log(axes: "Axes") -> None:
+    """Label a logarithmic scale with plain numbers, also between the powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7), numticks=12))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _smooth(curve: Curve) -> Curve:
+    """Return the median of each point and its neighbours, as many before as after it: no spike or slope shifts it."""
+    smoothed = []
+    for place, (step, _) in enumerate(curve):
+        reach = min(len(curve) // _SHARE, place, len(curve) - 1 - place)
+        around = [value for _, value in curve[place - reach : place + reach + 1]]
+        smoothed.append((step, median(around)))
+    return smoothed
+
+
+def _finish(axes: "Axes", title: str) -> None:
+    axes.set_title(title, loc="left", parse_math=False)  # a name may hold a dollar sign
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
-    path = run.plots / "loss.png"
+
+
+def _save(figure: "Figure", path: Path) -> Path:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     return path

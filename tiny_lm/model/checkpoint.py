@@ -1,7 +1,9 @@
 """Reading the model out of a training checkpoint, without executing anything that the file may hold."""
 
 import pickle
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,9 @@ from tiny_lm.model.transformer import Transformer, build_model
 
 CHECKPOINT_KEY = "tiny_lm"
 """Key of a Lightning checkpoint under which ours is kept: ``model`` (its config), ``tokenizer_hash`` and more."""
+
+AVERAGE_KEY = "average"
+"""Key of a checkpoint for the moving average of the weights, if the run keeps one; who uses the model gets that."""
 
 _MODULE_PREFIX = "model."  # CausalLMModule holds the network as its attribute `model`
 
@@ -28,12 +33,13 @@ class CheckpointModel:
     step: int
 
 
-def read_checkpoint(path: Path, *, mmap: bool = True) -> dict[str, Any]:
+def read_checkpoint(path: Path, *, mmap: bool = True, whole: bool = False) -> dict[str, Any]:
     """Read a checkpoint of ours onto the CPU with ``weights_only=True``, which admits tensors and plain values only.
 
     Args:
         path: a ``.ckpt`` file that training wrote.
         mmap: read tensors from the file when they are used; not for what is kept while the file may be replaced.
+        whole: read the file from end to end first, to find damage that loading would not.
 
     Raises:
         UserError: the file is missing, damaged, no checkpoint of tiny-lm, or holds more than weights.
@@ -43,6 +49,8 @@ def read_checkpoint(path: Path, *, mmap: bool = True) -> dict[str, Any]:
     # torch.save writes a zip file; anything else would be read as a bare pickle, which is not even tried.
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path}: is damaged or no checkpoint (not a zip file as torch.save writes it)")
+    if whole:
+        check_whole(path)
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
@@ -55,13 +63,34 @@ def read_checkpoint(path: Path, *, mmap: bool = True) -> dict[str, Any]:
     return checkpoint
 
 
+def check_whole(path: Path) -> None:
+    """Read a file that ``torch.save`` wrote from end to end and compare its parts with their check sums.
+
+    Loading does not: it believes what it reads.
+
+    Raises:
+        UserError: a part is missing, or another than was written.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+    except (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: is damaged ({error})") from None
+    if damaged is not None:
+        raise UserError(f"{path}: is damaged (the check sum of its part {damaged} is another)")
+
+
 def _is_ours(checkpoint: Any) -> bool:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("global_step"), int):
         return False
-    ours, weights = checkpoint.get(CHECKPOINT_KEY), checkpoint.get("state_dict")
-    if not isinstance(ours, dict) or not isinstance(weights, dict):
+    ours = checkpoint.get(CHECKPOINT_KEY)
+    if not isinstance(ours, dict) or not {"model", "tokenizer_hash"} <= ours.keys():
         return False
-    return {"model", "tokenizer_hash"} <= ours.keys() and all(isinstance(w, torch.Tensor) for w in weights.values())
+    return _are_weights(checkpoint.get("state_dict")) and _are_weights(checkpoint.get(AVERAGE_KEY, {}))
+
+
+def _are_weights(weights: Any) -> bool:
+    return isinstance(weights, dict) and all(isinstance(weight, torch.Tensor) for weight in weights.values())
 
 
 def load_checkpoint_model(path: Path, *, config: ModelConfig | None = None) -> CheckpointModel:
@@ -83,7 +112,8 @@ def load_checkpoint_model(path: Path, *, config: ModelConfig | None = None) -> C
         differences = ", ".join(f"{key} is {expected.get(key)} and not {theirs.get(key)}" for key in keys)
         raise UserError(f"{path}: was trained with another model config: {differences}")
     model = build_model(stored)
-    weights = {key.removeprefix(_MODULE_PREFIX): value for key, value in checkpoint["state_dict"].items()}
+    stored_weights = checkpoint.get(AVERAGE_KEY, checkpoint["state_dict"])
+    weights = {key.removeprefix(_MODULE_PREFIX): value for key, value in stored_weights.items()}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -51,6 +51,10 @@ class _TransformerConfig(Config):
     attn_dropout: _Probability | None = Field(default=None, description="dropout on the attention weights")
     resid_dropout: _Probability | None = Field(default=None, description="dropout on what a block adds")
     qkv_bias: bool = Field(default=False, description="biases on the query, key and value projections")
+    residual_init: Literal["scaled", "zero"] = Field(
+        default="scaled",
+        description="start of what writes to the residual stream: GPT-2's 0.02 / sqrt(2 n_layers), or zero",
+    )
 
     @property
     def dropouts(self) -> Dropouts:
@@ -238,6 +242,17 @@ def model_config_from_dict(values: Mapping[str, Any], *, source: str = "config")
 # --- counting --------------------------------------------------------------------------------------------------------
 
 
+_INTO_FFN = {"gelu": 1, "swiglu": 2}
+"""Matrices of a feed-forward that lead from d_model to the inner width; one more leads back."""
+
+
+def block_matrices(config: ModelConfig) -> tuple[int, int]:
+    """Return the number of weights in the matrices of one block: those of attention, and those of the feed-forward."""
+    heads = 2 * config.n_heads + 2 * config.kv_heads  # of q and the output, of k and v
+    attention = config.d_model * heads * config.head_size
+    return attention, (_INTO_FFN[config.feed_forward] + 1) * config.d_model * config.ffn_size
+
+
 def parameter_table(config: ModelConfig) -> dict[str, int]:
     """Return the number of parameters of each part, in closed form.
 
@@ -247,9 +262,9 @@ def parameter_table(config: ModelConfig) -> dict[str, int]:
     """
     d, ffn, layers = config.d_model, config.ffn_size, config.n_layers
     queries, keys = config.n_heads * config.head_size, config.kv_heads * config.head_size
-    attention = 2 * d * queries + 2 * d * keys + config.qkv_bias * (queries + 2 * keys) + config.out_bias * d
-    into_ffn = {"gelu": 1, "swiglu": 2}[config.feed_forward]  # matrices from d_model to the inner width
-    feed_forward = (into_ffn + 1) * d * ffn + config.ffn_bias * (into_ffn * ffn + d)
+    attention, feed_forward = block_matrices(config)
+    attention += config.qkv_bias * (queries + 2 * keys) + config.out_bias * d
+    feed_forward += config.ffn_bias * (_INTO_FFN[config.feed_forward] * ffn + d)
     norm = {"layernorm": 2, "rmsnorm": 1}[config.norm] * d
     head_norms = 2 * config.head_size * config.qk_norm
     return {
@@ -265,3 +280,20 @@ def parameter_table(config: ModelConfig) -> dict[str, int]:
 def num_parameters(config: ModelConfig) -> int:
     """Return the number of parameters of the model, the tied head counted once."""
     return sum(parameter_table(config).values())
+
+
+def flops_per_token(config: ModelConfig, length: int) -> int:
+    """Return the floating-point operations that training on one token takes, in closed form.
+
+    ``6 N + 12 L H K T``, as PaLM counts for its model FLOPs utilisation (Chowdhery et al. 2022, arXiv:2204.02311,
+    appendix B): 2 for each weight that multiplies the token in the forward pass and 4 in the backward pass, and the
+    same for the products of queries with keys and of weights with values. N are the weights of all matrices, the tied
+    head once as a matrix and not as the embedding, which is a look-up. Attention counts all T x T pairs, as is usual,
+    though a causal kernel may skip half of them; what gradient checkpointing computes again is not counted.
+
+    Args:
+        config: the config of any family.
+        length: number of tokens T in a training window.
+    """
+    matrices = config.n_layers * sum(block_matrices(config)) + config.vocab_size * config.d_model
+    return 6 * matrices + 12 * config.n_layers * config.n_heads * config.head_size * length

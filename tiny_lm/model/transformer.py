@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from tiny_lm.model.attention import KVCache, MultiHeadAttention
+from tiny_lm.model.attention import KVCache, MultiHeadAttention, reference_attention
 from tiny_lm.model.config import GPT2Config, Llama3Config, ModelConfig, Qwen3Config, SmallLMConfig
 from tiny_lm.model.layers import (
     FeedForward,
@@ -172,6 +172,12 @@ class Transformer(nn.Module):
         """From now on keep only the input of each block in training: less memory, one more forward pass."""
         self._run_block = _run_checkpointed
 
+    def use_reference_attention(self) -> None:
+        """From now on attend in plain matrix products: faster than the fused kernels for short texts on a CPU."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.attn.attend = reference_attention
+
 
 RESIDUAL_PROJECTIONS = ("attn.out_proj.weight", "ffn.fc2.weight", "ffn.w2.weight")
 
@@ -184,11 +190,12 @@ def initialize(model: Transformer) -> None:
     |------------------------------------------|-----------------------------------|
     | embeddings, matrices                     | normal, 0.02                      |
     | matrices that write to the residual      | normal, 0.02 / sqrt(2 * n_layers) |
-    | stream (attn.out_proj, ffn.fc2, ffn.w2)  |                                   |
+    | stream (attn.out_proj, ffn.fc2, ffn.w2)  | or 0 (``residual_init: zero``)    |
     | biases                                   | 0                                 |
     | scales of norms                          | 1                                 |
     """
-    residual_std = 0.02 / (2 * model.config.n_layers) ** 0.5
+    scaled = 0.02 / (2 * model.config.n_layers) ** 0.5
+    residual_std = {"scaled": scaled, "zero": 0.0}[model.config.residual_init]
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
             parameter.zero_()

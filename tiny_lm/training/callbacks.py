@@ -6,6 +6,7 @@ The callbacks act in the order in which ``fit.py`` lists them. The first ones no
 
 import math
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,7 +15,10 @@ from rich.console import Console
 from tiny_lm.data.bin import TokenStream
 from tiny_lm.inference.scoring import Surprise, measure_surprise
 from tiny_lm.training.config import TrainingConfig
+from tiny_lm.training.ema import WeightAverage
 from tiny_lm.training.monitors import Event, StepCallback, TokensMonitor
+from tiny_lm.training.parallel import sum_over_ranks
+from tiny_lm.training.samples import SampleStories
 
 
 class MetricsWriter(StepCallback):
@@ -27,6 +31,13 @@ class MetricsWriter(StepCallback):
         """Write ``event``, which the callbacks before this one share; print a line for each validation."""
         self._event = event
         self._console = console
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Hand the resolved configs to every tracker, which starts it."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it
+        configs = {"model": module.model.config, "training": module.config, "data": data.config}
+        for logger in trainer.loggers:
+            logger.log_hyperparams({section: config.to_dict() for section, config in configs.items()})
 
     def on_step_end(self, trainer: pl.Trainer, module: Any, step: int) -> None:
         """Write the event of this step, if there is one."""
@@ -44,11 +55,21 @@ _SHOWN = {"train_loss": "train loss", "val_loss": "val loss", "val_ppl": "perple
 
 
 class Validation(StepCallback):
-    """Measures the loss over the validation stream and remembers the best one."""
+    """Measures the loss over the validation stream and remembers the best one; then the model tells its stories."""
 
-    def __init__(self, config: TrainingConfig, stream: TokenStream, monitor: TokensMonitor, event: Event) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        stream: TokenStream,
+        monitor: TokensMonitor,
+        average: WeightAverage | None,
+        stories: SampleStories,
+        event: Event,
+    ) -> None:
         """Validate every ``val_every_n_steps`` optimizer steps, and after the last one over the whole stream."""
         self._config = config
+        self._average = average
+        self._stories = stories
         self._stream = stream
         self._monitor = monitor
         self._event = event
@@ -61,14 +82,19 @@ class Validation(StepCallback):
         is_last = step == trainer.max_steps
         if step % self._config.val_every_n_steps and not is_last:
             return
-        started = time.perf_counter()
-        with self._monitor.pause():
+        averaged = self._average.applied(module) if self._average else nullcontext()
+        with self._monitor.pause(), averaged:
+            module.eval()
+            started = time.perf_counter()
             surprise = self._measure(trainer, module, None if is_last else self._config.val_max_tokens)
+            seconds = time.perf_counter() - started
+            self._stories.tell(trainer, module, step, surprise.loss, self._monitor.tokens)
+            module.train()
         self.latest = {
             "val_loss": surprise.loss,
             "val_ppl": surprise.perplexity,
             "val_bpb": surprise.bits_per_byte(self._stream.bytes_per_token),
-            "val_seconds": time.perf_counter() - started,
+            "val_seconds": seconds,
         }
         if surprise.loss < self.best_loss:
             self.best_loss, self.best_step = surprise.loss, step
@@ -76,11 +102,15 @@ class Validation(StepCallback):
 
     def _measure(self, trainer: pl.Trainer, module: Any, max_tokens: int | None) -> Surprise:
         batches = trainer.datamodule.val_dataloader(max_tokens)  # type: ignore[attr-defined]  # Lightning sets it
-        module.eval()
+        network: Any = trainer.model  # as Lightning runs it: a sharded one answers only through its wrapper
         with trainer.precision_plugin.forward_context():
-            surprise = measure_surprise(module, batches, device=module.device, ignore_index=self._config.ignore_index)
-        module.train()
-        return surprise
+            surprise = measure_surprise(network, batches, device=module.device, ignore_index=self._config.ignore_index)
+        nats, tokens = sum_over_ranks(trainer, [surprise.nats, surprise.tokens])
+        return Surprise(nats, int(tokens))
+
+    def forget_best(self) -> None:
+        """Let the next validation be the best one, whatever came before."""
+        self.best_loss, self.best_step = math.inf, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best result so far."""

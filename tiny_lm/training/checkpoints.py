@@ -13,9 +13,10 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from rich.console import Console
 
 from tiny_lm.files import atomic_path
-from tiny_lm.model.checkpoint import read_checkpoint
+from tiny_lm.model.checkpoint import check_whole, read_checkpoint
 from tiny_lm.runs import Run
 from tiny_lm.training.callbacks import Validation
+from tiny_lm.training.guard import LossGuard
 from tiny_lm.training.monitors import StepCallback, TokensMonitor
 
 
@@ -23,9 +24,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints whole or not at all and reads them without executing anything."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write ``checkpoint`` to ``path`` through a temporary file."""
-        with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
-            torch.save(checkpoint, file)
+        """Write ``checkpoint`` through a temporary file, which gets its name when it has been read back whole.
+
+        Raises:
+            UserError: it could not be written, or what stands there is not what was written.
+        """
+        with atomic_path(Path(path)) as temporary:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+            check_whole(temporary)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint into memory."""
@@ -38,40 +45,71 @@ class CheckpointWriter(StepCallback):
     The files of one step are one file under several names (hard links where the disk has them).
     """
 
-    def __init__(self, run: Run, every_n_steps: int, keep: int, validation: Validation, monitor: TokensMonitor) -> None:
+    def __init__(
+        self,
+        run: Run,
+        every_n_steps: int,
+        keep: int,
+        validation: Validation,
+        monitor: TokensMonitor,
+        guard: LossGuard,
+    ) -> None:
         """Write every ``every_n_steps`` optimizer steps and after the last one; keep the newest ``keep`` of them."""
         self._run = run
         self._every_n_steps = every_n_steps
         self._keep = keep
         self._validation = validation
         self._monitor = monitor
+        self._guard = guard
         self.stop_requested = False
 
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Give a resumed run the ``best.ckpt`` that its checkpoint knows of.
+
+        It may lack it: the process was killed between the names of one file, or ``best.ckpt`` was of a later step. A
+        best model that is nowhere any more is forgotten, so that the next validation finds one.
+        """
+        best = self._run.step_checkpoint(self._validation.best_step)
+        if trainer.is_global_zero and best.is_file():
+            link(best, self._run.best_checkpoint)
+        if not trainer.strategy.broadcast(self._run.best_checkpoint.is_file()):
+            self._validation.forget_best()
+
     def on_step_end(self, trainer: pl.Trainer, module: Any, step: int) -> None:
-        """Write the files that are due."""
-        due = step % self._every_n_steps == 0 or step == trainer.max_steps or self.stop_requested
+        """Write the files that are due; all processes take part, the first one writes.
+
+        Raises:
+            UserError: the model is not worth saving, or the disk is full.
+        """
+        stop = trainer.strategy.reduce_boolean_decision(self.stop_requested, all=False)  # asked of any process
+        due = step % self._every_n_steps == 0 or step == trainer.max_steps or stop
         best = self._validation.best_step == step
-        with self._monitor.pause():
-            if due:
-                path = self._run.checkpoints / f"step-{step:08d}.ckpt"
-                trainer.save_checkpoint(path)
-                _link(path, self._run.last_checkpoint)
-                if best:
-                    _link(path, self._run.best_checkpoint)
-                self._prune()
-            elif best:
-                trainer.save_checkpoint(self._run.best_checkpoint)
-        if self.stop_requested:
+        if due or best:
+            with self._monitor.pause():
+                self._guard.check_losses(trainer, step)
+                self._guard.check_weights(trainer, module, step)
+                self._write(trainer, step, due=due, best=best)
+        if stop:
             trainer.should_stop = True
 
-    def _prune(self) -> None:
-        for old in sorted(self._run.checkpoints.glob("step-*.ckpt"))[: -self._keep]:
-            old.unlink()
+    def _write(self, trainer: pl.Trainer, step: int, *, due: bool, best: bool) -> None:
+        path = self._run.step_checkpoint(step) if due else self._run.best_checkpoint
+        trainer.save_checkpoint(path)
+        if due and trainer.is_global_zero:
+            link(path, self._run.last_checkpoint)
+            if best:
+                link(path, self._run.best_checkpoint)
+            for _, old in self._run.saved_steps()[: -self._keep]:
+                old.unlink()
 
 
-def _link(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
     """Give ``source`` the second name ``target``, atomically."""
+    if target.is_file() and target.samefile(source):
+        return
     with atomic_path(target) as temporary:
+        # A killed process of this number may have left one: to copy into it would be to overwrite another checkpoint.
+        temporary.unlink(missing_ok=True)
         try:
             os.link(source, temporary)
         except OSError:  # a file system without hard links

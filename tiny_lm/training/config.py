@@ -91,6 +91,8 @@ class TrainingConfig(Config):
     def _check(self) -> Self:
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}")
+        if self.devices != "auto" and not 1 <= self.devices <= 1024:
+            raise ValueError(f"devices {self.devices} must be auto or lie in [1, 1024]")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas} must lie in [0, 1)")
         return self

@@ -1,8 +1,5 @@
 """Which device to train on, and in which precision it should be done there."""
 
-import importlib.util
-import os
-import shutil
 from typing import Literal
 
 import torch
@@ -47,10 +44,3 @@ def describe_device(device: Device) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     return "Apple GPU (MPS)" if device == "mps" else f"CPU, {torch.get_num_threads()} threads"
-
-
-def has_compiler(device: Device) -> bool:
-    """Whether torch.compile finds what it needs: a C++ compiler for a CPU, Triton for a GPU."""
-    if device == "cuda":
-        return importlib.util.find_spec("triton") is not None
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++"))

@@ -4,29 +4,50 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from rich.console import Console
 
+from tiny_lm.config import Config
 from tiny_lm.data import BinDataConfig
 from tiny_lm.data.module import BinTokenDataModule
 from tiny_lm.errors import UserError
-from tiny_lm.model import ModelConfig, num_parameters
+from tiny_lm.model import ModelConfig, flops_per_token, num_parameters
 from tiny_lm.runs import Run, environment
 from tiny_lm.tokenizer import Tokenizer, load_tokenizer
+from tiny_lm.training.acceleration import (
+    choose_compile,
+    compiled_loss,
+    keep_freed_memory,
+    next_token_loss,
+    prefers_reference_attention,
+)
 from tiny_lm.training.callbacks import MetricsWriter, Validation
 from tiny_lm.training.checkpoints import AtomicCheckpointIO, CheckpointWriter, GracefulStop
 from tiny_lm.training.config import TrainingConfig
-from tiny_lm.training.device import Precision, choose_device, choose_precision, describe_device, has_compiler
+from tiny_lm.training.device import choose_device, choose_precision, describe_device
+from tiny_lm.training.ema import WeightAverage
+from tiny_lm.training.guard import LossGuard
 from tiny_lm.training.module import CausalLMModule
-from tiny_lm.training.monitors import Event, GpuStatsMonitor, OptimizerStepProgressBar, TokensMonitor
+from tiny_lm.training.monitors import Event, GpuStatsMonitor, OptimizerStepProgressBar, TokensMonitor, peak_memory
+from tiny_lm.training.parallel import (
+    Agreement,
+    Processes,
+    choose_processes,
+    failing_together,
+    lightning_options,
+    share_batch,
+)
+from tiny_lm.training.peak import peak_flops
 from tiny_lm.training.resume import check_resume, forget_after
-from tiny_lm.training.trackers import JsonlLogger
+from tiny_lm.training.samples import SampleStories
+from tiny_lm.training.trackers import build_loggers, check_trackers
 
 
 @dataclass(frozen=True)
@@ -65,20 +86,74 @@ def train(
         UserError: configs, streams, tokenizer and checkpoint do not fit each other, the loss is no longer a number, or
             disk or memory is full.
     """
-    console = console or Console(stderr=True)
-    data = BinTokenDataModule(data_config, seed=training_config.seed, ignore_index=training_config.ignore_index)
-    tokenizer = _check_fit(model_config, data)
     device = choose_device()
-    precision, why = choose_precision(training_config, device)
-    if why:
-        console.print(why)
-    if training_config.compile is True and not has_compiler(device):
-        console.print("compile: true needs a C++ compiler (on a GPU: Triton), which is not here: training uncompiled")
-        training_config = replace(training_config, compile=False)
+    processes = choose_processes(training_config, device)
+    share = share_batch(data_config.batch_size, training_config.accumulate_grad_batches, processes.world_size)
+    console = (console or Console(stderr=True)) if processes.is_main else Console(quiet=True, force_terminal=False)
+    data = BinTokenDataModule(
+        data_config,
+        seed=training_config.seed,
+        ignore_index=training_config.ignore_index,
+        micro_batch=share.micro_batch,
+    )
+    tokenizer = _check_fit(model_config, data)
+    check_trackers(training_config.trackers)
+    stories = SampleStories(run, training_config, tokenizer)
+    precision, precision_reason = choose_precision(training_config, device)
+    tokens_per_step = data_config.batch_size * data_config.block_size * training_config.accumulate_grad_batches
+    compiles, compile_reason = choose_compile(
+        training_config, model_config, tokens_per_step, data_config.block_size, device
+    )
+    for reason in filter(None, (precision_reason, compile_reason)):
+        console.print(reason)
+    compiles = compiles and processes.strategy != "fsdp"
+    if device == "cpu":
+        keep_freed_memory()
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     torch.manual_seed(training_config.seed)
-    # What decides the order of batches and the state of the optimizer: a resumed run must agree.
-    identity = {
+    identity = _identity(model_config, training_config, data_config, tokenizer)
+    kept = {  # in every checkpoint; a run that goes on from it tells what differs
+        **identity,
+        "training": training_config.to_dict(),
+        "data": data_config.to_dict(),
+        "precision": precision,
+        "device": device,
+        "compiled": compiles,
+        **data.sizes,
+    }
+    resumed_step = 0 if resume_from is None else check_resume(resume_from, kept, console)
+    effective = replace(training_config, precision=precision)
+    module = CausalLMModule(model_config, effective, kept, compiled_loss() if compiles else next_token_loss)
+    if prefers_reference_attention(device, data_config.block_size):
+        module.model.use_reference_attention()
+    plan = _plan(identity, training_config, resumed_step, data.train_stream.tokens)
+    loggers = build_loggers(training_config.trackers, run, resumed_step, console)
+    options = {"accelerator": device, "precision": precision, "logger": loggers, **lightning_options(processes, share)}
+    facts = {
+        "device": describe_device(device),
+        "processes": processes.world_size,
+        "precision": precision,
+        "compiled": compiles,
+        "parameters": num_parameters(model_config),
+        "flops_per_token": flops_per_token(model_config, data_config.block_size),
+        "peak_flops": asdict(peak_flops(device, precision)),
+        "tokens_per_step": tokens_per_step,
+        **data.sizes,
+    }
+    with run.claim() if processes.is_main else nullcontext():
+        if processes.is_main:
+            configs = {"model": model_config, "training": training_config, "data": data_config}
+            _begin(run, configs, tokenizer, names, seed=training_config.seed, **facts)
+            forget_after(run, resume_from, resumed_step)
+        agreement = Agreement(plan, training_config.seed)
+        return _fit(module, data, run, resume_from, processes, agreement, stories, options, console)
+
+
+def _identity(
+    model_config: ModelConfig, training_config: TrainingConfig, data_config: BinDataConfig, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Return what decides the order of batches and the state of the optimizer: a resumed run must agree."""
+    return {
         "model": model_config.to_dict(),
         "tokenizer_hash": tokenizer.hash,
         "optimizer": training_config.optimizer,
@@ -87,25 +162,22 @@ def train(
         "block_size": data_config.block_size,
         "stride": data_config.window_stride,
     }
-    resumed_step = 0 if resume_from is None else check_resume(resume_from, identity, training_config.max_steps)
-    module = CausalLMModule(model_config, training_config, identity)
-    for section, config in (("model", model_config), ("training", training_config), ("data", data_config)):
+
+
+def _plan(
+    identity: dict[str, Any], training_config: TrainingConfig, resumed_step: int, train_tokens: int
+) -> dict[str, Any]:
+    """Return what all processes must have read alike from their configs and files."""
+    settings = {f"training.{key}": value for key, value in training_config.to_dict().items()}
+    return {"resumed step": resumed_step, "training tokens": train_tokens, **identity, **settings}
+
+
+def _begin(run: Run, configs: Mapping[str, Config], tokenizer: Tokenizer, names: Sequence[str], **facts: Any) -> None:
+    """Write down what is about to be trained."""
+    for section, config in configs.items():
         config.save(run.configs / f"{section}.yaml")
     tokenizer.save(run.tokenizer)
-    run.update_record(
-        status="running",
-        configs=list(names),
-        seed=training_config.seed,
-        device=describe_device(device),
-        precision=precision,
-        parameters=num_parameters(model_config),
-        tokens_per_step=data_config.batch_size * data_config.block_size * training_config.accumulate_grad_batches,
-        train_tokens=data.train_stream.tokens,
-        val_tokens=data.val_stream.tokens,
-        environment=environment(),
-    )
-    forget_after(run, resumed_step)
-    return _fit(module, data, run, resume_from, accelerator=device, precision=precision, console=console)
+    run.update_record(status="running", configs=list(names), environment=environment(), **facts)
 
 
 def _fit(
@@ -113,47 +185,53 @@ def _fit(
     data: BinTokenDataModule,
     run: Run,
     resume_from: Path | None,
-    *,
-    accelerator: str,
-    precision: Precision,
+    processes: Processes,
+    agreement: Agreement,
+    stories: SampleStories,
+    options: dict[str, Any],
     console: Console,
 ) -> TrainingResult:
     """Run Lightning's trainer and write down how it ended."""
     config = module.config
     event: Event = {}
-    monitor = TokensMonitor(config, event)
-    validation = Validation(config, data.val_stream, monitor, event)
-    writer = CheckpointWriter(run, config.save_every_n_steps, config.keep_checkpoints, validation, monitor)
-    before, started = run.read_record().get("seconds", 0.0), time.perf_counter()
+    record = run.read_record()
+    ideal = record["flops_per_token"] / record["peak_flops"]["value"] if processes.is_main else None
+    monitor = TokensMonitor(config, event, ideal)
+    average = WeightAverage(config.ema_decay) if config.ema_decay else None
+    validation = Validation(config, data.val_stream, monitor, average, stories, event)
+    guard = LossGuard(config, run, data, console)
+    writer = CheckpointWriter(run, config.save_every_n_steps, config.keep_checkpoints, validation, monitor, guard)
+    before, started = record.get("seconds", 0.0), time.perf_counter()
     try:
-        with _quiet_lightning():
+        with quiet_lightning():
             trainer = pl.Trainer(
-                accelerator=accelerator,
-                devices=1,
-                precision=precision,
+                **options,
                 max_steps=config.max_steps,
                 max_epochs=-1,  # the loader is endless; steps decide
-                accumulate_grad_batches=config.accumulate_grad_batches,
                 limit_val_batches=0,  # Validation does it: a run then resumes exactly, whatever fell on its last step
                 num_sanity_val_steps=0,
                 enable_checkpointing=False,
                 enable_model_summary=False,
-                logger=JsonlLogger(run.metrics),
-                plugins=[AtomicCheckpointIO()],
+                plugins=[AtomicCheckpointIO(), processes.environment],
                 callbacks=[
+                    agreement,
+                    guard,
                     monitor,
+                    *([average] if average else []),
                     GpuStatsMonitor(config.system_metrics_every_n_steps, event),
                     validation,
                     MetricsWriter(event, console),
                     writer,
                     GracefulStop(writer, console),
-                    OptimizerStepProgressBar(monitor, console),
+                    OptimizerStepProgressBar([monitor, validation], console),
                 ],
             )
-            trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
+            with failing_together(trainer, processes):
+                trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
     except BaseException as error:
-        with suppress(UserError):  # a full disk takes the record no more than the checkpoint
-            run.update_record(status="failed")
+        if processes.is_main:
+            with suppress(UserError):  # a full disk takes the record no more than the checkpoint
+                run.update_record(status="failed")
         if isinstance(error, torch.OutOfMemoryError):
             raise UserError(
                 "out of memory: lower batch_size and raise accumulate_grad_batches as much, or set "
@@ -162,13 +240,15 @@ def _fit(
         raise
     finished = trainer.global_step >= config.max_steps
     metrics = {**monitor.latest, **validation.latest, "best_val_loss": validation.best_loss}
-    run.update_record(
-        status="finished" if finished else "stopped",
-        steps=trainer.global_step,
-        tokens=monitor.tokens,
-        seconds=round(before + time.perf_counter() - started, 1),
-        metrics={key: value for key, value in metrics.items() if math.isfinite(value)},
-    )
+    if processes.is_main:
+        run.update_record(
+            status="finished" if finished else "stopped",
+            steps=trainer.global_step,
+            tokens=monitor.tokens,
+            seconds=round(before + time.perf_counter() - started, 1),
+            memory=peak_memory(),
+            metrics={key: value for key, value in metrics.items() if math.isfinite(value)},
+        )
     return TrainingResult(run, finished, trainer.global_step, metrics)
 
 
@@ -195,14 +275,15 @@ def _check_fit(model_config: ModelConfig, data: BinTokenDataModule) -> Tokenizer
 
 
 @contextmanager
-def _quiet_lightning() -> Iterator[None]:
+def quiet_lightning() -> Iterator[None]:
     """Silence what Lightning prints about itself: its advice concerns settings that are chosen on purpose here."""
-    logger = logging.getLogger("pytorch_lightning")
-    level = logger.level
+    levels = {logger: logger.level for logger in map(logging.getLogger, ("pytorch_lightning", "lightning_fabric"))}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric")
-        logger.setLevel(logging.ERROR)
+        for logger in levels:
+            logger.setLevel(logging.ERROR)
         try:
             yield
         finally:
-            logger.setLevel(level)
+            for logger, level in levels.items():
+                logger.setLevel(level)

@@ -4,15 +4,17 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
 from tiny_lm.model import ModelConfig, build_model
 from tiny_lm.model.checkpoint import CHECKPOINT_KEY
+from tiny_lm.training.acceleration import LossFunction, next_token_loss
 from tiny_lm.training.config import TrainingConfig
-from tiny_lm.training.optim import build_optimizer, build_scheduler
+from tiny_lm.training.optim import Schedule, build_optimizer
+from tiny_lm.training.parallel import clip_gradients, gather_random_states
+from tiny_lm.training.resume import let_config_prevail
 
 
 class CausalLMModule(pl.LightningModule):
@@ -23,7 +25,13 @@ class CausalLMModule(pl.LightningModule):
         gradient_norm: global norm of the last step's gradients before clipping, a tensor of one number.
     """
 
-    def __init__(self, model_config: ModelConfig, config: TrainingConfig, identity: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        config: TrainingConfig,
+        identity: dict[str, Any],
+        loss: LossFunction = next_token_loss,
+    ) -> None:
         """Build the model; its weights are drawn from torch's global random state.
 
         Args:
@@ -31,14 +39,14 @@ class CausalLMModule(pl.LightningModule):
             config: the training run.
             identity: plain values that every checkpoint carries, so that it is used only where it belongs: ``model``
                 (its config), ``tokenizer_hash`` and whatever a resumed run must agree with.
+            loss: computes the loss of the model on a micro-batch; another one where it is compiled.
         """
         super().__init__()
         self.model = build_model(model_config)
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()
-        if config.compile is True:
-            self.model.compile()  # in place: the keys of the state dict stay as they are
         self.config = config
+        self._loss = loss
         self._identity = identity
         self.gradient_norm = torch.zeros(())
         self._saved_rng: dict[str, Any] | None = None
@@ -51,13 +59,12 @@ class CausalLMModule(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss of a micro-batch, in nats per token."""
         x, y = batch
-        logits = self(x)  # [B, T, V]
-        return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=self.config.ignore_index)
+        return self._loss(self.model, x, y, self.config.ignore_index)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer and its schedule, stepped with each optimizer step."""
         optimizer = build_optimizer(self.model, self.config)
-        scheduler = build_scheduler(optimizer, self.config)
+        scheduler = Schedule(optimizer, self.config)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -68,24 +75,26 @@ class CausalLMModule(pl.LightningModule):
     ) -> None:
         """Clip the global norm and keep it; Lightning's own way refuses fused optimizers under mixed precision."""
         limit = self.config.grad_clip_norm or float("inf")
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.parameters(), limit)
+        self.gradient_norm = clip_gradients(self.trainer, self.parameters(), limit)
 
     # --- checkpoints: what the model is, and the random state, so that a resumed run draws what it would have drawn ---
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what is needed to use the weights, and the state of torch's random generators."""
+        """Add what is needed to use the weights, and the state of torch's random generators in each process."""
         checkpoint[CHECKPOINT_KEY] = self._identity
-        checkpoint["rng"] = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+        checkpoint["rng"] = gather_random_states(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random state until the first batch: what happens before it draws numbers of its own."""
-        self._saved_rng = checkpoint["rng"]
+        let_config_prevail(checkpoint, self.model, self.config)
+        saved, rank = checkpoint["rng"], self.trainer.global_rank
+        states = saved if isinstance(saved, list) else [{"cpu": saved["cpu"]}]  # older checkpoints hold one process's
+        self._saved_rng = states[rank] if rank < len(states) else None  # this process was not there before
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore the random state of the checkpoint, once."""
         if self._saved_rng is not None:
             torch.set_rng_state(self._saved_rng["cpu"].cpu())
-            if torch.cuda.is_available():
-                for device, state in enumerate(self._saved_rng["cuda"][: torch.cuda.device_count()]):
-                    torch.cuda.set_rng_state(state.cpu(), device)
+            if self.device.type == "cuda" and "cuda" in self._saved_rng:
+                torch.cuda.set_rng_state(self._saved_rng["cuda"].cpu(), self.device)
             self._saved_rng = None

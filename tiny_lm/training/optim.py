@@ -1,7 +1,7 @@
 """The optimizers and the learning-rate schedule."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,16 +18,18 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
     ``adamw`` is AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) on everything. ``muon`` is Muon (Jordan et al. 2024,
     kellerjordan.github.io/posts/muon) on the hidden matrices and AdamW on the rest.
     """
-    embeddings = [p for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()]
-    tables = {id(parameter) for parameter in embeddings}  # the tied head is one of them
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    hidden = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in tables]
+    # By the kind of module and not by shape: a process that holds a part of each weight holds it flat.
+    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    tables = {id(weight) for weight in embeddings}  # the tied head is one of them
+    hidden = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) not in tables]
+    matrices = tables | {id(weight) for weight in hidden}
+    vectors = [p for p in model.parameters() if id(p) not in matrices]
     if config.optimizer == "muon":
         return MuonAdamW(hidden, embeddings, vectors, config)
     return _adamw([*embeddings, *hidden], vectors, config)
 
 
-def _adamw(decayed: list[nn.Parameter], vectors: list[nn.Parameter], config: TrainingConfig) -> AdamW:
+def _adamw(decayed: Sequence[Tensor], vectors: Sequence[Tensor], config: TrainingConfig) -> AdamW:
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -48,9 +50,9 @@ class MuonAdamW(Optimizer):
 
     def __init__(
         self,
-        hidden: list[nn.Parameter],
-        embeddings: list[nn.Parameter],
-        vectors: list[nn.Parameter],
+        hidden: Sequence[Tensor],
+        embeddings: Sequence[Tensor],
+        vectors: Sequence[Tensor],
         config: TrainingConfig,
     ) -> None:
         """Optimize ``hidden`` with Muon and the rest with AdamW."""
@@ -83,16 +85,40 @@ class MuonAdamW(Optimizer):
         self._share()
 
 
-def build_scheduler(optimizer: Optimizer, config: TrainingConfig) -> LambdaLR:
-    """Build the schedule; it is stepped once for each optimizer step."""
-    return LambdaLR(optimizer, lambda step: learning_rate_at(step, config) / config.learning_rate)
+class Schedule(LambdaLR):
+    """Learning rate and weight decay of each optimizer step; it is stepped once for each."""
+
+    def __init__(self, optimizer: Optimizer, config: TrainingConfig, *, step: int = 0) -> None:
+        """Schedule the groups of ``optimizer``, which has taken ``step`` steps; those without decay stay without."""
+        self._config = config
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+            if group["weight_decay"]:
+                group["initial_weight_decay"] = group["weight_decay"]  # a mark that checkpoints keep
+        super().__init__(
+            optimizer, lambda step: learning_rate_at(step, config) / config.learning_rate, last_epoch=step - 1
+        )
+
+    def step(self, epoch: int | None = None) -> None:
+        """Set both for the next optimizer step."""
+        super().step(epoch)
+        for group in self.optimizer.param_groups:
+            if "initial_weight_decay" in group:
+                group["weight_decay"] = weight_decay_at(self.last_epoch, self._config)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values: the config is the run's, not the checkpoint's."""
+        state: dict[str, Any] = super().state_dict()
+        del state["_config"]
+        return state
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
     """Return the learning rate of optimizer step ``step``, counted from 0.
 
     The rate rises linearly over the first ``warmup_ratio`` of the run, reaching the peak with the last step of the
-    warm-up; then it follows the schedule down to ``min_lr``, reached with the last step.
+    warm-up; then it follows the schedule down to ``min_lr``, reached with the last step. ``wsd`` (warm-up, stable,
+    decay: Hu et al. 2024, arXiv:2404.06395, section 4) holds the peak until the last ``decay_ratio`` of the run.
     """
     if config.scheduler == "none":
         return config.learning_rate
@@ -101,6 +127,21 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
         return config.learning_rate * (step + 1) / warmup
     if config.scheduler == "constant":
         return config.learning_rate
-    progress = min((step - warmup) / max(config.max_steps - 1 - warmup, 1), 1.0)
+    peak = warmup  # the last step at the peak
+    if config.scheduler == "wsd":
+        peak = max(warmup, config.max_steps - 1 - round(config.decay_ratio * config.max_steps))
+    progress = min(max((step - peak) / max(config.max_steps - 1 - peak, 1), 0.0), 1.0)
     fall = (1 + math.cos(math.pi * progress)) / 2 if config.scheduler == "cosine" else 1 - progress
     return config.min_lr + (config.learning_rate - config.min_lr) * fall
+
+
+def weight_decay_at(step: int, config: TrainingConfig) -> float:
+    """Return the weight decay of optimizer step ``step``, counted from 0; a falling one is 0 at the last step."""
+    progress = min(step / max(config.max_steps - 1, 1), 1.0)
+    match config.weight_decay_schedule:
+        case "constant":
+            return config.weight_decay
+        case "linear":
+            return config.weight_decay * (1 - progress)
+        case "cosine":
+            return config.weight_decay * (1 + math.cos(math.pi * progress)) / 2

@@ -1,12 +1,64 @@
-"""Going on from a checkpoint: what must agree, and what is forgotten."""
+"""Going on from a checkpoint: from which one, what must agree, what may change, and what is forgotten."""
 
+import json
+import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from torch import nn
+
 from tiny_lm.errors import UserError
+from tiny_lm.files import remove_leftovers
 from tiny_lm.model.checkpoint import CHECKPOINT_KEY, read_checkpoint
 from tiny_lm.runs import Run
+from tiny_lm.training.checkpoints import link
+from tiny_lm.training.config import TrainingConfig
+from tiny_lm.training.optim import Schedule, build_optimizer, learning_rate_at
+from tiny_lm.training.samples import drop_samples_after
 from tiny_lm.training.trackers import JsonlLogger
+
+# --- which checkpoint ------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(run: Run, console: Console) -> Path | None:
+    """Return the newest checkpoint of a run that can be read, or None where it has none yet.
+
+    Each is read from end to end; damaged ones are named in one warning.
+
+    Raises:
+        UserError: all are damaged.
+    """
+    damaged = []
+    for path in _newest_first(run):
+        try:
+            step = read_checkpoint(path, whole=True)["global_step"]
+        except UserError as error:
+            damaged.append(str(error))
+            continue
+        if damaged:
+            console.print(f"warning: {'; '.join(damaged)}; going on from {path} of step {step:,}", markup=False)
+        return path
+    if damaged:
+        raise UserError(f"{run.folder}: has no checkpoint that can be read ({'; '.join(damaged)}); train it anew")
+    return None
+
+
+def _newest_first(run: Run) -> list[Path]:
+    """Return the checkpoints of a run; where two are of one step, ``last.ckpt`` comes first and ``best.ckpt`` last."""
+    found = [(float(step), 1, path) for step, path in run.saved_steps()]
+    # An unreadable last.ckpt would have been the newest.
+    for path, preference, otherwise in ((run.last_checkpoint, 2, math.inf), (run.best_checkpoint, 0, -1.0)):
+        if path.is_file():
+            step = otherwise
+            with suppress(UserError):
+                step = read_checkpoint(path)["global_step"]
+            found.append((step, preference, path))
+    return [path for *_, path in sorted(found, reverse=True)]
+
+
+# --- what must agree, and what may change ----------------------------------------------------------------------------
 
 _KEPT_WHEN_RESUMING = {
     "tokenizer_hash": "the text was encoded by another tokenizer",
@@ -17,25 +69,140 @@ _KEPT_WHEN_RESUMING = {
     "stride": "other batches would follow",
 }
 
+_SCHEDULE = ("max_steps", "learning_rate", "min_lr", "scheduler", "warmup_ratio", "decay_ratio")
+_ROUNDING = "the same batches; losses are those of an unbroken run up to rounding"
+_SAME_WEIGHTS = "the weights become what they would have become"
+_OTHER_TARGETS = "other targets count, so losses do not compare with those before"
+_OTHER_VALIDATION = "validation losses do not compare with those before, nor with the best one"
+_MEANING = {
+    **dict.fromkeys(("precision", "device", "compile", "compiled", "gradient_checkpointing"), _ROUNDING),
+    **dict.fromkeys(("devices", "num_nodes", "strategy"), _ROUNDING),
+    **dict.fromkeys(("val_every_n_steps", "save_every_n_steps", "log_every_n_steps"), _SAME_WEIGHTS),
+    **dict.fromkeys(("system_metrics_every_n_steps", "keep_checkpoints", "spike_threshold"), _SAME_WEIGHTS),
+    **dict.fromkeys(("sample_prompts", "sample_tokens", "trackers", "num_workers", "pin_memory"), _SAME_WEIGHTS),
+    **dict.fromkeys(("ignore_index", "mask_after_eos"), _OTHER_TARGETS),
+    **dict.fromkeys(("val_path", "val_max_tokens", "val_tokens"), _OTHER_VALIDATION),
+    "train_path": "taken for the same text where it has as many tokens",
+    "train_tokens": "another text, whose windows come in an order of their own",
+    "drop_last": "epochs have another length, so other batches follow from the next one on",
+}
+_UNTOLD = ("run_name", "resume_from_checkpoint", *_KEPT_WHEN_RESUMING)
 
-def check_resume(path: Path, identity: dict[str, Any], max_steps: int) -> int:
-    """Return the step of a checkpoint that this run can go on from."""
-    checkpoint = read_checkpoint(path)
+
+def check_resume(path: Path, identity: dict[str, Any], console: Console) -> int:
+    """Return the step of a checkpoint that this run can go on from, and tell what differs since it was written.
+
+    Args:
+        path: the checkpoint; it is read from end to end.
+        identity: what the checkpoints of this run carry.
+        console: gets one line for each value that is another now, with what that means.
+
+    Raises:
+        UserError: the checkpoint is damaged, nothing is left to train, or something differs that must not.
+    """
+    checkpoint = read_checkpoint(path, whole=True)
     ours = checkpoint[CHECKPOINT_KEY]
     if ours["model"] != identity["model"]:
-        raise UserError(f"{path}: holds another model than the model config; resume with the run's own configs")
+        differences = ", ".join(
+            f"{key} {old} and not {new}" for key, old, new in _differences(ours["model"], identity["model"])
+        )
+        raise UserError(
+            f"{path}: holds another model than the model config ({differences}); resume with the run's own configs"
+        )
     for key, why in _KEPT_WHEN_RESUMING.items():
         if ours.get(key) != identity[key]:
             raise UserError(f"{path}: was trained with {key} {ours.get(key)} and not {identity[key]}: {why}")
-    step = int(checkpoint["global_step"])
+    step, max_steps = int(checkpoint["global_step"]), identity["training"]["max_steps"]
     if step >= max_steps:
         raise UserError(f"{path}: stands at step {step} of max_steps {max_steps}: nothing is left to train")
+    for line in _tell_changes(ours, identity, step):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     return step
 
 
-def forget_after(run: Run, step: int) -> None:
-    """Drop metrics and checkpoints of later steps, which a run that goes on from ``step`` is about to write again."""
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return the keys whose values differ, with both; a key that only one of them has is new, and says nothing."""
+    return [(key, before[key], now[key]) for key in before if key in now and before[key] != now[key]]
+
+
+def _tell_changes(before: dict[str, Any], now: dict[str, Any], step: int) -> list[str]:
+    """Return a line for each value of the training and data configs that differs from the checkpoint's."""
+    lines = []
+    for section in ("training", "data"):
+        if section in before:  # older checkpoints carry no configs
+            for key, *values in _differences(before[section], now[section]):
+                if key not in _UNTOLD and not (key == "precision" and "precision" in before):
+                    old, new = map(json.dumps, values)
+                    lines.append(f"changed {section}.{key}: {old} -> {new}: {_meaning(key, before, now, step)}")
+    for key in ("precision", "device", "compiled", "train_tokens", "val_tokens"):
+        if key in before and before[key] != now[key]:
+            lines.append(f"changed {key}: {before[key]} -> {now[key]}: {_meaning(key, before, now, step)}")
+    return lines
+
+
+def _meaning(key: str, before: dict[str, Any], now: dict[str, Any], step: int) -> str:
+    """Say what it means for the run that the value of ``key`` is another."""
+    old, new = before["training"], now["training"]
+    if key in _SCHEDULE:
+        then = learning_rate_at(step, TrainingConfig.from_dict(new))
+        first = learning_rate_at(step, TrainingConfig.from_dict({**new, **{k: old[k] for k in _SCHEDULE if k in old}}))
+        return f"rates follow the new schedule; step {step + 1:,} has {then:.3g}, by the old one {first:.3g}"
+    if key == "accumulate_grad_batches":
+        windows = now["data"]["batch_size"] * now["data"]["block_size"]
+        return f"a step is {windows * new[key]:,} tokens from here on and was {windows * old[key]:,}"
+    if key == "ema_decay":
+        if new[key] is None:
+            return "the average is dropped: validated and saved are the weights themselves"
+        return (
+            "the average begins with the weights of the checkpoint"
+            if old[key] is None
+            else "the average goes on with the new decay"
+        )
+    return _MEANING.get(key, f"used from step {step + 1:,} on")
+
+
+def let_config_prevail(checkpoint: dict[str, Any], model: nn.Module, config: TrainingConfig) -> None:
+    """Put the options of the config in place of those that a checkpoint's optimizer and schedule carry.
+
+    Loading their states would bring back the learning rate, weight decay and so on of the config before. Where the
+    configs are equal nothing changes, to the last bit.
+    """
+    (state,), (scheduler_state,) = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
+    fresh = build_optimizer(model, config)
+    schedule = Schedule(fresh, config, step=scheduler_state["last_epoch"])
+    scheduler_state["base_lrs"] = schedule.base_lrs
+    for saved, group in zip(state["param_groups"], fresh.param_groups, strict=True):
+        parameters = {key: saved[key] for key in ("params", "param_names") if key in saved}
+        saved.clear()
+        saved.update({**group, **parameters})
+
+
+# --- what is forgotten -----------------------------------------------------------------------------------------------
+
+
+def forget_after(run: Run, checkpoint: Path | None, step: int) -> None:
+    """Drop what came after ``step``, which a run that goes on from ``checkpoint`` is about to write again.
+
+    At every moment the newest checkpoint that is left has all its metrics: a process that is killed in here does no
+    harm.
+    """
+    remove_leftovers(run.folder)
+    if checkpoint is None:
+        run.last_checkpoint.unlink(missing_ok=True)
+    else:
+        link(checkpoint, run.last_checkpoint)
+    for later, path in reversed(run.saved_steps()):
+        if later > step:
+            path.unlink()
+    if run.best_checkpoint.is_file() and _step_of(run.best_checkpoint) > step:
+        run.best_checkpoint.unlink()
     JsonlLogger(run.metrics).drop_after(step)
-    for checkpoint in [*run.checkpoints.glob("step-*.ckpt"), run.best_checkpoint]:
-        if checkpoint.is_file() and read_checkpoint(checkpoint)["global_step"] > step:
-            checkpoint.unlink()
+    drop_samples_after(run.samples, step)
+
+
+def _step_of(path: Path) -> float:
+    """Return the step of a checkpoint; that of a damaged one is after all others."""
+    try:
+        return float(read_checkpoint(path)["global_step"])
+    except UserError:
+        return math.inf

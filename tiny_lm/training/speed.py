@@ -1,17 +1,24 @@
-"""How fast this machine trains a model: measured by training it for a moment."""
+"""How fast this machine trains a model, measured by training it for a moment; and how long whole runs would take."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from time import perf_counter
+from typing import Any
 
+import torch
 from rich.console import Console
 
 from tiny_lm.data import BinDataConfig
-from tiny_lm.model import ModelConfig
+from tiny_lm.data.bin import open_stream
+from tiny_lm.errors import UserError
+from tiny_lm.model import ModelConfig, flops_per_token
 from tiny_lm.runs import Run
 from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.fit import train
+from tiny_lm.training.rehearsal import StepTimes, rehearse
 
 
 @dataclass(frozen=True)
@@ -35,3 +42,112 @@ def measure_speed(
         silent = Console(file=nowhere)
         metrics = train(model_config, short, data_config, Run(Path(folder) / "run"), console=silent).metrics
     return Speed(metrics["tokens_per_sec"], metrics["val_seconds"])
+
+
+# --- how long whole runs would take ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """The configs of a run that might be made."""
+
+    model: ModelConfig
+    training: TrainingConfig
+    data: BinDataConfig
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What decides how long a step takes; runs that share it are measured once."""
+        training = self.training
+        how = (training.optimizer, training.precision, training.gradient_checkpointing)
+        return (self.model, *how, self.data.block_size, self.data.batch_size)
+
+    @property
+    def tokens(self) -> int:
+        """That the whole run trains on."""
+        training, data = self.training, self.data
+        return training.max_steps * training.accumulate_grad_batches * data.batch_size * data.block_size
+
+    @property
+    def window_flops(self) -> int:
+        """Floating-point operations of training on one window."""
+        return self.data.block_size * flops_per_token(self.model, self.data.block_size)
+
+
+@dataclass(frozen=True)
+class RunTime:
+    """How long a run would take on this machine, about."""
+
+    seconds: float
+    tokens_per_second: float
+    """In training, without validation."""
+    measured: bool
+    """False where this shape was not measured for want of time, but scaled from another one by its operations."""
+    validates: bool
+    """Whether validation is included; it is not where its token stream is not there and no limit is set."""
+
+
+def estimate_run_times(runs: Sequence[PlannedRun], *, seconds: float) -> list[RunTime]:
+    """Measure for about ``seconds`` in all, and estimate from it how long each run would take.
+
+    Each shape is rehearsed with its own window and optimizer, and with as large a micro-batch as its share of the time
+    allows; the smallest ones come first. Nothing is compiled.
+    """
+    by_shape = {run.shape: run for run in sorted(runs, key=lambda run: run.window_flops)}
+    for first in list(by_shape.values())[:1]:  # what torch loads and sets up when it is first used is not timed
+        rehearse(first.model, first.training, 1, first.data.block_size)
+    end = perf_counter() + seconds
+    measured: dict[tuple[Any, ...], StepTimes] = {}
+    seconds_per_flop = 0.0
+    for number, (shape, run) in enumerate(by_shape.items()):
+        left = end - perf_counter()
+        if measured and _LEAST_PASSES * run.window_flops * seconds_per_flop > left:
+            continue
+        try:
+            measured[shape] = times = rehearse(
+                run.model,
+                run.training,
+                run.data.batch_size,
+                run.data.block_size,
+                seconds=left / (len(by_shape) - number),
+                grow=True,
+            )
+        except torch.OutOfMemoryError:
+            continue
+        seconds_per_flop = times.micro_batch / times.windows / run.window_flops
+    return [_run_time(run, measured.get(run.shape), seconds_per_flop) for run in runs]
+
+
+_LEAST_PASSES = 3
+"""A rehearsal makes two passes over a window forwards and backwards, and a shorter one to validate."""
+
+
+def _run_time(run: PlannedRun, times: StepTimes | None, seconds_per_flop: float) -> RunTime:
+    """Put the time of a run together from that of its parts."""
+    training, data = run.training, run.data
+    measured = times is not None
+    if times is None:
+        window = run.window_flops * seconds_per_flop
+        times = StepTimes(1, window, 0.0, window / 3)  # of the operations a forward pass has a third
+    windows_per_step = data.batch_size * training.accumulate_grad_batches
+    step = windows_per_step * times.micro_batch / times.windows + times.update
+    in_training, at_the_end = _validation_tokens(run)
+    passes = (training.max_steps - 1) // training.val_every_n_steps  # the last one comes after the last step
+    validated = passes * in_training + at_the_end
+    validation = validated / data.block_size * times.validation / times.windows
+    return RunTime(
+        training.max_steps * step + validation,
+        windows_per_step * data.block_size / step,
+        measured,
+        validates=validated > 0,
+    )
+
+
+def _validation_tokens(run: PlannedRun) -> tuple[int, int]:
+    """Return how many tokens a validation reads while the run goes on, and at its end; 0 where that is not known."""
+    most = run.training.val_max_tokens
+    try:
+        whole = open_stream(run.data.val_path, run.data).tokens
+    except UserError:  # it is not there yet
+        return most or 0, most or 0
+    return min(most or whole, whole), whole

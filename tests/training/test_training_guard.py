@@ -1,0 +1,186 @@
+"""A loss that is no number, or jumps: what is told, and what is never saved."""
+
+import io
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from tiny_runs import losses, model, training
+
+from tiny_lm.data import BinDataConfig, StreamMetadata
+from tiny_lm.errors import UserError
+from tiny_lm.model.checkpoint import load_checkpoint_model, read_checkpoint
+from tiny_lm.runs import Run
+from tiny_lm.tokenizer import Tokenizer
+from tiny_lm.training.fit import TrainingResult, train
+
+Fit = Callable[..., TrainingResult]
+
+# Finite until the first update, whose weights overflow: the loss of step 2 is no number.
+EXPLODING = {
+    "learning_rate": 10.0,
+    "warmup_ratio": 0.0,
+    "scheduler": "none",
+    "max_steps": 60,
+    "grad_clip_norm": 0,
+    "weight_decay": 3e38,
+    "save_every_n_steps": 50,
+    "val_every_n_steps": 50,
+}
+
+
+def test_a_loss_that_is_no_number_ends_the_run_in_one_line(fit: Fit, run: Run) -> None:
+    """The step is the exact one, inside a log window; so is the micro-batch."""
+    with pytest.raises(UserError) as error:
+        fit(**EXPLODING, log_every_n_steps=50, accumulate_grad_batches=2)
+    message = str(error.value)
+    assert "\n" not in message
+    assert re.search(r"the loss is (nan|inf) at step 2, in micro-batch 2 \(epoch 0, windows \d+, ", message)
+    assert "no checkpoint was written yet; begin again with a lower rate: tiny-lm train --resume" in message
+    assert message.endswith("--set training.learning_rate=5")
+    assert json.loads(run.record.read_text())["status"] == "failed"
+    assert not list(run.checkpoints.glob("*"))
+
+
+def test_the_text_of_the_batch_is_the_one_that_was_trained_on(
+    fit: Fit, run: Run, data_config: Callable[..., BinDataConfig], tokenizer: Tokenizer
+) -> None:
+    """Of the tokens that the file names, read from the stream by hand."""
+    with pytest.raises(UserError):
+        fit(**EXPLODING, log_every_n_steps=1)
+    (file,) = run.batches.iterdir()
+    assert file.name == "00000001.txt"
+    text = file.read_text()
+    assert text.startswith("step 2, micro-batch 1, epoch 0, loss ")
+    stream = np.fromfile(data_config().train_path, dtype="<u2")
+    places = re.findall(r"--- window (\d+): (\S+), tokens (\d+) to (\d+) ---\n(.*?)\n(?=\n---|\Z)", text, re.DOTALL)
+    assert len(places) == 4
+    for window, path, start, stop, quoted in places:
+        assert path == data_config().train_path
+        assert int(start) == int(window) * 32
+        assert quoted == tokenizer.decode(stream[int(start) : int(stop)].tolist(), skip_special=False)
+
+
+def test_a_spoilt_model_is_not_saved_though_its_loss_was_a_number(fit: Fit, run: Run) -> None:
+    """The weights overflow in the update of the step that a checkpoint is due after."""
+    fit(max_steps=4)
+    good = run.last_checkpoint.read_bytes()
+    broken = {**EXPLODING, "save_every_n_steps": 5, "val_every_n_steps": 60, "log_every_n_steps": 60}
+    with pytest.raises(
+        UserError,
+        match=r"^step 5 left weights that are no numbers: the last good checkpoint is .*step-0{7}4.ckpt; go on",
+    ):
+        fit(**broken, resume_from=run.last_checkpoint)
+    assert run.last_checkpoint.read_bytes() == good
+    assert load_checkpoint_model(run.best_checkpoint).step == 4
+    assert sorted(path.name for path in run.checkpoints.iterdir()) == ["best.ckpt", "last.ckpt", "step-00000004.ckpt"]
+
+
+def test_a_loss_that_is_no_number_is_seen_before_the_next_checkpoint(fit: Fit, run: Run) -> None:
+    """Also where no log window closes between; a validation is no way around it."""
+    fit(max_steps=4)
+    broken = {**EXPLODING, "save_every_n_steps": 8, "val_every_n_steps": 8, "log_every_n_steps": 60}
+    with pytest.raises(UserError, match=r"the loss is (nan|inf) at step 6, in micro-batch 5 "):
+        fit(**broken, resume_from=run.last_checkpoint)
+    assert read_checkpoint(run.last_checkpoint)["global_step"] == 4
+    assert read_checkpoint(run.best_checkpoint)["global_step"] == 4
+    assert all(math.isfinite(loss) for loss in losses(run).values())
+
+
+# --- jumps -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def junk_stream(tmp_path: Path, stream_folder: Path) -> Path:
+    """A stream that repeats two tokens for 199 of 200 windows, with one window of noise in it: window 120."""
+    folder = tmp_path / "stream"
+    folder.mkdir()
+    metadata = StreamMetadata.read(stream_folder).to_dict()
+    ids = np.tile(np.array([300, 301], dtype="<u2"), 200 * 16)
+    ids = np.append(ids, ids[:1])
+    ids[120 * 32 + 1 : 121 * 32] = np.random.default_rng(0).integers(4, 500, size=31)
+    ids.tofile(folder / "train.bin")
+    metadata["files"]["train.bin"]["tokens"] = len(ids)
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    (folder / "tokenizer").symlink_to(stream_folder / "tokenizer")
+    return folder
+
+
+def train_on(junk_stream: Path, data_config: Callable[..., BinDataConfig], run: Run, **values: Any) -> str:
+    """Train for one epoch on one window a step, and return what was told."""
+    data = data_config(train_path=str(junk_stream / "train.bin"), batch_size=1)
+    config = training(
+        **{"max_steps": 200, "log_every_n_steps": 50, "save_every_n_steps": 30, "val_every_n_steps": 1000}
+        | {"learning_rate": 1e-2, "sample_tokens": 0, "val_max_tokens": 64, "seed": 3}
+        | values
+    )
+    output = io.StringIO()
+    resume_from = values.pop("resume_from", None)
+    train(model(dropout=0.0), config, data, run, resume_from=resume_from, console=Console(file=output, width=2000))
+    return output.getvalue()
+
+
+def test_a_jump_is_told_once_with_step_batch_and_checkpoint(
+    junk_stream: Path, data_config: Callable[..., BinDataConfig], run: Run
+) -> None:
+    told = train_on(junk_stream, data_config, run, log_every_n_steps=1)
+    (warning,) = [line for line in told.splitlines() if "warning" in line]
+    curve = losses(run)
+    step = max((step for step in curve if step > 20), key=lambda step: curve[step])
+    assert re.search(rf"the loss is {curve[step]:.3f} at step {step}, \d\.\d\d nats above the median of", warning)
+    assert re.search(rf"worst in micro-batch {step - 1} \(epoch 0, windows 120; its text is in \S+\.txt\);", warning)
+    saved = (step - 1) // 30 * 30
+    assert (
+        f"the last good checkpoint is {run.step_checkpoint(saved)}" in warning if saved else "no checkpoint" in warning
+    )
+
+
+def test_a_jump_above_the_threshold_ends_the_run(
+    junk_stream: Path, data_config: Callable[..., BinDataConfig], run: Run
+) -> None:
+    with pytest.raises(
+        UserError, match=r"windows 120; .*spike_threshold is 3\.0: the last good checkpoint is"
+    ) as error:
+        train_on(junk_stream, data_config, run, spike_threshold=3.0)
+    step = int(re.search(r"at step (\d+)", str(error.value))[1])  # type: ignore[index]
+    assert max(saved for saved, _ in run.saved_steps()) < step
+    assert train_on(junk_stream, data_config, Run(run.folder.with_name("calm")), spike_threshold=20.0) == ""
+
+
+def test_a_resumed_run_tells_the_same_jump(
+    junk_stream: Path, data_config: Callable[..., BinDataConfig], run: Run, fit: Fit
+) -> None:
+    """What a loss is compared with travels in the checkpoint."""
+    told = train_on(junk_stream, data_config, run, keep_checkpoints=100)
+    step = int(re.search(r"at step (\d+)", told)[1])  # type: ignore[index]
+    before = max(saved for saved, _ in run.saved_steps() if saved < step)
+    history = read_checkpoint(run.step_checkpoint(before))["callbacks"]["LossGuard"]["history"]
+    assert len(history) == min(before, 100)
+    whole, resumed = (line for line in told.splitlines() if "warning" in line), ""
+    data = data_config(train_path=str(junk_stream / "train.bin"), batch_size=1)
+    output = io.StringIO()
+    stored = read_checkpoint(run.last_checkpoint)["tiny_lm"]["training"]
+    train(
+        model(dropout=0.0),
+        training(**stored),
+        data,
+        run,
+        resume_from=run.step_checkpoint(before),
+        console=Console(file=output, width=2000),
+    )
+    resumed = output.getvalue()
+    assert [line.partition("; the last")[0] for line in whole] == [resumed.partition("; the last")[0]]
+
+
+def test_the_largest_weight_is_found_also_if_it_is_no_number() -> None:
+    """What the guard leaves to torch: the infinity norm keeps NaN and infinity."""
+    for bad in (math.nan, math.inf, -math.inf):
+        weights = [torch.ones(3), torch.tensor([[1.0, bad]])]
+        assert not torch.nn.utils.get_total_norm(weights, norm_type=math.inf).isfinite()

@@ -1,0 +1,96 @@
+"""What makes a training step fast on the machine at hand: compiling, the kind of attention, and kept memory."""
+
+import ctypes
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tiny_lm.model import ModelConfig, flops_per_token
+from tiny_lm.training.config import TrainingConfig
+from tiny_lm.training.device import Device
+
+# Compiling takes the better part of a minute and then saves about a tenth of the time on a CPU, more on a GPU. A run
+# of so many floating-point operations takes ten minutes on two fast cores, or a minute on a fast GPU.
+_WORTH_COMPILING: dict[Device, float] = {"cpu": 3e14, "cuda": 3e15}
+
+# Up to this many tokens plain matrix products beat the fused attention kernels of a CPU (docs/experiments.md).
+_SHORT = 512
+
+LossFunction = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
+
+
+def next_token_loss(model: nn.Module, x: Tensor, y: Tensor, ignore_index: int) -> Tensor:
+    """Return the mean cross-entropy of ``model`` on inputs and targets int64 ``[B, T]``, in nats per token."""
+    logits = model(x)  # [B, T, V]
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=ignore_index)
+
+
+def compiled_loss() -> LossFunction:
+    """Return :func:`next_token_loss` compiled together with the model that it is called with."""
+    # The tanh of GELU in terms of exp: as exact as float32 is, and twice as fast.
+    return torch.compile(next_token_loss, dynamic=False, options={"cpp.use_decompose_tanh": True})
+
+
+def choose_compile(
+    config: TrainingConfig, model_config: ModelConfig, tokens_per_step: int, block_size: int, device: Device
+) -> tuple[bool, str | None]:
+    """Return whether to compile, and why not where the config asks for it.
+
+    ``auto`` compiles runs that are long enough to earn the time that compiling takes. It looks at the whole run, as
+    the configs describe it, so that a resumed run computes what the first one computed.
+    """
+    if config.compile is False:
+        return False, None
+    total = config.max_steps * tokens_per_step * flops_per_token(model_config, block_size)
+    if config.compile == "auto" and total < _WORTH_COMPILING.get(device, float("inf")):
+        return False, None
+    missing = _missing_compiler(device)
+    return missing is None, missing and f"{missing}: training uncompiled, which is somewhat slower"
+
+
+def _missing_compiler(device: Device) -> str | None:
+    """Return what torch.compile lacks here, if anything: it would say so only in the middle of the first step."""
+    if device == "cuda" and importlib.util.find_spec("triton") is None:
+        return "torch.compile needs Triton, which is not installed"
+    if device == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        return "torch.compile needs a C++ compiler (g++ or clang++), which is not on the PATH"
+    try:
+        torch.compile(_trial, dynamic=False)(torch.ones(8, device=device))
+    except Exception as error:  # whatever is wrong with the tools: there is another way to train
+        return f"torch.compile does not work here ({' '.join(str(error).split())[:200]})"
+    return None
+
+
+def _trial(x: Tensor) -> Tensor:
+    return x.exp() + 1
+
+
+def prefers_reference_attention(device: Device, block_size: int) -> bool:
+    """Whether attention in plain matrix products trains faster than the fused kernels."""
+    return device == "cpu" and block_size <= _SHORT
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep the memory of freed tensors for the next ones, for the rest of the process (glibc only).
+
+    Each step frees and takes the same large buffers. By default glibc gives them back to the kernel every time, which
+    then clears every page anew; training the speed profile on two cores spent a sixth of its time on that.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:  # musl has none
+        never = 2**31 - 1
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, never)
+        mallopt(_M_TOP_PAD, 64 * 2**20)
+
+
+# From malloc.h of glibc.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4

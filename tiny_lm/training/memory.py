@@ -1,0 +1,170 @@
+"""How much memory training takes, in closed form: nothing is built and nothing is tried."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from tiny_lm.model.config import ModelConfig, block_matrices, num_parameters
+from tiny_lm.training.acceleration import prefers_reference_attention
+from tiny_lm.training.config import TrainingConfig
+from tiny_lm.training.device import Device, Precision
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What decides how much memory training takes."""
+
+    model: ModelConfig
+    training: TrainingConfig
+    windows: int
+    """In a micro-batch."""
+    block_size: int
+    """Tokens in a window."""
+    device: Device
+    precision: Precision
+    """In which it is trained on ``device``; the config may name another one."""
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that torch holds at the peak of a step; Python, torch itself and gaps between tensors come on top."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    average: int
+    """The moving average of the weights."""
+    weight_copies: int
+    """16-bit copies of matrices, under mixed precision."""
+    activations: int
+    """What the forward pass keeps for the backward pass, up to the logits."""
+    logits: int
+    """Log-probabilities, and the gradients of the loss in them and in the logits."""
+    block: int
+    """What the backward pass of one block takes; the logits are gone by then."""
+
+    @property
+    def total(self) -> int:
+        """The peak: all but the smaller one of ``logits`` and ``block``, which are never there together."""
+        parts: Iterable[int] = vars(self).values()
+        return sum(parts) - min(self.logits, self.block)
+
+
+def estimate_memory(setup: Setup) -> MemoryEstimate:
+    """Estimate the memory of training in one process, uncompiled."""
+    model, training, block_size = setup.model, setup.training, setup.block_size
+    mixed = setup.precision != "32-true"
+    parameters, hidden = num_parameters(model), model.n_layers * sum(block_matrices(model))
+    moments = 2 * parameters - (hidden if training.optimizer == "muon" else 0)  # AdamW has two, Muon has one
+    tokens = setup.windows * block_size
+    stream = 4 * model.d_model  # the residual stream is float32
+    block = _block_activations(model, block_size, device=setup.device, mixed=mixed)
+    ends = _norm_activations(model, mixed=mixed) + (2 * model.d_model if mixed else 0)
+    if model.dropouts.embedding:
+        ends += _mask_bytes(setup.device, 4) * model.d_model
+    copied = hidden
+    if training.gradient_checkpointing:  # of each block its input, and the rest of one block when its turn comes
+        kept, working, copied = stream, block + 2 * stream, hidden // model.n_layers
+    else:
+        kept, working = block, 4 * stream
+    tables = 0
+    if model.position == "rope" and not training.gradient_checkpointing:
+        tables = model.n_layers * block_size * 8 * model.head_size  # cosines and sines for q and k, for all windows
+    return MemoryEstimate(
+        parameters=4 * parameters,
+        gradients=4 * parameters,
+        optimizer=4 * moments,
+        average=4 * parameters if training.ema_decay is not None else 0,
+        weight_copies=2 * (copied + model.vocab_size * model.d_model) if mixed else 0,
+        activations=tokens * (model.n_layers * kept + ends) + tables,
+        logits=tokens * model.vocab_size * 12,  # three times float32; the forward pass takes less
+        block=tokens * working,
+    )
+
+
+def _block_activations(model: ModelConfig, block_size: int, *, device: Device, mixed: bool) -> int:
+    """Return the bytes that one block keeps for the backward pass, for each token."""
+    width = 2 if mixed else 4  # bytes of what matrices read and write
+    d, ffn = model.d_model, model.ffn_size
+    queries, keys = model.n_heads * model.head_size, model.kv_heads * model.head_size
+    into_ffn = {"gelu": 1, "swiglu": 2}[model.feed_forward]
+    kept = 2 * _norm_activations(model, mixed=mixed)
+    if mixed:
+        kept += 2 * d * (3 + into_ffn)  # each matrix keeps a 16-bit copy of its own of what it reads
+    if model.qk_norm:
+        kept += 2 * 4 * (queries + keys) + 4 * (model.n_heads + model.kv_heads)
+    kept += _attention_activations(model, block_size, device=device, width=width)
+    # GELU keeps its input and output; SwiGLU gate, its SiLU, up and their product.
+    kept += width * ffn * 2 * into_ffn
+    if model.dropouts.residual:
+        kept += 2 * _mask_bytes(device, width) * d
+    return kept
+
+
+def _norm_activations(model: ModelConfig, *, mixed: bool) -> int:
+    """Return the bytes that a norm keeps for each token: its input, statistics, and what it gives on in float32."""
+    if model.norm == "layernorm":
+        return 4 * model.d_model * (1 if mixed else 2) + 8
+    return 4 * model.d_model * (2 if mixed else 3) + 4
+
+
+def _attention_activations(model: ModelConfig, block_size: int, *, device: Device, width: int) -> int:
+    """Return the bytes that the attention kernel keeps for each token, with its inputs and its output."""
+    queries, keys = model.n_heads * model.head_size, model.kv_heads * model.head_size
+    pairs = (
+        model.n_heads * block_size
+    )  # attention weights of a token: all of [H, T, T] is kept where no kernel is fused
+    dropped = model.dropouts.attention > 0
+    if prefers_reference_attention(device, block_size):
+        # q, and k and v for each query head; the softmax; its 16-bit copy; under dropout also the mask.
+        copies = dropped + (dropped or width == 2)
+        return width * (4 * queries + copies * pairs) + 4 * pairs
+    if dropped and device == "cpu":
+        # torch's fused kernel for the CPU knows no dropout: it computes in float32 without it.
+        return 4 * (3 * queries + 3 * pairs) + width * queries
+    # The kernel lays out its output as q is; where RoPE has made q anew, joining the heads copies it.
+    outputs = 2 if model.position == "rope" else 1
+    return width * ((1 + outputs) * queries + 2 * keys) + 4 * model.n_heads
+
+
+def _mask_bytes(device: Device, width: int) -> int:
+    """Return the bytes of one element of a dropout mask: a boolean on a GPU, the scale itself on a CPU."""
+    return width if device == "cpu" else 1
+
+
+# --- what would lower it ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Settings that lower the estimate, by how much, and what they cost."""
+
+    settings: str
+    """As ``--set`` takes them."""
+    bytes: int
+    cost: str
+
+
+def find_savings(setup: Setup) -> list[Saving]:
+    """Return the settings that would lower the estimate and leave the global batch as it is, largest saving first."""
+    here = estimate_memory(setup).total
+    found = [
+        Saving(settings, here - estimate_memory(changed).total, cost)
+        for settings, cost, changed in _alternatives(setup)
+    ]
+    return sorted((saving for saving in found if saving.bytes > 0), key=lambda saving: -saving.bytes)
+
+
+def _alternatives(setup: Setup) -> Iterator[tuple[str, str, Setup]]:
+    """Yield settings, what they cost, and the setup with them."""
+    model, training = setup.model, setup.training
+    if setup.windows % 2 == 0:
+        accumulate = 2 * training.accumulate_grad_batches
+        settings = f"data.batch_size={setup.windows // 2} training.accumulate_grad_batches={accumulate}"
+        yield settings, "the same steps", replace(setup, windows=setup.windows // 2)
+    if not training.gradient_checkpointing:
+        changed = replace(training, gradient_checkpointing=True)
+        yield "training.gradient_checkpointing=true", "a third more time", replace(setup, training=changed)
+    if setup.precision == "32-true" and setup.device == "cuda":
+        yield "training.precision=bf16-mixed", "coarser numbers", replace(setup, precision="bf16-mixed")
+    if model.dropouts.attention and setup.device == "cpu":
+        yield "model.attn_dropout=0.0", "another recipe", replace(setup, model=replace(model, attn_dropout=0.0))

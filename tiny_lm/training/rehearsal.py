@@ -1,0 +1,166 @@
+"""A rehearsal: training steps on random tokens, by which speed and memory are measured before there is a run."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from tiny_lm.inference.scoring import measure_surprise
+from tiny_lm.model import ModelConfig
+from tiny_lm.training.acceleration import keep_freed_memory, prefers_reference_attention
+from tiny_lm.training.config import TrainingConfig
+from tiny_lm.training.device import choose_device, choose_precision
+from tiny_lm.training.fit import quiet_lightning
+from tiny_lm.training.module import CausalLMModule
+
+_REPEATS = 5
+"""Micro-batches of one size that a timing is made of, if there is time for them."""
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """What the parts of training took at best, in seconds."""
+
+    windows: int
+    """In the micro-batch that was timed."""
+    micro_batch: float
+    """Its forward and backward pass."""
+    update: float
+    """Clipping and the step of the optimizer."""
+    validation: float
+    """A forward pass of as many windows, with the loss."""
+
+
+def rehearse(
+    model_config: ModelConfig,
+    config: TrainingConfig,
+    windows: int,
+    block_size: int,
+    *,
+    seconds: float = 0.0,
+    grow: bool = False,
+) -> StepTimes:
+    """Train for a moment as a real run does, through Lightning's trainer, on random tokens and without a run folder.
+
+    At least two optimizer steps and one validation are made, so that gradients, optimizer state and logits have all
+    been in memory together. Nothing is compiled.
+
+    Args:
+        model_config: the network.
+        config: optimizer, precision and gradient checkpointing.
+        windows: windows in a micro-batch.
+        block_size: tokens in a window.
+        seconds: go on for so long to time it better.
+        grow: begin with one window and double it up to ``windows`` as far as ``seconds`` allow.
+    """
+    device = choose_device()
+    precision, _ = choose_precision(config, device)
+    torch.set_float32_matmul_precision("high")
+    if device == "cpu":
+        keep_freed_memory()
+    module = CausalLMModule(model_config, config, {})
+    if prefers_reference_attention(device, block_size):
+        module.model.use_reference_attention()
+    # Gradients outlive a micro-batch only where steps accumulate.
+    accumulate = 1 if grow else min(config.accumulate_grad_batches, 2)
+    stopwatch = _Stopwatch(windows, block_size, model_config.vocab_size, seconds, grow=grow)
+    with quiet_lightning():
+        trainer = pl.Trainer(
+            accelerator=device,
+            devices=1,
+            precision=precision,
+            max_epochs=-1,
+            accumulate_grad_batches=accumulate,
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            enable_progress_bar=False,
+            plugins=[LightningEnvironment()],  # one process, whatever started this one
+            callbacks=[stopwatch],
+        )
+        trainer.fit(module, train_dataloaders=stopwatch)
+    return stopwatch.times
+
+
+class _Stopwatch(Callback):
+    """Hands out batches, times what becomes of them, and ends the rehearsal with a validation."""
+
+    def __init__(self, windows: int, block_size: int, vocab_size: int, seconds: float, *, grow: bool) -> None:
+        self._windows = 1 if grow else windows
+        self._most_windows = windows
+        self._block_size = block_size
+        self._vocab_size = vocab_size
+        self._seconds = seconds
+        self._timed = 0  # windows of the batch at hand
+        self._first = self._started = self._backward_done = 0.0
+        self._passes: defaultdict[int, list[float]] = defaultdict(list)  # by windows
+        self._updates: list[float] = []
+        self._steps = 0
+        self._validation = 0.0
+
+    @property
+    def times(self) -> StepTimes:
+        """The result for the largest micro-batch."""
+        # The shortest: first ones take memory and choose kernels, and others share the machine with something else.
+        return StepTimes(self._windows, min(self._passes[self._windows]), min(self._updates), self._validation)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield self._batch()
+
+    def _batch(self) -> tuple[Tensor, Tensor]:
+        ids = torch.randint(self._vocab_size, (self._windows, self._block_size + 1))
+        return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Start the clock."""
+        self._first = _now()
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        """Note when a micro-batch begins."""
+        self._timed = len(batch[0])  # Lightning fetches ahead: the batch may be older than the last choice
+        self._started = _now()
+
+    def on_after_backward(self, trainer: pl.Trainer, module: Any) -> None:
+        """Note when its backward pass is done."""
+        self._backward_done = _now()
+        self._passes[self._timed].append(self._backward_done - self._started)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Note the time of an update, and choose what comes next."""
+        if trainer.global_step == self._steps:
+            return
+        self._steps = trainer.global_step
+        self._updates.append(_now() - self._backward_done)
+        used, passes = _now() - self._first, self._passes[self._windows]
+        if self._steps < 2 or self._timed != self._windows:
+            return
+        if self._windows < self._most_windows and used + 5 * passes[-1] <= self._seconds:  # two of twice the size
+            self._windows = min(2 * self._windows, self._most_windows)
+        elif len(passes) < 2 or (len(passes) <= _REPEATS and used + 1.5 * passes[-1] <= self._seconds):
+            return
+        else:
+            self._validate(trainer, module, batch)
+            trainer.should_stop = True
+
+    def _validate(self, trainer: pl.Trainer, module: Any, batch: tuple[Tensor, Tensor]) -> None:
+        module.eval()
+        started = _now()
+        with trainer.precision_plugin.forward_context():
+            measure_surprise(module, [batch], device=module.device)
+        self._validation = _now() - started
+        module.train()
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
