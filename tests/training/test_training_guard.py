@@ -113,70 +113,69 @@ def junk_stream(tmp_path: Path, stream_folder: Path) -> Path:
     return folder
 
 
-def train_on(junk_stream: Path, data_config: Callable[..., BinDataConfig], run: Run, **values: Any) -> str:
-    """Train for one epoch on one window a step, and return what was told."""
-    data = data_config(train_path=str(junk_stream / "train.bin"), batch_size=1)
-    config = training(
-        **{"max_steps": 200, "log_every_n_steps": 50, "save_every_n_steps": 30, "val_every_n_steps": 1000}
-        | {"learning_rate": 1e-2, "sample_tokens": 0, "val_max_tokens": 64, "seed": 3}
-        | values
-    )
-    output = io.StringIO()
-    resume_from = values.pop("resume_from", None)
-    train(model(dropout=0.0), config, data, run, resume_from=resume_from, console=Console(file=output, width=2000))
-    return output.getvalue()
+@pytest.fixture
+def train_on_it(junk_stream: Path, data_config: Callable[..., BinDataConfig], run: Run) -> Callable[..., str]:
+    """Train for one epoch on one window a step, and return the warnings."""
+
+    def do(run: Run = run, resume_from: Path | None = None, **values: Any) -> str:
+        data = data_config(train_path=str(junk_stream / "train.bin"), batch_size=1)
+        defaults = {
+            "max_steps": 200,
+            "log_every_n_steps": 50,
+            "save_every_n_steps": 30,
+            "val_every_n_steps": 1000,
+            "val_max_tokens": 64,
+            "learning_rate": 2e-3,
+            "sample_tokens": 0,
+            "keep_checkpoints": 100,
+            "seed": 3,
+        }
+        output = io.StringIO()
+        console = Console(file=output, width=2000)
+        train(
+            model(dropout=0.0), training(**{**defaults, **values}), data, run, resume_from=resume_from, console=console
+        )
+        return "\n".join(line for line in output.getvalue().splitlines() if not line.startswith("step "))
+
+    return do
 
 
-def test_a_jump_is_told_once_with_step_batch_and_checkpoint(
-    junk_stream: Path, data_config: Callable[..., BinDataConfig], run: Run
-) -> None:
-    told = train_on(junk_stream, data_config, run, log_every_n_steps=1)
-    (warning,) = [line for line in told.splitlines() if "warning" in line]
+Train = Callable[..., str]
+
+
+def step_of(message: str) -> int:
+    found = re.search(r"at step (\d+)", message)
+    assert found is not None
+    return int(found[1])
+
+
+def test_a_jump_is_told_once_with_step_batch_and_checkpoint(train_on_it: Train, run: Run) -> None:
+    (warning,) = train_on_it(log_every_n_steps=1).splitlines()
     curve = losses(run)
     step = max((step for step in curve if step > 20), key=lambda step: curve[step])
-    assert re.search(rf"the loss is {curve[step]:.3f} at step {step}, \d\.\d\d nats above the median of", warning)
-    assert re.search(rf"worst in micro-batch {step - 1} \(epoch 0, windows 120; its text is in \S+\.txt\);", warning)
+    past = min(step - 1, 100)
+    assert re.search(
+        rf"^warning: the loss is {curve[step]:.3f} at step {step}, \d+\.\d\d nats above the median of the {past} steps "
+        rf"before, worst in micro-batch {step - 1} \(epoch 0, windows 120; its text is in \S+/{step - 1:08}\.txt\); ",
+        warning,
+    )
     saved = (step - 1) // 30 * 30
-    assert (
-        f"the last good checkpoint is {run.step_checkpoint(saved)}" in warning if saved else "no checkpoint" in warning
-    )
+    assert saved > 0
+    assert warning.endswith(f"the last good checkpoint is {run.step_checkpoint(saved)}")
 
 
-def test_a_jump_above_the_threshold_ends_the_run(
-    junk_stream: Path, data_config: Callable[..., BinDataConfig], run: Run
-) -> None:
-    with pytest.raises(
-        UserError, match=r"windows 120; .*spike_threshold is 3\.0: the last good checkpoint is"
-    ) as error:
-        train_on(junk_stream, data_config, run, spike_threshold=3.0)
-    step = int(re.search(r"at step (\d+)", str(error.value))[1])  # type: ignore[index]
-    assert max(saved for saved, _ in run.saved_steps()) < step
-    assert train_on(junk_stream, data_config, Run(run.folder.with_name("calm")), spike_threshold=20.0) == ""
+def test_a_jump_above_the_threshold_ends_the_run(train_on_it: Train, run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"windows 120; .*spike_threshold is 3\.0: the last good") as error:
+        train_on_it(spike_threshold=3.0)
+    assert max(saved for saved, _ in run.saved_steps()) < step_of(str(error.value))
+    assert train_on_it(run=Run(tmp_path / "calm"), spike_threshold=20.0) == ""
 
 
-def test_a_resumed_run_tells_the_same_jump(
-    junk_stream: Path, data_config: Callable[..., BinDataConfig], run: Run, fit: Fit
-) -> None:
+def test_a_resumed_run_tells_the_same_jump(train_on_it: Train, run: Run) -> None:
     """What a loss is compared with travels in the checkpoint."""
-    told = train_on(junk_stream, data_config, run, keep_checkpoints=100)
-    step = int(re.search(r"at step (\d+)", told)[1])  # type: ignore[index]
-    before = max(saved for saved, _ in run.saved_steps() if saved < step)
-    history = read_checkpoint(run.step_checkpoint(before))["callbacks"]["LossGuard"]["history"]
-    assert len(history) == min(before, 100)
-    whole, resumed = (line for line in told.splitlines() if "warning" in line), ""
-    data = data_config(train_path=str(junk_stream / "train.bin"), batch_size=1)
-    output = io.StringIO()
-    stored = read_checkpoint(run.last_checkpoint)["tiny_lm"]["training"]
-    train(
-        model(dropout=0.0),
-        training(**stored),
-        data,
-        run,
-        resume_from=run.step_checkpoint(before),
-        console=Console(file=output, width=2000),
-    )
-    resumed = output.getvalue()
-    assert [line.partition("; the last")[0] for line in whole] == [resumed.partition("; the last")[0]]
+    told = train_on_it()
+    before = run.step_checkpoint((step_of(told) - 1) // 30 * 30)
+    assert train_on_it(resume_from=before) == told
 
 
 def test_the_largest_weight_is_found_also_if_it_is_no_number() -> None:

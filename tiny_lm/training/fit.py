@@ -4,7 +4,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -122,14 +122,15 @@ def train(
         **data.sizes,
     }
     resumed_step = 0 if resume_from is None else check_resume(resume_from, kept, console)
-    effective = replace(training_config, precision=precision)
-    module = CausalLMModule(model_config, effective, kept, compiled_loss() if compiles else next_token_loss)
+    loss = compiled_loss() if compiles else next_token_loss
+    module = CausalLMModule(model_config, replace(training_config, precision=precision), kept, loss)
     if prefers_reference_attention(device, data_config.block_size):
         module.model.use_reference_attention()
     plan = _plan(identity, training_config, resumed_step, data.train_stream.tokens)
     loggers = build_loggers(training_config.trackers, run, resumed_step, console)
     options = {"accelerator": device, "precision": precision, "logger": loggers, **lightning_options(processes, share)}
     facts = {
+        "seed": training_config.seed,
         "device": describe_device(device),
         "processes": processes.world_size,
         "precision": precision,
@@ -142,11 +143,11 @@ def train(
     }
     with run.claim() if processes.is_main else nullcontext():
         if processes.is_main:
-            configs = {"model": model_config, "training": training_config, "data": data_config}
-            _begin(run, configs, tokenizer, names, seed=training_config.seed, **facts)
+            _begin(run, (model_config, training_config, data_config), tokenizer, names, **facts)
             forget_after(run, resume_from, resumed_step)
-        agreement = Agreement(plan, training_config.seed)
-        return _fit(module, data, run, resume_from, processes, agreement, stories, options, console)
+        return _fit(
+            module, data, run, resume_from, processes, Agreement(plan, training_config.seed), stories, options, console
+        )
 
 
 def _identity(
@@ -172,9 +173,11 @@ def _plan(
     return {"resumed step": resumed_step, "training tokens": train_tokens, **identity, **settings}
 
 
-def _begin(run: Run, configs: Mapping[str, Config], tokenizer: Tokenizer, names: Sequence[str], **facts: Any) -> None:
+def _begin(
+    run: Run, configs: tuple[Config, Config, Config], tokenizer: Tokenizer, names: Sequence[str], **facts: Any
+) -> None:
     """Write down what is about to be trained."""
-    for section, config in configs.items():
+    for section, config in zip(("model", "training", "data"), configs, strict=True):
         config.save(run.configs / f"{section}.yaml")
     tokenizer.save(run.tokenizer)
     run.update_record(status="running", configs=list(names), environment=environment(), **facts)

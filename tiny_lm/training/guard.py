@@ -105,14 +105,14 @@ class LossGuard(StepCallback):
             worst = next(number for number, value in enumerate(losses) if not math.isfinite(value))
             batch = self._describe(step, losses, place, worst)
             raise UserError(f"the loss is {losses[worst]} at step {step:,}, in {batch}: {self._way_out()}")
-        rise, limit = self._compare(loss)
+        rise, limit, past = *self._compare(loss), len(self._history)
         self._history.append(loss)
         if rise <= limit:
             self._jumped = False
             return
         told = (
-            f"the loss is {loss:.3f} at step {step:,}, {rise:.2f} nats above the median of the {_MEMORY} steps "
-            f"before, worst in {self._describe(step, losses, place, losses.index(max(losses)))}"
+            f"the loss is {loss:.3f} at step {step:,}, {rise:.2f} nats above the median of the {past} steps before, "
+            f"worst in {self._describe(step, losses, place, losses.index(max(losses)))}"
         )
         if self._config.spike_threshold is not None:
             raise UserError(f"{told}; spike_threshold is {self._config.spike_threshold}: {self._way_out()}")
