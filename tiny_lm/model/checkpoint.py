@@ -4,6 +4,7 @@ import pickle
 import struct
 import zipfile
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def read_checkpoint(path: Path, *, mmap: bool = True, whole: bool = False) -> di
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     # torch.save writes a zip file; anything else would be read as a bare pickle, which is not even tried.
-    if not zipfile.is_zipfile(path):
+    if not _is_zip(path):
         raise UserError(f"{path}: is damaged or no checkpoint (not a zip file as torch.save writes it)")
     if whole:
         check_whole(path)
@@ -61,6 +62,12 @@ def read_checkpoint(path: Path, *, mmap: bool = True, whole: bool = False) -> di
     if not _is_ours(checkpoint):
         raise UserError(f"{path}: is no checkpoint of tiny-lm")
     return checkpoint
+
+
+def _is_zip(path: Path) -> bool:
+    with suppress(zipfile.BadZipFile):  # at the end it looks like one
+        return zipfile.is_zipfile(path)
+    return False
 
 
 def check_whole(path: Path) -> None:

@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from rich.console import Console
 
+from tiny_lm.errors import UserError
 from tiny_lm.files import atomic_path
 from tiny_lm.model.checkpoint import check_whole, read_checkpoint
 from tiny_lm.runs import Run
@@ -32,7 +33,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         with atomic_path(Path(path)) as temporary:
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
-            check_whole(temporary)
+            try:
+                check_whole(temporary)
+            except UserError as error:
+                raise UserError(
+                    f"{path}: was not read back as it was written: is the disk failing? ({error})"
+                ) from None
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint into memory."""

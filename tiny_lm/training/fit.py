@@ -109,8 +109,6 @@ def train(
     compiles = compiles and processes.strategy != "fsdp"
     if device == "cpu":
         keep_freed_memory()
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    torch.manual_seed(training_config.seed)
     identity = _identity(model_config, training_config, data_config, tokenizer)
     kept = {  # in every checkpoint; a run that goes on from it tells what differs
         **identity,
@@ -122,8 +120,7 @@ def train(
         **data.sizes,
     }
     resumed_step = 0 if resume_from is None else check_resume(resume_from, kept, console)
-    loss = compiled_loss() if compiles else next_token_loss
-    module = CausalLMModule(model_config, replace(training_config, precision=precision), kept, loss)
+    module = _build_module(model_config, replace(training_config, precision=precision), kept, compiles=compiles)
     if prefers_reference_attention(device, data_config.block_size):
         module.model.use_reference_attention()
     plan = _plan(identity, training_config, resumed_step, data.train_stream.tokens)
@@ -148,6 +145,15 @@ def train(
         return _fit(
             module, data, run, resume_from, processes, Agreement(plan, training_config.seed), stories, options, console
         )
+
+
+def _build_module(
+    model_config: ModelConfig, config: TrainingConfig, kept: dict[str, Any], *, compiles: bool
+) -> CausalLMModule:
+    """Draw fresh weights from the seed."""
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
+    torch.manual_seed(config.seed)
+    return CausalLMModule(model_config, config, kept, compiled_loss() if compiles else next_token_loss)
 
 
 def _identity(

@@ -43,12 +43,19 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append one event."""
+        """Append one event.
+
+        Raises:
+            UserError: the disk is full.
+        """
         # JSON has no NaN or infinity.
         values = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values, "timestamp": round(time.time(), 3)}) + "\n")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values, "timestamp": round(time.time(), 3)}) + "\n")
+        except OSError as error:
+            raise UserError(f"{self._path}: could not be written ({error.strerror or error})") from error
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
