@@ -135,7 +135,8 @@ def train_on_it(junk_stream: Path, data_config: Callable[..., BinDataConfig], ru
         train(
             model(dropout=0.0), training(**{**defaults, **values}), data, run, resume_from=resume_from, console=console
         )
-        return "\n".join(line for line in output.getvalue().splitlines() if not line.startswith("step "))
+        others = ("step ", "training on ")
+        return "\n".join(line for line in output.getvalue().splitlines() if not line.startswith(others))
 
     return do
 

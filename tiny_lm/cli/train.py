@@ -9,6 +9,7 @@ import typer
 from tiny_lm.cli.options import DryRun, Settings, print_configs
 from tiny_lm.config import parse_overrides
 from tiny_lm.errors import UserError
+from tiny_lm.files import remove_leftovers
 from tiny_lm.runs import RUNS_FOLDER, Run, find_newest_run, new_run_name, open_run
 
 if TYPE_CHECKING:
@@ -47,10 +48,14 @@ def train(
     names = [Path(file).stem for file in files]
     if resumed is not None:
         names = resumed.read_record().get("configs", names)
-    run, checkpoint = _choose_run(configs[1], resume or configs[1].resume_from_checkpoint, names)
+    resume = resume or configs[1].resume_from_checkpoint
+    run, checkpoint = _choose_run(configs[1], resume, names)
     if profile and checkpoint is None:
         _check_streams(profile, configs[2])
-    run_training(run, configs, names, checkpoint)
+    if resume == "auto" and _is_finished(run, configs[1]):  # a job that is started again and again ends well
+        _end_again(run, configs[1])
+    else:
+        run_training(run, configs, names, checkpoint)
     _print_summary(run)
 
 
@@ -136,15 +141,36 @@ def _is_main_process(config: "TrainingConfig") -> bool:
     return choose_processes(config, choose_device()).is_main
 
 
+def _is_finished(run: Run, config: "TrainingConfig") -> bool:
+    record = run.read_record()
+    return record.get("status") == "finished" and record["steps"] >= config.max_steps
+
+
+def _end_again(run: Run, config: "TrainingConfig") -> None:
+    """Draw the curves of a finished run: its process may have been killed before it did."""
+    main = _is_main_process(config)
+    _console(main).print(f"run folder {run.folder}, finished already")
+    if not main:
+        raise typer.Exit
+    with run.claim():
+        remove_leftovers(run.folder)
+        _draw(run)
+
+
+def _draw(run: Run) -> None:
+    from tiny_lm.evaluation.plots import plot_run
+    from tiny_lm.training.trackers import read_metrics
+
+    plot_run(run, read_metrics(run.metrics) if run.metrics.is_file() else [])
+
+
 def run_training(run: Run, configs: Configs, names: list[str], checkpoint: Path | None = None) -> "TrainingResult":
     """Train and draw the curves, also of a run that the user stopped.
 
     Raises:
         typer.Exit: with code 130 where the user stopped the run.
     """
-    from tiny_lm.evaluation.plots import plot_run
     from tiny_lm.training.fit import train as fit
-    from tiny_lm.training.trackers import read_metrics
 
     main = _is_main_process(configs[1])
     console = _console(main)
@@ -153,7 +179,7 @@ def run_training(run: Run, configs: Configs, names: list[str], checkpoint: Path 
     result = fit(*configs, run, resume_from=checkpoint, names=names, console=console)
     if not main:
         raise typer.Exit  # the first process writes and tells what remains
-    plot_run(run, read_metrics(run.metrics) if run.metrics.is_file() else [])
+    _draw(run)
     if not result.finished:
         console.print(f"stopped at step {result.steps:,}; go on with: tiny-lm train --resume {run.folder}")
         raise typer.Exit(130)

@@ -113,9 +113,10 @@ class Validation(StepCallback):
         self.best_loss, self.best_step = math.inf, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best result so far."""
-        return {"best_loss": self.best_loss, "best_step": self.best_step}
+        """Return the best result so far, and the latest one."""
+        return {"best_loss": self.best_loss, "best_step": self.best_step, "latest": self.latest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the best result so far."""
         self.best_loss, self.best_step = state_dict["best_loss"], state_dict["best_step"]
+        self.latest = state_dict.get("latest", {})

@@ -69,15 +69,13 @@ class CheckpointWriter(StepCallback):
         self._guard = guard
         self.stop_requested = False
 
-    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Give a resumed run the ``best.ckpt`` that its checkpoint knows of.
+    def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Do what a killed process may have been about to do, also where no step is left."""
+        if trainer.is_global_zero:
+            self._prune()
 
-        It may lack it: the process was killed between the names of one file, or ``best.ckpt`` was of a later step. A
-        best model that is nowhere any more is forgotten, so that the next validation finds one.
-        """
-        best = self._run.step_checkpoint(self._validation.best_step)
-        if trainer.is_global_zero and best.is_file():
-            link(best, self._run.best_checkpoint)
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Forget a best model that is nowhere any more, so that the next validation finds one."""
         if not trainer.strategy.broadcast(self._run.best_checkpoint.is_file()):
             self._validation.forget_best()
 
@@ -105,8 +103,11 @@ class CheckpointWriter(StepCallback):
             link(path, self._run.last_checkpoint)
             if best:
                 link(path, self._run.best_checkpoint)
-            for _, old in self._run.saved_steps()[: -self._keep]:
-                old.unlink()
+            self._prune()
+
+    def _prune(self) -> None:
+        for _, old in self._run.saved_steps()[: -self._keep]:
+            old.unlink()
 
 
 def link(source: Path, target: Path) -> None:

@@ -26,17 +26,23 @@ def choose_precision(config: TrainingConfig, device: Device) -> tuple[Precision,
     wanted = config.precision
     if device == "cuda":
         if wanted == "bf16-mixed" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            return "16-mixed", "this GPU does not compute in bf16: training in fp16 with loss scaling"
+            return "16-mixed", "this GPU has no bf16; fp16 has loss scaling"
         return wanted, None
     if wanted == "32-true":
         return wanted, None
     if device == "cpu" and _cpu_computes_in_bf16():
-        return "bf16-mixed", None if wanted == "bf16-mixed" else "16-mixed needs a GPU: training in bf16-mixed"
-    return "32-true", f"{wanted} would not be faster on this {device.upper()}: training in float32"
+        return "bf16-mixed", None if wanted == "bf16-mixed" else "16-mixed needs a GPU"
+    return "32-true", f"{wanted} would not be faster there"
 
 
 def _cpu_computes_in_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def tell_choice(device: Device, precision: Precision, reason: str | None) -> str:
+    """Say in one line on what a run trains and in which precision, and why so."""
+    others = {"cuda": "", "mps": " (no CUDA device was found)", "cpu": " (no GPU was found)"}
+    return f"training on {describe_device(device)}{others[device]} in {precision}{f': {reason}' if reason else ''}"
 
 
 def describe_device(device: Device) -> str:

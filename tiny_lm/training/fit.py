@@ -31,7 +31,7 @@ from tiny_lm.training.acceleration import (
 from tiny_lm.training.callbacks import MetricsWriter, Validation
 from tiny_lm.training.checkpoints import AtomicCheckpointIO, CheckpointWriter, GracefulStop
 from tiny_lm.training.config import TrainingConfig
-from tiny_lm.training.device import choose_device, choose_precision, describe_device
+from tiny_lm.training.device import choose_device, choose_precision, describe_device, tell_choice
 from tiny_lm.training.ema import WeightAverage
 from tiny_lm.training.guard import LossGuard
 from tiny_lm.training.module import CausalLMModule
@@ -43,6 +43,7 @@ from tiny_lm.training.parallel import (
     failing_together,
     lightning_options,
     share_batch,
+    tell_share,
 )
 from tiny_lm.training.peak import peak_flops
 from tiny_lm.training.resume import check_resume, forget_after
@@ -104,8 +105,9 @@ def train(
     compiles, compile_reason = choose_compile(
         training_config, model_config, tokens_per_step, data_config.block_size, device
     )
-    for reason in filter(None, (precision_reason, compile_reason)):
-        console.print(reason)
+    told = tell_choice(device, precision, precision_reason), tell_share(processes, share), compile_reason
+    for line in filter(None, told):
+        console.print(line, markup=False)
     compiles = compiles and processes.strategy != "fsdp"
     if device == "cpu":
         keep_freed_memory()
@@ -119,11 +121,13 @@ def train(
         "compiled": compiles,
         **data.sizes,
     }
-    resumed_step = 0 if resume_from is None else check_resume(resume_from, kept, console)
+    finished = run.read_record().get("status") == "finished"
+    resumed_step = 0 if resume_from is None else check_resume(resume_from, kept, console, finished=finished)
     module = _build_module(model_config, replace(training_config, precision=precision), kept, compiles=compiles)
     if prefers_reference_attention(device, data_config.block_size):
         module.model.use_reference_attention()
     plan = _plan(identity, training_config, resumed_step, data.train_stream.tokens)
+    agreement = Agreement(plan, training_config.seed)
     loggers = build_loggers(training_config.trackers, run, resumed_step, console)
     options = {"accelerator": device, "precision": precision, "logger": loggers, **lightning_options(processes, share)}
     facts = {
@@ -142,9 +146,7 @@ def train(
         if processes.is_main:
             _begin(run, (model_config, training_config, data_config), tokenizer, names, **facts)
             forget_after(run, resume_from, resumed_step)
-        return _fit(
-            module, data, run, resume_from, processes, Agreement(plan, training_config.seed), stories, options, console
-        )
+        return _fit(module, data, run, resume_from, processes, agreement, stories, options, console)
 
 
 def _build_module(

@@ -116,6 +116,7 @@ class TokensMonitor(StepCallback):
         """Return the open window too: a checkpoint may fall inside it."""
         return {
             "tokens": self.tokens,
+            "latest": self.latest,
             "loss_sum": float(self._reduce(self._loss_sum)),
             "steps": self._steps,
             "window_tokens": self._window_tokens,
@@ -125,6 +126,7 @@ class TokensMonitor(StepCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up the window where the checkpoint left it."""
         self.tokens = state_dict["tokens"]
+        self.latest = state_dict.get("latest", {})
         self._loss_sum = state_dict["loss_sum"]
         # Older checkpoints count micro-batches.
         micro_batches = state_dict.get("batches", 0)

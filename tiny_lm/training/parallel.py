@@ -68,9 +68,8 @@ def choose_processes(config: TrainingConfig, device: Device) -> Processes:
         devices = started[0] if config.devices == "auto" else devices
         if (devices, config.num_nodes) != started:
             raise UserError(
-                f"{launcher} started {started[0]} processes on each of {started[1]} nodes, the config says devices "
-                f"{devices} and num_nodes {config.num_nodes}: set training.devices={started[0]} and "
-                f"training.num_nodes={started[1]}"
+                f"{launcher} started devices {started[0]} x num_nodes {started[1]}, the config says devices {devices} "
+                f"x num_nodes {config.num_nodes}: set training.devices={started[0]} and training.num_nodes={started[1]}"
             )
     elif config.num_nodes > 1 and "MASTER_ADDR" not in os.environ:
         raise UserError(
@@ -173,6 +172,17 @@ def share_batch(batch_size: int, accumulate_grad_batches: int, world_size: int) 
         )
     micro_batch = next(size for size in range(min(batch_size, share), 0, -1) if share % size == 0)
     return Share(micro_batch, share // micro_batch)
+
+
+def tell_share(processes: Processes, share: Share) -> str | None:
+    """Say in one line how several processes share a step."""
+    if processes.world_size == 1:
+        return None
+    windows = share.micro_batch * share.accumulate_grad_batches
+    return (
+        f"{processes.world_size} processes ({processes.strategy}), each with {windows:,} of the "
+        f"{windows * processes.world_size:,} windows of a step, {share.micro_batch:,} at a time"
+    )
 
 
 def lightning_options(processes: Processes, share: Share) -> dict[str, Any]:
@@ -278,7 +288,7 @@ def failing_together(trainer: pl.Trainer, processes: Processes) -> Iterator[None
         if launcher is not None and processes.world_size > 1:
             if processes.is_main:
                 launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
-            else:
+            elif isinstance(processes.environment, LightningEnvironment):
                 time.sleep(3)
         # NCCL has an error class of its own, gloo's is known by the file that raised it.
         if isinstance(error, torch.distributed.DistError) or "/gloo/transport/" in str(error):

@@ -41,7 +41,7 @@ def find_checkpoint(run: Run, console: Console) -> Path | None:
             console.print(f"warning: {'; '.join(damaged)}; going on from {path} of step {step:,}", markup=False)
         return path
     if damaged:
-        raise UserError(f"{run.folder}: has no checkpoint that can be read ({'; '.join(damaged)}); train it anew")
+        raise UserError(f"{run.folder}: none of its checkpoints can be read ({damaged[0]}); train it anew")
     return None
 
 
@@ -89,13 +89,14 @@ _MEANING = {
 _UNTOLD = ("run_name", "resume_from_checkpoint", *_KEPT_WHEN_RESUMING)
 
 
-def check_resume(path: Path, identity: dict[str, Any], console: Console) -> int:
+def check_resume(path: Path, identity: dict[str, Any], console: Console, *, finished: bool = False) -> int:
     """Return the step of a checkpoint that this run can go on from, and tell what differs since it was written.
 
     Args:
         path: the checkpoint; it is read from end to end.
         identity: what the checkpoints of this run carry.
         console: gets one line for each value that is another now, with what that means.
+        finished: the run has come to its end. One that was killed between its last checkpoint and its end has not.
 
     Raises:
         UserError: the checkpoint is damaged, nothing is left to train, or something differs that must not.
@@ -112,8 +113,12 @@ def check_resume(path: Path, identity: dict[str, Any], console: Console) -> int:
     for key, why in _KEPT_WHEN_RESUMING.items():
         if ours.get(key) != identity[key]:
             raise UserError(f"{path}: was trained with {key} {ours.get(key)} and not {identity[key]}: {why}")
+    if identity["training"]["strategy"] == "fsdp" and ours.get("training", {}).get("strategy") != "fsdp":
+        # Lightning would give each weight the state of another one: it counts weights in the order of the model.
+        raise UserError(f"{path}: was not written by strategy fsdp, which cannot read its optimizer state; use ddp")
     step, max_steps = int(checkpoint["global_step"]), identity["training"]["max_steps"]
-    if step >= max_steps:
+    was_last = not finished and step == max_steps == ours.get("training", {}).get("max_steps")
+    if step >= max_steps and not was_last:
         raise UserError(f"{path}: stands at step {step} of max_steps {max_steps}: nothing is left to train")
     for line in _tell_changes(ours, identity, step):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -196,8 +201,22 @@ def forget_after(run: Run, checkpoint: Path | None, step: int) -> None:
             path.unlink()
     if run.best_checkpoint.is_file() and _step_of(run.best_checkpoint) > step:
         run.best_checkpoint.unlink()
+    if checkpoint is not None:
+        _restore_best(run, run.last_checkpoint)
     JsonlLogger(run.metrics).drop_after(step)
     drop_samples_after(run.samples, step)
+
+
+def _restore_best(run: Run, checkpoint: Path) -> None:
+    """Give a run the ``best.ckpt`` that a checkpoint of it knows of, where that is still there under another name.
+
+    It may lack it: the process was killed between the names of one file, or ``best.ckpt`` was of a later step.
+    """
+    state = read_checkpoint(checkpoint)
+    best = state["callbacks"]["Validation"]["best_step"]
+    file = checkpoint if best == state["global_step"] else run.step_checkpoint(best)
+    if file.is_file():
+        link(file, run.best_checkpoint)
 
 
 def _step_of(path: Path) -> float:
