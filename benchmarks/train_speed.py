@@ -294,7 +294,7 @@ def main() -> None:
         print(json.dumps(run_one(arguments.contender, shape, arguments.stream, arguments.steps)))
         return
     machine = describe_machine()
-    print(f"{machine['device']}, torch {machine['torch']}, {time.strftime('%Y-%m-%d')}")
+    print(f"{machine['device']}, torch {machine['torch']}, {time.strftime('%Y-%m-%d')}", flush=True)
     with TemporaryDirectory() as folder:
         stream = write_stream(Path(folder))
         results = [

@@ -1,0 +1,127 @@
+"""The commands that say what fits into memory: by formula, and by trying."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tiny_lm.cli.options import Settings
+from tiny_lm.config import override, parse_overrides
+from tiny_lm.errors import UserError
+
+if TYPE_CHECKING:
+    from tiny_lm.training.batch_size import BatchSizes, Trial
+    from tiny_lm.training.memory import Setup
+
+Profile = Annotated[str | None, typer.Argument(help="A named triple of configs, such as speed.")]
+ModelConfig = Annotated[str | None, typer.Option(help="Model config: a YAML file or a shipped name.")]
+TrainingConfig = Annotated[str | None, typer.Option(help="Training config; without one AdamW in bf16-mixed.")]
+DataConfig = Annotated[str | None, typer.Option(help="Data config; without one windows of the model's context.")]
+
+
+def estimate(
+    profile: Profile = None,
+    model_config: ModelConfig = None,
+    training_config: TrainingConfig = None,
+    data_config: DataConfig = None,
+    settings: Settings = None,
+) -> None:
+    """Estimate the memory that training takes, by formula: nothing is built."""
+    from tiny_lm.training.batch_size import free_memory
+    from tiny_lm.training.memory import estimate_memory, find_savings
+
+    setup, _ = _load(profile, model_config, training_config, data_config, settings)
+    memory = estimate_memory(setup)
+    parts = {name.replace("_", " "): size for name, size in vars(memory).items()}
+    for name, size in {**parts, "at the peak": memory.total, "free here": free_memory(setup.device)}.items():
+        print(f"{name:<16} {size / 2**20:>12,.1f} MiB")
+    how = f"{setup.windows} windows of {setup.block_size} tokens on this {setup.device.upper()} in {setup.precision}"
+    print(f"for {how}; Python and torch take some 500 MiB more")
+    for saving in find_savings(setup):
+        settings_line = " ".join(f"--set {setting}" for setting in saving.settings.split())
+        print(f"{saving.bytes / 2**20:,.0f} MiB less, for {saving.cost}: {settings_line}")
+
+
+def find_batch_size(
+    profile: Profile = None,
+    model_config: ModelConfig = None,
+    training_config: TrainingConfig = None,
+    data_config: DataConfig = None,
+    margin: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of the free memory to leave.")] = 0.1,
+    memory: Annotated[float | None, typer.Option(min=0.1, help="GB that may be used; default: what is free.")] = None,
+    most: Annotated[int | None, typer.Option("--max", min=1, help="Most windows in a micro-batch.")] = None,
+    seconds: Annotated[float, typer.Option(min=1.0, help="On a CPU: about how long to try.")] = 60.0,
+    settings: Settings = None,
+) -> None:
+    """Find the largest micro-batch that fits into memory, and the fastest.
+
+    Each is tried with the state of the optimizer and a validation. Where a data config or a profile says how many
+    windows make a step, only micro-batches that divide them are tried, and accumulation keeps the step as it is.
+    """
+    from tiny_lm.training.batch_size import find_batch_sizes, free_memory
+
+    setup, windows_per_step = _load(profile, model_config, training_config, data_config, settings)
+    free = memory * 1e9 if memory is not None else free_memory(setup.device) * (1 - margin)
+    print(f"{'windows':>8} {'memory':>12} {'speed':>18}")
+    found = find_batch_sizes(
+        setup, windows_per_step, limit=most, memory=int(free), seconds=seconds, report=_print_trial
+    )
+    _print_choice(found, windows_per_step, free)
+
+
+def _load(
+    profile: str | None,
+    model_config: str | None,
+    training_config: str | None,
+    data_config: str | None,
+    settings: list[str] | None,
+) -> "tuple[Setup, int | None]":
+    """Return what would be trained, and the windows of its step, if the configs say how many."""
+    from tiny_lm.data import BinDataConfig
+    from tiny_lm.model.config import load_model_config
+    from tiny_lm.training import TrainingConfig
+    from tiny_lm.training.device import choose_device, choose_precision
+    from tiny_lm.training.memory import Setup
+    from tiny_lm.training.profile import Profile
+
+    if profile:
+        named = Profile.from_yaml(profile)
+        model_config, training_config = model_config or named.model, training_config or named.training
+        data_config = data_config or named.data
+    if not model_config:
+        raise UserError("name a profile (such as speed) or give --model-config")
+    overrides = parse_overrides(settings or [], ["model", "training", "data"])
+    model = load_model_config(model_config, overrides["model"])
+    if training_config:
+        training = TrainingConfig.from_yaml(training_config, overrides["training"])
+    else:
+        steps = {"max_steps": 1000, "learning_rate": 1e-3}
+        training = TrainingConfig.from_dict(override(steps, overrides["training"]), source="--set")
+    if data_config:
+        data = BinDataConfig.from_yaml(data_config, overrides["data"])
+    else:
+        sizes = {"block_size": model.context_length, "batch_size": 1}
+        defaults = {"train_path": "train.bin", "val_path": "val.bin", **sizes}  # the streams are not looked at
+        data = BinDataConfig.from_dict(override(defaults, overrides["data"]), source="--set")
+    device = choose_device()
+    precision, _ = choose_precision(training, device)
+    setup = Setup(model, training, data.batch_size, data.block_size, device, precision)
+    given = data_config or "batch_size" in overrides["data"]
+    return setup, data.batch_size * training.accumulate_grad_batches if given else None
+
+
+def _print_trial(trial: "Trial") -> None:
+    speed = f"{trial.tokens_per_second:,.0f} tokens/s" if trial.tokens_per_second is not None else "not tried"
+    outcome = speed if trial.fits else "does not fit"
+    print(f"{trial.windows:>8,} {trial.memory / 1e9:>9.2f} GB {outcome:>18}", flush=True)
+
+
+def _print_choice(found: "BatchSizes", windows_per_step: int | None, free: float) -> None:
+    """Say which sizes to choose, and how."""
+    fastest, largest = found.fastest, found.largest
+    print(f"largest that fits into {free / 1e9:.1f} GB: {largest.windows}")
+    print(f"smallest of the fastest: {fastest.windows}")
+    accumulation = (windows_per_step or fastest.windows) // fastest.windows
+    print(
+        f"use: --set data.batch_size={fastest.windows} --set training.accumulate_grad_batches={accumulation}"
+        + (f"  # {windows_per_step} windows in a step, as before" if windows_per_step else "")
+    )
