@@ -4,7 +4,8 @@
     python benchmarks/train_speed.py --shapes small --rounds 1 --steps 30
 
 Every contender runs in a process of its own, one after the other, and all of them in every round, so that a machine
-that slows down slows them all; the figure of a contender is the median of its rounds. All train the same GPT-2 (no
+that slows down slows them all; the figure of a contender is the median of its rounds, a ratio that of the ratios within
+each round. All train the same GPT-2 (no
 dropout) on the same windows with fused AdamW and gradient clipping. Bare loops find their batches ready in memory;
 `tiny-lm train` is the command itself, with Lightning, loader, logging, clipping and schedule, its time taken from the
 clock in `metrics.jsonl`.
@@ -267,14 +268,16 @@ def race(shape: str, stream: Path, steps: int, rounds: int) -> dict[str, Any]:
         flops = rates[name] * flops_per_token(config, length)
         print(f"  {name:<42} {rates[name]:>12,.0f} tokens/s  {flops / 1e12:>7.2f} TFLOP/s  {peak:>7,.0f} MiB at most")
     for name in names[:-1]:
-        print(f"  {COMMAND} / {name:<40} {rates[COMMAND] / rates[name]:.2f} x")
+        pairs = zip(results[COMMAND], results[name], strict=True)
+        ratio = median(ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in pairs)
+        print(f"  {COMMAND} / {name:<40} {ratio:.2f} x", flush=True)
     return {"shape": shape, "contenders": results, "medians": rates}
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=SHAPES_OF_DEVICE[DEVICE])
-    parser.add_argument("--steps", type=int, default=None, help="timed steps; default: 30, and 150 for the small shape")
+    parser.add_argument("--steps", type=int, default=None, help="timed steps; default: 30, and 300 for the small shape")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write all figures here, too")
     parser.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
@@ -298,7 +301,7 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         stream = write_stream(Path(folder))
         results = [
-            race(shape, stream, arguments.steps or (150 if shape == "small" else 30), arguments.rounds)
+            race(shape, stream, arguments.steps or (300 if shape == "small" else 30), arguments.rounds)
             for shape in arguments.shapes
         ]
     if arguments.json:

@@ -20,6 +20,8 @@ from tiny_lm.data.config import BinDataConfig
 from tiny_lm.data.metadata import TOKENIZER_FOLDER, StreamMetadata
 from tiny_lm.errors import UserError
 
+_MOST_RESIDENT = 16 * 2**20  # bytes of a stream that stay in memory: giving each batch back at once costs time
+
 _Tokens = np.memmap[Any, np.dtype[Any]]
 
 IGNORE_INDEX = -100
@@ -122,6 +124,7 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
         windows = np.maximum(-(-targets // self._stride) if every_token else whole, 0)  # rounded up, or down
         self._first_window = np.concatenate([[0], np.cumsum(windows)])  # [F+1]
         self._maps: dict[int, _Tokens] = {}  # opened when first read
+        self._resident = 0  # bytes of them that may be in memory, at most
         if len(self) == 0:
             raise UserError(
                 f"{stream.files[0]}: {stream.tokens:,} tokens are too few for one window of block_size "
@@ -173,7 +176,10 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
         ids = tokens[np.minimum(positions, last)]
         ids[positions > last] = 0
         # Otherwise the pages read stay in the process's resident set, which would grow to the size of the file.
-        _advise(tokens, "MADV_DONTNEED")
+        self._resident += len(starts) * (self.block_size * tokens.itemsize + 2 * mmap.PAGESIZE)
+        if self._resident > _MOST_RESIDENT:
+            _advise(tokens, "MADV_DONTNEED")
+            self._resident = 0
         return ids, np.minimum(last + 1 - starts, self.block_size + 1)
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import Sampler
 Windows = npt.NDArray[np.int64]
 _Words = npt.NDArray[np.uint64]
 
+_AHEAD = 32  # micro-batches whose windows are computed in one go: for small models each call would be felt
 _ROUNDS = 8  # fewer leave traces of the order where windows are few
 
 
@@ -96,16 +97,18 @@ class ShuffledBatches(Sampler[Windows]):
     def __iter__(self) -> Iterator[Windows]:
         first = self._start
         while True:
-            yield self._slice(first)
-            first += self._step
+            firsts = first + self._step * np.arange(_AHEAD)
+            yield from self._at(firsts[:, None] + np.arange(self._micro_batch))
+            first += _AHEAD * self._step
 
-    def _slice(self, first: int) -> Windows:
-        epochs, places = np.divmod(np.arange(first, first + self._micro_batch), self.epoch_length)
-        parts = [
-            permute(places[epochs == epoch], self._windows, seed=self._seed, epoch=epoch)
-            for epoch in range(int(epochs[0]), int(epochs[-1]) + 1)
-        ]
-        return np.concatenate(parts)
+    def _at(self, places: Windows) -> Windows:
+        """Return the windows at ``places`` of the endless sequence, in the same shape."""
+        epochs, places = np.divmod(places, self.epoch_length)
+        windows = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            windows[here] = permute(places[here], self._windows, seed=self._seed, epoch=int(epoch))
+        return windows
 
 
 class OrderedBatches(Sampler[range]):
