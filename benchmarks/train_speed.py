@@ -4,11 +4,10 @@
     python benchmarks/train_speed.py --shapes small --rounds 1 --steps 30
 
 Every contender runs in a process of its own, one after the other, and all of them in every round, so that a machine
-that slows down slows them all; the figure of a contender is the median of its rounds, a ratio that of the ratios within
-each round. All train the same GPT-2 (no
-dropout) on the same windows with fused AdamW and gradient clipping. Bare loops find their batches ready in memory;
-`tiny-lm train` is the command itself, with Lightning, loader, logging, clipping and schedule, its time taken from the
-clock in `metrics.jsonl`.
+that slows down slows them all; the figure of a contender is the median of its rounds, a ratio that of the ratios
+within each round. All train the same GPT-2 (no dropout) on the same windows with fused AdamW and gradient clipping.
+Bare loops find their batches ready in memory; `tiny-lm train` is the command itself, with Lightning, loader, logging,
+clipping and schedule, its time taken from the clock in `metrics.jsonl`.
 """
 
 import argparse
