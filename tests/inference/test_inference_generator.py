@@ -7,7 +7,7 @@ import torch
 
 from tiny_lm.data import BinDataConfig
 from tiny_lm.errors import UserError
-from tiny_lm.inference import Sampling, TextGenerator
+from tiny_lm.inference import Request, Sampling, TextGenerator
 from tiny_lm.model import build_model, model_config_from_dict
 from tiny_lm.runs import Run
 from tiny_lm.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
@@ -34,11 +34,17 @@ def make(tokenizer: Tokenizer, family: str = "gpt2", **values: Any) -> TextGener
     return TextGenerator(model, tokenizer)
 
 
+def never_drawn(generator: TextGenerator) -> torch.Tensor:
+    """The mask of tokens that are never drawn, and eos."""
+    forbidden = generator._never_drawn(Request())
+    forbidden[generator.tokenizer.eos_id] = True
+    return forbidden
+
+
 def generated_ids(generator: TextGenerator, prompt: str, count: int) -> list[int]:
-    """The ids that the generator appends, read where it decodes them."""
-    ids = generator.tokenizer.encode(prompt, bos=True)
-    list(generator._continue(ids, count, count, GREEDY, None))
-    return ids
+    """The ids of the prompt and of ``count`` tokens after it, the likeliest ones but for eos."""
+    [generated] = generator.generate_batch([prompt], Request(count, count, GREEDY))
+    return generator.tokenizer.encode(prompt, bos=True) + generated.ids
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -46,8 +52,7 @@ def test_cached_generation_equals_reading_everything_again(family: str, tokenize
     generator = make(tokenizer, family)
     prompt = "Once upon a time, there was a bear"
     ids = generator.tokenizer.encode(prompt, bos=True)
-    forbidden = generator._never_drawn()
-    forbidden[tokenizer.eos_id] = True
+    forbidden = never_drawn(generator)
     expected = list(ids)
     with torch.no_grad():
         for _ in range(30):
@@ -65,8 +70,7 @@ def test_text_goes_on_beyond_the_context(family: str, tokenizer: Tokenizer) -> N
 def test_the_window_slides_by_reading_its_later_half_again(tokenizer: Tokenizer) -> None:
     generator = make(tokenizer)
     ids = generated_ids(generator, "", 65)  # bos and 63 tokens fill the context; the 64th makes the window slide
-    forbidden = generator._never_drawn()
-    forbidden[tokenizer.eos_id] = True
+    forbidden = never_drawn(generator)
     with torch.no_grad():
         logits = generator.model(torch.tensor([ids[65 - 32 : 65]]))[0, -1]
     assert ids[65] == int(logits.masked_fill(forbidden, float("-inf")).argmax())
@@ -79,8 +83,7 @@ def test_prompt_longer_than_the_context_keeps_its_end(tokenizer: Tokenizer) -> N
     assert len(ids) > 64
     with torch.no_grad():
         logits = generator.model(torch.tensor([ids[-64:]]))[0, -1]
-    forbidden = generator._never_drawn()
-    forbidden[tokenizer.eos_id] = True
+    forbidden = never_drawn(generator)
     expected = int(logits.masked_fill(forbidden, float("-inf")).argmax())
     assert generated_ids(generator, prompt, 1)[-1] == expected
 
@@ -95,17 +98,16 @@ def test_same_seed_same_text(tokenizer: Tokenizer) -> None:
 
 def test_the_stream_adds_up_to_the_text(tokenizer: Tokenizer) -> None:
     generator = make(tokenizer)
-    pieces = list(generator.stream("One day", 60, sampling=Sampling(1.0), seed=3))
+    pieces = list(generator.stream("One day", Request(60, sampling=Sampling(1.0)), seed=3))
     assert "One day" + "".join(pieces) == generator.generate("One day", 60, temperature=1.0, seed=3)
     assert len(pieces) > 10
 
 
 def test_control_tokens_and_rows_beyond_the_tokenizer_are_never_drawn(tokenizer: Tokenizer) -> None:
     generator = make(tokenizer, vocab_size=tokenizer.vocab_size + 100)
-    ids = tokenizer.encode("", bos=True)
-    list(generator._continue(ids, 300, 0, Sampling(temperature=50.0), seed=0))
-    assert max(ids[1:]) < tokenizer.vocab_size
-    assert not {tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id, tokenizer.eos_id} & set(ids[1:])
+    [generated] = generator.generate_batch([""], Request(300, sampling=Sampling(temperature=50.0)), seed=0)
+    assert max(generated.ids) < tokenizer.vocab_size
+    assert not {tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id, tokenizer.eos_id} & set(generated.ids)
 
 
 def test_generation_ends_at_eos_but_not_before_the_minimum(tokenizer: Tokenizer) -> None:
@@ -116,11 +118,10 @@ def test_generation_ends_at_eos_but_not_before_the_minimum(tokenizer: Tokenizer)
         generator.model.final_norm.weight.zero_()
         generator.model.final_norm.bias.fill_(1.0)  # type: ignore[union-attr]
         generator.model.token_emb.weight[tokenizer.eos_id] = 10.0
-    assert generator.generate("One day", 20, temperature=0) == "One day"
-    ids = tokenizer.encode("One day", bos=True)
-    length = len(ids)
-    list(generator._continue(ids, 20, 5, GREEDY, None))
-    assert len(ids) == length + 5
+    changed = TextGenerator(generator.model, tokenizer)
+    assert changed.generate("One day", 20, temperature=0) == "One day"
+    [generated] = changed.generate_batch(["One day"], Request(20, 5, GREEDY))
+    assert len(generated.ids) == 5 and generated.finish_reason == "stop"
 
 
 def test_bad_requests_are_one_line(tokenizer: Tokenizer) -> None:

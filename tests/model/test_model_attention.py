@@ -70,7 +70,7 @@ def test_cached_decoding_equals_the_full_forward(family, steps):
     full = model(ids)
     # These weights make logits of up to about 20; the tolerance is 1e-5 of the spread.
     torch.testing.assert_close(cached, full, rtol=1e-5, atol=1e-5 * max(1.0, full.std().item()))
-    assert cache.length == 24
+    assert cache.lengths == [24, 24, 24]
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ def test_a_cache_forgets_what_its_length_leaves_out():
     ids = torch.randint(61, (1, 12), generator=torch.Generator().manual_seed(0))
     cache = model.new_cache(1, max_length=16)
     model(ids, cache)
-    cache.length = 5
+    cache.lengths = [5]
     torch.testing.assert_close(model(ids[:, 5:], cache), model(ids)[:, 5:], rtol=0, atol=1e-5)
 
 
@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing():
         model(ids[:, :3], cache)
     with pytest.raises(ValueError, match="for a batch of 1, not of 2"):
         model(ids[:, :2].expand(2, -1), cache)
-    assert cache.length == 8
+    assert cache.lengths == [8]
     for length in (0, 25):
         with pytest.raises(ValueError, match="1 to 24 tokens"):
             model.new_cache(1, max_length=length)

@@ -1,4 +1,7 @@
-"""From logits to the next token: pure functions."""
+"""From logits to the next token: pure functions.
+
+Shapes: B rows, V vocabulary, C candidates.
+"""
 
 from dataclasses import dataclass
 
@@ -10,18 +13,28 @@ from tiny_lm.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn.
+    """How the next token is drawn: penalties first, then temperature, top-k, top-p and min-p.
 
     Attributes:
         temperature: divides the logits; 0 always takes the likeliest token.
         top_k: only the k likeliest tokens; None or 0 for all.
         top_p: only the likeliest tokens that together have this probability (nucleus sampling,
             Holtzman et al. 2020, arXiv:1904.09751); 1 for all.
+        min_p: only tokens with at least this share of the likeliest one's probability (Nguyen et al. 2024,
+            arXiv:2407.01082); 0 for all.
+        repetition_penalty: divides the positive logits of tokens that stand in the prompt or the text so far, and
+            multiplies the negative ones (Keskar et al. 2019, arXiv:1909.05858); 1 for none.
+        presence_penalty: is taken off the logits of tokens that were generated before, as in the API of OpenAI.
+        frequency_penalty: the same, once for each time.
     """
 
     temperature: float = 0.8
     top_k: int | None = None
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 100:
@@ -30,6 +43,33 @@ class Sampling:
             raise UserError(f"top-k must be 0 (off) or more (it is {self.top_k})")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top-p must be above 0 and at most 1 (it is {self.top_p})")
+        if not 0 <= self.min_p <= 1:
+            raise UserError(f"min-p must be between 0 and 1 (it is {self.min_p})")
+        if not 0 < self.repetition_penalty <= 100:
+            raise UserError(f"repetition-penalty must be above 0 and at most 100 (it is {self.repetition_penalty})")
+        for name, value in (("presence", self.presence_penalty), ("frequency", self.frequency_penalty)):
+            if not -100 <= value <= 100:
+                raise UserError(f"{name}-penalty must be between -100 and 100 (it is {value})")
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a penalty needs to know which tokens stand in the text."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def penalize(logits: Tensor, seen: Tensor, counts: Tensor, sampling: Sampling) -> Tensor:
+    """Return the logits ``[B, V]`` after the penalties.
+
+    Args:
+        logits: ``[B, V]``.
+        seen: bool ``[B, V]``, whether a token stands in the prompt or the text generated so far.
+        counts: ``[B, V]``, how often it was generated.
+        sampling: the three penalties.
+    """
+    factor = sampling.repetition_penalty
+    repeated = torch.where(logits > 0, logits / factor, logits * factor)
+    logits = torch.where(seen, repeated, logits)
+    return logits - sampling.frequency_penalty * counts - sampling.presence_penalty * (counts > 0)
 
 
 def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
@@ -45,27 +85,52 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    ordered, ids = (logits.float() / sampling.temperature).sort(dim=-1, descending=True)  # [B, V] each
-    probabilities = nucleus(top_k(ordered, sampling.top_k).softmax(dim=-1), sampling.top_p)
-    # Inverse transform sampling: the first token at which the cumulative probability exceeds the random number.
-    cumulative = probabilities.cumsum(dim=-1)
-    threshold = uniform[:, None].to(cumulative) * cumulative[:, -1:]  # [B, 1]
-    choice = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logits.shape[-1] - 1)
-    return ids.gather(-1, choice).squeeze(-1)
+    scaled = logits.float() / sampling.temperature
+    k = sampling.top_k if sampling.top_k and sampling.top_k < scaled.shape[-1] else None
+    if k is None and sampling.top_p == 1:
+        return _draw(min_p(scaled.softmax(dim=-1), sampling.min_p), uniform)
+    candidates, ids = likeliest(scaled, k, sampling.top_p)  # [B, C] each
+    kept = min_p(nucleus(candidates, sampling.top_p), sampling.min_p)
+    return ids.gather(-1, _draw(kept, uniform)[:, None]).squeeze(-1)
 
 
-def top_k(ordered: Tensor, k: int | None) -> Tensor:
-    """Keep the first k logits of each row of ``[B, V]``, which is sorted in descending order."""
-    if not k or k >= ordered.shape[-1]:
-        return ordered
-    kept = ordered.clone()
-    kept[:, k:] = float("-inf")
-    return kept
+def likeliest(logits: Tensor, k: int | None, p: float) -> tuple[Tensor, Tensor]:
+    """Return probabilities and ids ``[B, C]`` of the likeliest tokens, in descending order.
+
+    They are the first ``k``, or as many as reach probability ``p`` in every row: few do in most texts, and looking for
+    a few is much faster than sorting all.
+    """
+    if k is not None:
+        kept, ids = logits.topk(k, dim=-1)
+        return kept.softmax(dim=-1), ids
+    probabilities = logits.softmax(dim=-1)
+    few, ids = probabilities.topk(min(128, logits.shape[-1]), dim=-1)
+    if bool((few.sum(dim=-1) >= p).all()):
+        return few, ids
+    every, ids = probabilities.sort(dim=-1, descending=True)
+    return every, ids
 
 
 def nucleus(probabilities: Tensor, p: float) -> Tensor:
-    """Keep the fewest tokens that reach probability p; ``[B, V]``, sorted in descending order, not normalised again."""
+    """Keep the fewest tokens that reach probability p; ``[B, C]``, sorted in descending order, not normalised again."""
     if p >= 1:
         return probabilities
     before = probabilities.cumsum(dim=-1) - probabilities
     return probabilities.masked_fill(before >= p, 0.0)
+
+
+def min_p(probabilities: Tensor, share: float) -> Tensor:
+    """Keep the tokens with at least ``share`` of the likeliest one's probability; ``[B, C]``, not normalised again."""
+    if share == 0:
+        return probabilities
+    return probabilities.masked_fill(probabilities < share * probabilities.amax(dim=-1, keepdim=True), 0.0)
+
+
+def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Return for each row of ``[B, C]`` the first place at which the cumulative weight exceeds the random number's."""
+    cumulative = weights.cumsum(dim=-1)
+    threshold = uniform[:, None].to(cumulative) * cumulative[:, -1:]  # [B, 1]
+    places = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)  # [B]
+    # Rounding can carry the threshold to the very sum: then the last token that has a weight.
+    last = cumulative.shape[-1] - 1 - (weights.flip(-1) > 0).int().argmax(dim=-1)
+    return torch.minimum(places, last)

@@ -1,6 +1,7 @@
 """Language models: one transformer, four families."""
 
-from tiny_lm.model.attention import KVCache, MultiHeadAttention, attend, reference_attention
+from tiny_lm.model.attention import MultiHeadAttention, attend, reference_attention
+from tiny_lm.model.cache import KVCache
 from tiny_lm.model.config import (
     MODEL_CONFIGS,
     GPT2Config,

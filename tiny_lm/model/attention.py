@@ -1,4 +1,4 @@
-"""Causal self-attention, its key-value cache, and a readable reference of its kernel.
+"""Causal self-attention, and a readable reference of its kernel.
 
 Shapes: B batch, T new tokens, S tokens seen (cached and new), D model width, H query heads, G key and value heads,
 K head size.
@@ -8,59 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class KVCache:
-    """Keys and values of the tokens that a model has read, so that each is computed once.
-
-    Memory is taken once, for ``max_length`` tokens. Setting ``length`` to a smaller number forgets the last tokens.
-    Only this class knows how many tokens are held: the model asks it for positions and mask.
-
-    Attributes:
-        keys: one tensor [B, G, max_length, K] per layer.
-        values: one tensor [B, G, max_length, K] per layer.
-        length: number of tokens held.
-    """
-
-    def __init__(
-        self,
-        shape: tuple[int, int, int, int],
-        n_layers: int,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> None:
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(n_layers)]
-        self.batch_size, _, self.max_length, _ = shape
-        self.length = 0
-
-    def positions(self, batch_size: int, count: int) -> Tensor:
-        """Return the positions [count] of the next ``count`` tokens.
-
-        Raises:
-            ValueError: the cache was made for another batch size, or has no room for them.
-        """
-        if batch_size != self.batch_size:
-            raise ValueError(f"the cache is for a batch of {self.batch_size}, not of {batch_size}")
-        if self.length + count > self.max_length:
-            raise ValueError(
-                f"the cache holds {self.length} of at most {self.max_length} tokens: no room for {count} more"
-            )
-        return torch.arange(self.length, self.length + count, device=self.keys[0].device)
-
-    def mask(self, count: int) -> Tensor | None:
-        """Return which tokens each of the next ``count`` may see: [count, S], or None where plain causality says so."""
-        if self.length == 0 or count == 1:
-            return None
-        seen = torch.ones(count, self.length + count, dtype=torch.bool, device=self.keys[0].device)
-        return seen.tril(self.length)
-
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new ``keys`` and ``values`` [B, G, T, K] of ``layer``; return all of that layer, [B, G, S, K] each."""
-        end = self.length + keys.shape[2]
-        self.keys[layer][:, :, self.length : end] = keys
-        self.values[layer][:, :, self.length : end] = values
-        return self.keys[layer][:, :, :end].to(keys.dtype), self.values[layer][:, :, :end].to(values.dtype)
+from tiny_lm.model.cache import KVCache
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
@@ -70,7 +18,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout_
         q: queries [B, H, T, K].
         k: keys [B, G, S, K]; H is a multiple of G.
         v: values [B, G, S, K].
-        mask: [T, S], true where a query may look. None: query i of several sees keys up to i, a single one sees all.
+        mask: [T, S] or [B, 1, T, S], true where a query may look. None: query i of several sees keys up to i, a single
+            one sees all.
         dropout_p: probability with which an attention weight is dropped.
 
     Returns:
@@ -145,7 +94,7 @@ class MultiHeadAttention(nn.Module):
 
         Args:
             x: normalised residual stream [B, T, D].
-            positions: [T].
+            positions: [T], or [B, T] where the rows differ.
             mask: as for :func:`attend`.
             cache: keys and values of earlier tokens; those of ``x`` are added to it.
 

@@ -78,7 +78,7 @@ class LearnedPositionalEmbedding(nn.Module):
         self.pos_emb = nn.Embedding(context_length, d_model)
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Add to ``x`` [B, T, D] the embeddings of ``positions`` [T]."""
+        """Add to ``x`` [B, T, D] the embeddings of ``positions`` [T] or [B, T]."""
         embedded: Tensor = self.pos_emb(positions)
         return x + embedded
 
@@ -113,7 +113,8 @@ class RoPE(nn.Module):
         return self
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Turn ``x`` [B, H, T, K] by ``positions`` [T]; computed in float32, returned in the dtype of ``x``."""
-        cos, sin = self.cos[positions], self.sin[positions]  # [T, K/2]
+        """Turn ``x`` [B, H, T, K] by ``positions`` [T] or [B, T], in float32; what is returned has the dtype of ``x``."""
+        # [1, T, K/2] or [B, 1, T, K/2]
+        cos, sin = self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)
         first, second = x.float().chunk(2, dim=-1)  # [B, H, T, K/2] each
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from tiny_lm.model.attention import KVCache, MultiHeadAttention, reference_attention
+from tiny_lm.model.attention import MultiHeadAttention, reference_attention
+from tiny_lm.model.cache import KVCache
 from tiny_lm.model.config import GPT2Config, Llama3Config, ModelConfig, Qwen3Config, SmallLMConfig
 from tiny_lm.model.layers import (
     FeedForward,
@@ -114,7 +115,7 @@ class Transformer(nn.Module):
 
         Args:
             input_ids: token ids [B, T].
-            cache: from :meth:`new_cache`; ``input_ids`` then continue what it holds, and are added to it.
+            cache: from :meth:`new_cache`; ``input_ids`` then continue what each row holds, and are added to it.
 
         Raises:
             ValueError: there are more tokens than the context, or the cache, has room for.
@@ -130,12 +131,12 @@ class Transformer(nn.Module):
         if cache is None:
             positions, mask = torch.arange(length, device=input_ids.device), None
         else:
-            positions, mask = cache.positions(batch, length), cache.mask(length)
+            positions, mask = cache.prepare(batch, length)
         x = self.emb_dropout(self.pos_emb(self.token_emb(input_ids), positions))
         for block in self.blocks:
             x = self._run_block(block, x, positions, mask, cache)
         if cache is not None:
-            cache.length += length
+            cache.advance(length)
         hidden: Tensor = self.final_norm(x)
         return hidden
 
@@ -156,7 +157,11 @@ class Transformer(nn.Module):
             raise ValueError(f"a cache holds 1 to {context} tokens (the context), not {max_length}")
         weight = self.token_emb.weight
         shape = (batch_size, self.config.kv_heads, max_length, self.config.head_size)
-        return KVCache(shape, self.config.n_layers, dtype=dtype or weight.dtype, device=weight.device)
+        keys, values = (
+            [torch.zeros(shape, dtype=dtype or weight.dtype, device=weight.device) for _ in self.blocks]
+            for _ in range(2)
+        )
+        return KVCache(keys, values)
 
     def tie_head(self) -> None:
         """Make the weight of the head the very parameter that the token embedding has."""
