@@ -34,13 +34,15 @@ CONFINED = {
     "pytorch_lightning": ("training/", "data/module.py"),
     "lightning_utilities": ("training/",),
     "transformers": (),
+    "safetensors": ("model/huggingface_folder.py",),
     "trackio": ("training/trackers.py",),
     "wandb": ("training/trackers.py",),
     "datasets": ("dataset/huggingface.py",),
     "typer": ("cli/",),
 }
 # Imported inside functions only: they are slow to load, and most commands do not need them.
-LAZY = {"datasets", "tiktoken", "rustbpe", "sentencepiece", "matplotlib", "pyarrow", "transformers", "trackio", "wandb"}
+LAZY = {"datasets", "tiktoken", "rustbpe", "sentencepiece", "matplotlib", "pyarrow", "trackio", "wandb"}
+LAZY |= {"transformers", "safetensors"}
 
 
 def room_of(path: Path) -> str:

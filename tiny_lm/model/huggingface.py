@@ -1,0 +1,396 @@
+"""The four families as Hugging Face writes them: ``config.json`` and the names of weights, in both directions.
+
+| family  | class in transformers    |
+|---------|--------------------------|
+| gpt2    | ``GPT2LMHeadModel``      |
+| llama3  | ``LlamaForCausalLM``     |
+| smalllm | ``Starcoder2ForCausalLM``|
+| qwen3   | ``Qwen3ForCausalLM``     |
+
+There is one table of keys and one of tensors per family, and each is read both ways.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tiny_lm.config import nearest, shorten
+from tiny_lm.errors import UserError
+from tiny_lm.model.config import ModelConfig, model_config_from_dict
+from tiny_lm.model.transformer import build_model
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+
+ARCHITECTURES = {
+    "gpt2": "GPT2LMHeadModel",
+    "llama3": "LlamaForCausalLM",
+    "smalllm": "Starcoder2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+"""The class of transformers that computes what a family computes."""
+
+_MODEL_TYPES = {"gpt2": "gpt2", "llama3": "llama", "smalllm": "starcoder2", "qwen3": "qwen3"}
+
+# --- configs ---------------------------------------------------------------------------------------------------------
+
+_REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of ``config.json`` that says what one of our fields says.
+
+    Attributes:
+        theirs: the key.
+        attribute: attribute of our config with the value in force.
+        field: field of our config that takes the value.
+        default: what transformers takes where the key is absent.
+    """
+
+    theirs: str
+    attribute: str
+    field: str
+    default: Any = _REQUIRED
+
+
+@dataclass(frozen=True)
+class Fact:
+    """A key of ``config.json`` whose value our family fixes.
+
+    Attributes:
+        theirs: the key.
+        value: what we write.
+        equals: further values that mean the same.
+        default: what transformers takes where the key is absent.
+    """
+
+    theirs: str
+    value: Any
+    equals: tuple[Any, ...] = ()
+    default: Any = None
+
+
+_SHARED_KEYS = (
+    Key("vocab_size", "vocab_size", "vocab_size"),
+    Key("max_position_embeddings", "context_length", "context_length"),
+    Key("hidden_size", "d_model", "d_model"),
+    Key("num_hidden_layers", "n_layers", "n_layers"),
+    Key("num_attention_heads", "n_heads", "n_heads"),
+)
+_SWIGLU_KEYS = (
+    *_SHARED_KEYS,
+    Key("intermediate_size", "ffn_size", "ffn_hidden_dim"),
+    Key("num_key_value_heads", "kv_heads", "n_kv_heads", default=None),
+    Key("rms_norm_eps", "norm_eps", "norm_eps", default=1e-6),
+    Key("attention_bias", "qkv_bias", "qkv_bias", default=False),
+)
+_KEYS: Mapping[str, tuple[Key, ...]] = {
+    "gpt2": (
+        Key("vocab_size", "vocab_size", "vocab_size"),
+        Key("n_positions", "context_length", "context_length"),
+        Key("n_embd", "d_model", "d_model"),
+        Key("n_layer", "n_layers", "n_layers"),
+        Key("n_head", "n_heads", "n_heads"),
+        Key("n_inner", "ffn_size", "d_ff", default=None),
+    ),
+    "smalllm": (*_SHARED_KEYS, Key("intermediate_size", "ffn_size", "d_ff")),
+    "llama3": (*_SWIGLU_KEYS, Key("mlp_bias", "ffn_bias", "ffn_bias", default=False)),
+    "qwen3": (*_SWIGLU_KEYS, Key("head_dim", "head_size", "head_dim", default=128)),
+}
+# The tanh form of GELU under the one name that every engine computes as such.
+_TANH_GELU = ("gelu_pytorch_tanh", ("gelu_new", "gelu_fast"))
+_SWIGLU_FACTS = (
+    Fact("hidden_act", "silu", ("swish",), default="silu"),
+    Fact("tie_word_embeddings", True, default=False),
+)
+_FACTS: Mapping[str, tuple[Fact, ...]] = {
+    "gpt2": (
+        Fact("activation_function", *_TANH_GELU, default="gelu_new"),
+        Fact("layer_norm_epsilon", 1e-5, default=1e-5),
+        Fact("scale_attn_weights", True, default=True),
+        Fact("scale_attn_by_inverse_layer_idx", False, default=False),
+        Fact("add_cross_attention", False, default=False),
+        Fact("tie_word_embeddings", True, default=True),
+    ),
+    "smalllm": (
+        Fact("hidden_act", *_TANH_GELU, default="gelu_pytorch_tanh"),
+        Fact("norm_epsilon", 1e-5, default=1e-5),
+        Fact("use_bias", True, default=True),
+        Fact("sliding_window", None),
+        Fact("tie_word_embeddings", True, default=True),
+    ),
+    "llama3": _SWIGLU_FACTS,
+    "qwen3": (*_SWIGLU_FACTS, Fact("use_sliding_window", False, default=False)),
+}
+_DROPOUTS = {
+    "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    "smalllm": ("attention_dropout", "residual_dropout", "embedding_dropout"),
+    "llama3": ("attention_dropout",),
+    "qwen3": ("attention_dropout",),
+}
+
+
+def to_huggingface_config(
+    config: ModelConfig, *, bos_id: int | None, eos_id: int | None, pad_id: int | None, dtype: Dtype = "float32"
+) -> dict[str, Any]:
+    """Return the content of the ``config.json`` that makes transformers build our model.
+
+    Older and newer names of a thing stand side by side where engines read only one of them: ``dtype`` and
+    ``torch_dtype``, ``rope_parameters`` and ``rope_theta``, ``n_positions`` and ``n_ctx``.
+
+    Args:
+        config: the config of any family.
+        bos_id: token that begins a text.
+        eos_id: token that ends one.
+        pad_id: token that fills a batch.
+        dtype: of the weights beside it.
+    """
+    family = config.architecture
+    content: dict[str, Any] = {"architectures": [ARCHITECTURES[family]], "model_type": _MODEL_TYPES[family]}
+    content |= {key.theirs: getattr(config, key.attribute) for key in _KEYS[family]}
+    content |= {fact.theirs: fact.value for fact in _FACTS[family]}
+    content |= dict.fromkeys(_DROPOUTS[family], 0.0)
+    if family == "gpt2":
+        content["n_ctx"] = config.context_length
+    else:
+        content |= {
+            "num_key_value_heads": config.kv_heads,
+            "head_dim": config.head_size,
+            "rope_theta": config.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        }
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
+    return {**content, **ids, "initializer_range": 0.02, "use_cache": True, "dtype": dtype, "torch_dtype": dtype}
+
+
+def from_huggingface_config(content: Mapping[str, Any], *, source: str = "config.json") -> ModelConfig:
+    """Return the config of our model that computes what a ``config.json`` describes.
+
+    Biases that a class always has (q, k and v of GPT-2 and Starcoder2) are there in ours too; dropout is 0.
+
+    Args:
+        content: a ``config.json``.
+        source: what an error names as the place.
+
+    Raises:
+        UserError: it is of another class, or has a part that our families do not have.
+    """
+    family = _family(content, source)
+    for fact in _FACTS[family]:
+        value = content.get(fact.theirs, fact.default)
+        if value not in (fact.value, *fact.equals):
+            raise UserError(f"{source}: {fact.theirs} is {shorten(value)}, but our {family} has {fact.value!r} only")
+    if content.get("quantization_config"):
+        raise UserError(f"{source}: the weights are quantized; export or download the model without quantization")
+    values: dict[str, Any] = {"architecture": family}
+    for key in _KEYS[family]:
+        value = content.get(key.theirs, key.default)
+        if value is _REQUIRED:
+            raise UserError(f"{source}: the key {key.theirs!r} is missing")
+        values[key.field] = value
+    if family in ("gpt2", "smalllm"):
+        values["qkv_bias"] = True
+    theta = 10_000.0 if family == "gpt2" else _rope_theta(content, source)
+    if family in ("llama3", "qwen3"):
+        values["rope_theta"] = theta
+    config = model_config_from_dict(values, source=source)
+    _check_rest(config, content, theta, source)
+    return config
+
+
+def _family(content: Mapping[str, Any], source: str) -> str:
+    classes = content.get("architectures")
+    name = classes[0] if isinstance(classes, list) and classes else content.get("model_type")
+    for family, known in ARCHITECTURES.items():
+        if name in (known, _MODEL_TYPES[family]):
+            return family
+    hint = nearest(str(name), ARCHITECTURES.values())
+    raise UserError(f"{source}: {shorten(name)} is no class that tiny-lm has{hint}")
+
+
+def _rope_theta(content: Mapping[str, Any], source: str) -> float:
+    """Return the base of the rotary wavelengths; transformers 5 keeps it in ``rope_parameters``."""
+    parameters = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    if not isinstance(parameters, dict):
+        raise UserError(f"{source}: rope_parameters is {shorten(parameters)}, no mapping")
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind != "default" or parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError(f"{source}: scales or shortens its rotary positions ({shorten(parameters)}), which ours do not")
+    theta: float = parameters.get("rope_theta", content.get("rope_theta", 10_000.0))
+    return theta
+
+
+def _check_rest(config: ModelConfig, content: Mapping[str, Any], theta: float, source: str) -> None:
+    """Check the keys that say again what follows from others in our families."""
+    expected: list[tuple[str, Any, Any]] = []
+    if config.architecture == "smalllm":
+        expected.append(("num_key_value_heads", config.n_heads, content.get("num_key_value_heads", 2)))
+        expected.append(("rope_theta", config.rope_theta, theta))
+    if config.architecture in ("llama3", "smalllm") and content.get("head_dim") is not None:
+        expected.append(("head_dim", config.head_size, content["head_dim"]))
+    for key, ours, theirs in expected:
+        if ours != theirs:
+            raise UserError(f"{source}: {key} is {shorten(theirs)}, but our {config.architecture} has {ours} here")
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of theirs: ours, laid one below the other along dimension 0, then transposed where they want it."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    transposed: bool = False  # GPT-2's Conv1D keeps its matrices as (in, out)
+
+
+# Names without `{i}` stand once, the others once per block; `*` is weight and bias. A bias that we do not have is zero
+# there.
+_GPT2_ROWS = (
+    Row("transformer.wte.weight", ("token_emb.weight",)),
+    Row("transformer.wpe.weight", ("pos_emb.pos_emb.weight",)),
+    Row("transformer.h.{i}.ln_1.*", ("blocks.{i}.norm1.*",)),
+    Row(
+        "transformer.h.{i}.attn.c_attn.*",
+        ("blocks.{i}.attn.W_q.*", "blocks.{i}.attn.W_k.*", "blocks.{i}.attn.W_v.*"),
+        transposed=True,
+    ),
+    Row("transformer.h.{i}.attn.c_proj.*", ("blocks.{i}.attn.out_proj.*",), transposed=True),
+    Row("transformer.h.{i}.ln_2.*", ("blocks.{i}.norm2.*",)),
+    Row("transformer.h.{i}.mlp.c_fc.*", ("blocks.{i}.ffn.fc1.*",), transposed=True),
+    Row("transformer.h.{i}.mlp.c_proj.*", ("blocks.{i}.ffn.fc2.*",), transposed=True),
+    Row("transformer.ln_f.*", ("final_norm.*",)),
+)
+_ATTENTION_ROWS = (
+    Row("model.embed_tokens.weight", ("token_emb.weight",)),
+    Row("model.layers.{i}.input_layernorm.*", ("blocks.{i}.norm1.*",)),
+    Row("model.layers.{i}.self_attn.q_proj.*", ("blocks.{i}.attn.W_q.*",)),
+    Row("model.layers.{i}.self_attn.k_proj.*", ("blocks.{i}.attn.W_k.*",)),
+    Row("model.layers.{i}.self_attn.v_proj.*", ("blocks.{i}.attn.W_v.*",)),
+    Row("model.layers.{i}.self_attn.o_proj.*", ("blocks.{i}.attn.out_proj.*",)),
+    Row("model.layers.{i}.post_attention_layernorm.*", ("blocks.{i}.norm2.*",)),
+    Row("model.norm.*", ("final_norm.*",)),
+)
+_SMALLLM_ROWS = (
+    *_ATTENTION_ROWS,
+    Row("model.layers.{i}.mlp.c_fc.*", ("blocks.{i}.ffn.fc1.*",)),
+    Row("model.layers.{i}.mlp.c_proj.*", ("blocks.{i}.ffn.fc2.*",)),
+)
+_LLAMA3_ROWS = (
+    *_ATTENTION_ROWS,
+    Row("model.layers.{i}.mlp.gate_proj.*", ("blocks.{i}.ffn.w1.*",)),
+    Row("model.layers.{i}.mlp.down_proj.*", ("blocks.{i}.ffn.w2.*",)),
+    Row("model.layers.{i}.mlp.up_proj.*", ("blocks.{i}.ffn.w3.*",)),
+)
+_QWEN3_ROWS = (
+    *_LLAMA3_ROWS,
+    Row("model.layers.{i}.self_attn.q_norm.*", ("blocks.{i}.attn.q_norm.*",)),
+    Row("model.layers.{i}.self_attn.k_norm.*", ("blocks.{i}.attn.k_norm.*",)),
+)
+_ROWS = {"gpt2": _GPT2_ROWS, "smalllm": _SMALLLM_ROWS, "llama3": _LLAMA3_ROWS, "qwen3": _QWEN3_ROWS}
+
+EMBEDDING = {family: table[0].theirs for family, table in _ROWS.items()}
+"""Their name of the token embedding, which is the head as well."""
+
+# Tables that old versions of transformers stored as if they were weights.
+_BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+
+
+def rows(config: ModelConfig) -> Iterator[Row]:
+    """Write out the table of a family: one row per tensor of theirs, no placeholders left."""
+    for row in _ROWS[config.architecture]:
+        for i in range(config.n_layers) if "{i}" in row.theirs else (0,):
+            for kind in ("weight", "bias") if row.theirs.endswith("*") else ("",):
+                if kind == "bias" and not _has_bias(config, row.theirs):
+                    continue
+                names = [name.replace("{i}", str(i)).replace("*", kind) for name in (row.theirs, *row.ours)]
+                yield Row(names[0], tuple(names[1:]), row.transposed and kind == "weight")
+
+
+def _has_bias(config: ModelConfig, theirs: str) -> bool:
+    if config.architecture in ("gpt2", "smalllm"):
+        return True
+    if "_proj" in theirs:
+        return config.ffn_bias if ".mlp." in theirs else config.qkv_bias
+    return False
+
+
+def to_huggingface_state(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Convert our state dict to theirs, without the head, which is the embedding.
+
+    Args:
+        config: the config of our model.
+        state: our state dict.
+    """
+    result: dict[str, Tensor] = {}
+    for row in rows(config):
+        present = [state[name] for name in row.ours if name in state]
+        if present:
+            joined = torch.cat(present)
+            result[row.theirs] = (joined.T if row.transposed else joined).contiguous()
+        else:  # a bias that only they have
+            weights = [state[name.removesuffix("bias") + "weight"] for name in row.ours]
+            result[row.theirs] = weights[0].new_zeros(sum(weight.shape[0] for weight in weights))
+    return result
+
+
+def from_huggingface_state(
+    config: ModelConfig, state: Mapping[str, Tensor], *, source: str = "model.safetensors"
+) -> dict[str, Tensor]:
+    """Convert their state dict to ours.
+
+    Args:
+        config: the config of our model.
+        state: their state dict, with the head or without it.
+        source: what an error names as the place.
+
+    Raises:
+        UserError: a tensor is missing, has another shape, has no place in our model, or the head is not the embedding.
+    """
+    wanted = {name: tensor.shape for name, tensor in build_model(config, device="meta").state_dict().items()}
+    rest = _with_prefix(config, state)
+    embedding = rest.get(EMBEDDING[config.architecture])
+    head = rest.pop("lm_head.weight", embedding)
+    result: dict[str, Tensor] = {}
+    for row in rows(config):
+        tensor = rest.pop(row.theirs, None)
+        names = [name for name in row.ours if name in wanted]
+        if tensor is None:
+            raise UserError(f"{source}: the tensor {row.theirs} is missing")
+        if not names:
+            if tensor.any():
+                raise UserError(f"{source}: {row.theirs} is not zero, but our {config.architecture} has no such bias")
+            continue
+        joined = tensor.T if row.transposed else tensor
+        lengths = [wanted[name][0] for name in names]
+        expected = (sum(lengths), *wanted[names[0]][1:])
+        if joined.shape != expected:
+            shape = expected[::-1] if row.transposed else expected
+            raise UserError(
+                f"{source}: {row.theirs} has the shape {tuple(tensor.shape)}, but the config says {tuple(shape)}"
+            )
+        parts = torch.split(joined, lengths)
+        result |= {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
+    if rest:
+        raise UserError(f"{source}: there is no place for the tensor {min(rest)} in our {config.architecture}")
+    assert head is not None and embedding is not None  # the embedding is in the table of every family
+    if head is not embedding and not torch.equal(head, embedding):
+        raise UserError(f"{source}: the head is not the embedding, as it is in every model of tiny-lm")
+    result["lm_head.weight"] = result["token_emb.weight"]
+    return result
+
+
+def _with_prefix(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Give each name the prefix of the whole model, which files of a bare model lack; leave out tables."""
+    embedding = EMBEDDING[config.architecture]
+    prefix = embedding.partition(".")[0] + "."
+    bare = embedding not in state and embedding.removeprefix(prefix) in state
+    return {
+        prefix + name if bare and name != "lm_head.weight" else name: tensor
+        for name, tensor in state.items()
+        if not name.endswith(_BUFFERS)
+    }
