@@ -63,17 +63,30 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_text(path: Path, *, limit: int = 256 * 2**20) -> str:
+    """Read a UTF-8 text file.
+
+    Raises:
+        UserError: the file is missing, larger than ``limit`` bytes, or not UTF-8.
+    """
+    try:
+        if path.stat().st_size > limit:
+            raise UserError(f"{path}: larger than {limit} bytes, which no file of this kind is")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: could not be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is no UTF-8 text ({error})") from error
+
+
 def read_json(path: Path, *, limit: int = 256 * 2**20) -> Any:
     """Read a JSON file.
 
     Raises:
         UserError: the file is missing, larger than ``limit`` bytes, or no JSON.
     """
+    text = read_text(path, limit=limit)
     try:
-        if path.stat().st_size > limit:
-            raise UserError(f"{path}: larger than {limit} bytes, which no file of this kind is")
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: could not be read ({error.strerror or error})") from error
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no valid JSON ({error})") from error

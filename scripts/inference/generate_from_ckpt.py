@@ -3,4 +3,4 @@
 from tiny_lm.cli import main
 
 if __name__ == "__main__":
-    main("generate-from-checkpoint")
+    main("generate")

@@ -1,91 +1,168 @@
-"""Commands that write text with a trained model."""
+"""The command that writes text with a trained model."""
 
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tiny_lm.errors import UserError
+from tiny_lm.files import read_text
 
 if TYPE_CHECKING:
-    from tiny_lm.inference import TextGenerator
+    from tiny_lm.inference import Generated, Request, TextGenerator
 
-Prompt = Annotated[str, typer.Option(help="How the text begins.")]
-MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "--max-tokens", help="Most tokens to write.")]
-Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token; higher is more surprising.")]
-TopK = Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens only; 0: from all.")]
-TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that together have this probability.")]
-Seed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same text.")]
-AddBos = Annotated[bool, typer.Option(help="Begin as training texts do, with the beginning-of-text token.")]
+_MOST_SAMPLES = 1000
+_PROMPT_BYTES = 16 * 2**20
+_SEPARATOR = "---"
 
 
 def generate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint inside one.")],
-    prompt: Prompt = "Once upon a time",
-    max_new_tokens: MaxNewTokens = 300,
-    temperature: Temperature = 0.8,
-    top_k: TopK = None,
-    top_p: TopP = 1.0,
-    seed: Seed = None,
-    add_bos: AddBos = True,
-) -> None:
-    """Continue a prompt with a trained model."""
-    from tiny_lm.inference import TextGenerator
-
-    _write(TextGenerator.from_run(run), prompt, max_new_tokens, temperature, top_k, top_p, seed, add_bos)
-
-
-def generate_from_checkpoint(
-    checkpoint: Annotated[Path, typer.Option(help="A .ckpt file.")],
+    run: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="A run folder, a checkpoint inside one, or an exported folder.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="How the text begins; may be repeated.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="Prompts, one a line (\\n in a line is a line break); - reads standard input.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option(min=1, max=_MOST_SAMPLES, help="Texts for each prompt.")] = 1,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", "--max-tokens", help="Most tokens to write.")
+    ] = 300,
+    min_new_tokens: Annotated[int, typer.Option(help="Do not end before so many.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(help="0 always takes the likeliest token; higher is more surprising.")
+    ] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens only; 0: from all.")] = None,
+    top_p: Annotated[
+        float, typer.Option(help="Draw from the likeliest tokens that together have this probability.")
+    ] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Draw from tokens with this share of the likeliest one's probability.")
+    ] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: avoid tokens that stand in the text.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Taken off the logits of tokens written before.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, once for each time.")] = 0.0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be repeated.")] = None,
+    stop_token: Annotated[list[str] | None, typer.Option(help="End at this special token; may be repeated.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**62, help="The same seed gives the same text; sample i has seed + i.")
+    ] = None,
+    add_bos: Annotated[bool, typer.Option(help="Begin as training texts do, with the beginning-of-text token.")] = True,
+    strict: Annotated[
+        bool, typer.Option(help="Refuse a prompt longer than the context; else its end is read.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each text, one a line.")] = False,
+    interactive: Annotated[
+        bool, typer.Option("--interactive", help="A session: type beginnings, get stories.")
+    ] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A .ckpt file or a folder of safetensors, beside --tokenizer.")
+    ] = None,
     model_config: Annotated[str | None, typer.Option(help="Must be the config that the checkpoint carries.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, or any file in it.")] = None,
     tokenizer_dir: Annotated[Path | None, typer.Option(help="Tokenizer folder.")] = None,
     tokenizer_config: Annotated[str | None, typer.Option(help="Must name the kind of the tokenizer folder.")] = None,
-    prompt: Prompt = "Once upon a time",
-    max_new_tokens: MaxNewTokens = 300,
-    temperature: Temperature = 0.8,
-    top_k: TopK = None,
-    top_p: TopP = 1.0,
-    seed: Seed = None,
-    add_bos: AddBos = True,
+    device: Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, mps.")] = None,
 ) -> None:
-    """Continue a prompt with a checkpoint and a tokenizer given one by one."""
+    """Continue a prompt with a trained model."""
+    from tiny_lm.inference import Request, Sampling
+
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty)
+    request = Request(
+        max_new_tokens, min_new_tokens, sampling, tuple(stop or ()), tuple(stop_token or ()), add_bos, strict
+    )
+    prompts = [*(prompt or ()), *(_read_prompts(prompt_file) if prompt_file else ())]
+    generator = _open(run, checkpoint, model_config, tokenizer_dir or tokenizer, tokenizer_config, device)
+    if interactive:
+        from tiny_lm.cli.interactive import Session
+
+        Session(generator, request, seed).run(prompts)
+        return
+    prompts = prompts or ["Once upon a time"]
+    for text in prompts:
+        tell_dropped(generator, text, request)
+    if len(prompts) == num_samples == 1 and not as_json:
+        _write(prompts[0], generator, request, seed)
+        return
+    seeds = None if seed is None else [seed + number for _ in prompts for number in range(num_samples)]
+    repeated = [text for text in prompts for _ in range(num_samples)]
+    _print_all(generator.generate_batch(repeated, request, seed=seeds), seeds, as_json)
+
+
+def _open(
+    run: str | None,
+    checkpoint: Path | None,
+    model_config: str | None,
+    tokenizer: Path | None,
+    tokenizer_config: str | None,
+    device: str | None,
+) -> "TextGenerator":
+    """Load a run, or a checkpoint and a tokenizer that are given one by one."""
     from tiny_lm.inference import TextGenerator
     from tiny_lm.model.config import load_model_config
     from tiny_lm.tokenizer import TokenizerConfig
 
+    if (run is None) == (checkpoint is None):
+        raise UserError("name a run folder, or a checkpoint with --checkpoint")
+    if run is not None:
+        return TextGenerator.from_path(run, device=device)
+    assert checkpoint is not None
     expected = load_model_config(model_config) if model_config else None
     named = TokenizerConfig.from_yaml(tokenizer_config) if tokenizer_config else None
-    folder = tokenizer_dir or tokenizer or (Path(named.output_dir) if named else None)
-    if folder is None:
+    folder = tokenizer or (Path(named.output_dir) if named else None)
+    if checkpoint.suffix != ".ckpt":
+        generator = TextGenerator.from_export(checkpoint, tokenizer_path=folder, device=device)
+        if expected is not None and expected != generator.model.config:
+            raise UserError(f"{checkpoint}: is another model than {model_config} says")
+    elif folder is None:
         raise UserError("name the tokenizer with --tokenizer, --tokenizer-dir or --tokenizer-config")
-    generator = TextGenerator.from_checkpoint(checkpoint, folder, model_config=expected)
+    else:
+        generator = TextGenerator.from_checkpoint(checkpoint, folder, model_config=expected, device=device)
     if named and named.type != generator.tokenizer.kind:
         raise UserError(f"{tokenizer_config}: is of type {named.type}, but {folder} holds {generator.tokenizer.kind}")
-    _write(generator, prompt, max_new_tokens, temperature, top_k, top_p, seed, add_bos)
+    return generator
 
 
-def _write(
-    generator: "TextGenerator",
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float,
-    seed: int | None,
-    add_bos: bool,
-) -> None:
+def _read_prompts(file: Path) -> list[str]:
+    """Read one prompt a line; empty lines are none."""
+    text = sys.stdin.read(_PROMPT_BYTES) if str(file) == "-" else read_text(file, limit=_PROMPT_BYTES)
+    prompts = [line.replace("\\n", "\n") for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"{file}: holds no prompt")
+    return prompts
+
+
+def tell_dropped(generator: "TextGenerator", prompt: str, request: "Request") -> None:
+    """Say which part of a prompt does not fit into the context."""
+    dropped = "" if request.strict else generator.dropped(prompt, add_bos=request.add_bos)
+    if dropped:
+        shown = dropped if len(dropped) <= 60 else f"{dropped[:30]}...{dropped[-30:]}"
+        context = generator.model.config.context_length
+        print(
+            f"the prompt is longer than the context of {context:,} tokens: its first {len(dropped):,} characters "
+            f"are not read ({shown!r})",
+            file=sys.stderr,
+        )
+
+
+def _write(prompt: str, generator: "TextGenerator", request: "Request", seed: int | None) -> None:
     """Print prompt and continuation, and nothing more, as it is made."""
-    from tiny_lm.inference import Sampling
-
-    sampling = Sampling(temperature, top_k, top_p)
-    length, context = len(generator.tokenizer.encode(prompt, bos=add_bos)), generator.model.config.context_length
-    if length > context:
-        print(f"the prompt has {length} tokens, the context {context}: its beginning is not read", file=sys.stderr)
-    pieces = generator.stream(prompt, max_new_tokens, sampling=sampling, seed=seed, add_bos=add_bos)
+    pieces = generator.stream(prompt, request, seed=seed)
     sys.stdout.write(prompt)
     for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def _print_all(texts: Sequence["Generated"], seeds: Sequence[int] | None, as_json: bool) -> None:
+    """Print many texts, with a line between them, or as JSON lines."""
+    for number, text in enumerate(texts):
+        if as_json:
+            facts = {"tokens": len(text.ids), "finish_reason": text.finish_reason, "seed": seeds and seeds[number]}
+            print(json.dumps({"prompt": text.prompt, "text": text.text, **facts}, ensure_ascii=False))
+        else:
+            print(f"{text.prompt}{text.text}" + (f"\n{_SEPARATOR}" if number + 1 < len(texts) else ""))

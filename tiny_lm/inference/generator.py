@@ -1,78 +1,31 @@
 """Text from a trained model."""
 
+import math
+import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import Self
 
 from tiny_lm.errors import UserError
-from tiny_lm.inference.decoding import BatchDecoder, Drawn
+from tiny_lm.inference.decoding import BatchDecoder
 from tiny_lm.inference.packing import pack
+from tiny_lm.inference.request import Generated, GrowingText, Request
 from tiny_lm.inference.sampling import Sampling
-from tiny_lm.inference.stopping import StopStrings
+from tiny_lm.inference.scoring import Score, token_logprobs
 from tiny_lm.model import ModelConfig, Transformer
 from tiny_lm.model.checkpoint import CheckpointModel, load_checkpoint_model
+from tiny_lm.model.huggingface_folder import load_huggingface_model
 from tiny_lm.runs import Run, open_run
 from tiny_lm.tokenizer import Tokenizer, load_tokenizer
 
-MAX_NEW_TOKENS = 100_000
-MAX_LOGPROBS = 100
-MAX_PROMPTS = 4096
+_ROWS = 64
+"""So many texts are continued at once: more cost memory and gain nothing."""
 
-FinishReason = Literal["stop", "length"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to generate, besides the prompt.
-
-    Attributes:
-        max_new_tokens: most tokens to generate; generation also ends at the eos token.
-        min_new_tokens: the eos token is not drawn before this many.
-        sampling: temperature, truncation and penalties.
-        stop: strings before the first of which the text ends, wherever token borders fall.
-        stop_tokens: texts of special tokens, such as ``<|im_end|>``, that end it as eos does.
-        add_bos: begin with the beginning-of-text token, as each document of the training stream does.
-        strict: refuse a prompt that is longer than the context, instead of reading its end only.
-        logprobs: tell the log-probability of each token, and those of so many likeliest ones in its place.
-    """
-
-    max_new_tokens: int = 200
-    min_new_tokens: int = 0
-    sampling: Sampling = field(default_factory=Sampling)
-    stop: tuple[str, ...] = ()
-    stop_tokens: tuple[str, ...] = ()
-    add_bos: bool = True
-    strict: bool = False
-    logprobs: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.max_new_tokens <= MAX_NEW_TOKENS:
-            raise UserError(f"max-new-tokens must be between 0 and {MAX_NEW_TOKENS:,} (it is {self.max_new_tokens})")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            raise UserError(f"min-new-tokens must be between 0 and max-new-tokens (it is {self.min_new_tokens})")
-        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
-            raise UserError(f"logprobs must be between 0 and {MAX_LOGPROBS} (it is {self.logprobs})")
-        StopStrings(self.stop)
-
-
-@dataclass(frozen=True)
-class Generated:
-    """A continued prompt."""
-
-    prompt: str
-    text: str
-    """The continuation only."""
-    ids: list[int]
-    """The tokens of the continuation, without the one that ended it. A stop string cuts the text, not these."""
-    finish_reason: FinishReason
-    """``stop``: at the eos token, a stop token or a stop string; ``length``: after ``max_new_tokens``."""
-    drawn: list[Drawn]
-    """Every token with its log-probability; empty unless ``logprobs`` was asked for."""
+_OPENINGS = ("Once upon a time, there was a story about {theme}.", "One day, two friends talked about {theme}.")
+"""Each takes a theme of any kind: friendship, a lost dog, the rain."""
 
 
 class TextGenerator:
@@ -99,6 +52,18 @@ class TextGenerator:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self._packed = pack(self.model)
+
+    @classmethod
+    def from_path(cls, path: str | Path, *, device: str | None = None) -> Self:
+        """Load whatever ``path`` is: a run folder, a checkpoint inside one, or a folder in Hugging Face's layout.
+
+        Raises:
+            UserError: it is none of them, or damaged.
+        """
+        path = Path(path)
+        if (path / "config.json").is_file() or path.suffix == ".safetensors":
+            return cls.from_export(path, device=device)
+        return cls.from_run(path, device=device)
 
     @classmethod
     def from_run(cls, path: str | Path, *, device: str | None = None) -> Self:
@@ -138,6 +103,25 @@ class TextGenerator:
         if tokenizer.hash != loaded.tokenizer_hash:
             raise UserError(f"{tokenizer_path}: is not the tokenizer that {checkpoint_path} was trained with")
         return cls(loaded.model.to(choose_device(device)), tokenizer)
+
+    @classmethod
+    def from_export(
+        cls, folder: str | Path, *, tokenizer_path: str | Path | None = None, device: str | None = None
+    ) -> Self:
+        """Load a folder that ``tiny-lm export huggingface`` wrote, or any file in it, with its tokenizer.
+
+        Args:
+            folder: holds ``config.json``, ``model.safetensors`` and the tokenizer.
+            tokenizer_path: a tokenizer that lies elsewhere.
+            device: where to run; by default a GPU if there is one.
+
+        Raises:
+            UserError: a file is missing or damaged, or the model is of no family of ours.
+        """
+        folder = Path(folder)
+        folder = folder.parent if folder.is_file() else folder
+        model, _ = load_huggingface_model(folder)
+        return cls(model.to(choose_device(device)), load_tokenizer(tokenizer_path or folder))
 
     def generate(
         self,
@@ -187,26 +171,78 @@ class TextGenerator:
             seed: one for all, so that equal prompts get equal texts; or one for each; None for others each time.
 
         Raises:
-            UserError: there are too many prompts or another number of seeds, a prompt has no token to begin with, or
-                is longer than the context and ``request.strict``, or a stop token is none of the tokenizer's.
+            UserError: a prompt has no token to begin with, or is longer than the context and ``request.strict``; a
+                stop token is none of the tokenizer's; or there is another number of seeds than of prompts.
         """
         request = request or Request()
-        if len(prompts) > MAX_PROMPTS:
-            raise UserError(f"{len(prompts):,} prompts are too many: at most {MAX_PROMPTS:,} at once")
         seeds = [seed] * len(prompts) if seed is None or isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
             raise UserError(f"there are {len(seeds)} seeds for {len(prompts)} prompts")
         texts = self._begin(prompts, request)
-        for text, piece in self._continue(texts, seeds, request):
-            text.pieces.append(piece)
+        for start in range(0, len(texts), _ROWS):
+            rows = slice(start, start + _ROWS)
+            for text, piece in self._continue(texts[rows], seeds[rows], request):
+                text.pieces.append(piece)
         return [text.result() for text in texts]
+
+    def score(self, text: str, *, add_bos: bool = True, eos: bool = False) -> Score:
+        """Return how likely the model finds ``text``.
+
+        Args:
+            text: what is scored; a text longer than the context in windows that overlap by half.
+            add_bos: as at the beginning of a document; else the first token is given and has no score.
+            eos: score also that the text ends there.
+
+        Raises:
+            UserError: there is no token to score.
+        """
+        ids = self.tokenizer.encode(text, bos=add_bos, eos=eos)
+        if len(ids) < 2:
+            raise UserError("the text is too short to be scored: it has no token after the first")
+        logprobs = token_logprobs(self._packed, ids)
+        scored = sum(len(self.tokenizer.token_bytes(token)) for token in ids[1:])
+        return Score(ids[1:], logprobs, -sum(logprobs) / math.log(2) / max(scored, 1))
+
+    def generate_story(
+        self, theme: str = "friendship", max_length: int = 200, *, seed: int | None = None, candidates: int = 4
+    ) -> str:
+        """Tell a story on a theme.
+
+        Some stories are begun with the theme, and the one is returned that says most about it: the one after which the
+        model finds "The story was about <theme>." most likely.
+
+        Args:
+            theme: a word or a few, such as ``friendship`` or ``a lost dog``.
+            max_length: most tokens of the story; stories that end by themselves are preferred.
+            seed: the same seed gives the same story.
+            candidates: stories to choose from, with each of two openings.
+
+        Raises:
+            UserError: the theme is empty or longer than 200 characters, or a number is out of its range.
+        """
+        theme = " ".join(theme.split())
+        if not 0 < len(theme) <= 200:
+            raise UserError(f"a theme has 1 to 200 characters (it has {len(theme)})")
+        if not 1 <= candidates <= _ROWS:
+            raise UserError(f"candidates must be between 1 and {_ROWS} (it is {candidates})")
+        request = Request(max_length, sampling=Sampling(temperature=0.7, top_p=0.95))
+        first = random.randrange(2**31) if seed is None else seed
+        prompts = [opening.format(theme=theme) for opening in _OPENINGS for _ in range(candidates)]
+        told = self.generate_batch(prompts, request, seed=[first + number for number in range(len(prompts))])
+        ended = [story for story in told if story.finish_reason == "stop"] or told
+        return max((story.prompt + story.text for story in ended), key=lambda story: self._is_about(story, theme))
+
+    def _is_about(self, story: str, theme: str) -> float:
+        """Return the log-likelihood of a sentence that names the theme, behind a story."""
+        claim = len(self.tokenizer.encode(f" The story was about {theme}."))
+        return sum(self.score(f"{story} The story was about {theme}.").logprobs[-claim:])
 
     def dropped(self, prompt: str, *, add_bos: bool = True) -> str:
         """Return the beginning of ``prompt`` that does not fit into the context and is not read."""
         ids = self.tokenizer.encode(prompt, bos=add_bos)
         return self.tokenizer.decode(ids[: max(len(ids) - self.model.config.context_length, 0)])
 
-    def _begin(self, prompts: Sequence[str], request: Request) -> list["_Text"]:
+    def _begin(self, prompts: Sequence[str], request: Request) -> list[GrowingText]:
         """Check and encode the prompts."""
         ends = self._end_tokens(request)
         context = self.model.config.context_length
@@ -220,15 +256,13 @@ class TextGenerator:
                     f"the prompt has {len(ids):,} tokens and the context {context:,}: shorten it, or let its "
                     "beginning be left out"
                 )
-            texts.append(_Text(self.tokenizer, prompt, ids, ends, request))
+            texts.append(GrowingText(self.tokenizer, prompt, ids, ends, request))
         return texts
 
     def _continue(
-        self, texts: Sequence["_Text"], seeds: Sequence[int | None], request: Request
-    ) -> Iterator[tuple["_Text", str]]:
+        self, texts: Sequence[GrowingText], seeds: Sequence[int | None], request: Request
+    ) -> Iterator[tuple[GrowingText, str]]:
         """Yield piece after piece of all texts, each with the text that it belongs to."""
-        if not texts:
-            return
         decoder = BatchDecoder(
             self._packed,
             [text.prompt_ids for text in texts],
@@ -272,47 +306,6 @@ class TextGenerator:
         mask[[token.id for token in tokenizer.specials if token.control]] = True
         mask[self._end_tokens(request)] = False
         return mask.to(self.model.token_emb.weight.device)
-
-
-class _Text:
-    """A text in the making: what becomes of the tokens that are drawn for it."""
-
-    def __init__(
-        self, tokenizer: Tokenizer, prompt: str, prompt_ids: list[int], ends: Sequence[int], request: Request
-    ) -> None:
-        self.prompt, self.prompt_ids = prompt, prompt_ids
-        self.ids: list[int] = []
-        self.pieces: list[str] = []
-        self.drawn: list[Drawn] = []
-        self.finish_reason: FinishReason = "length"
-        self._ends = ends
-        self._tells = request.logprobs is not None
-        self._decoder = tokenizer.stream_decoder()
-        self._stops = StopStrings(request.stop)
-
-    def take(self, drawn: Drawn) -> str:
-        """Add a token and return the text that is now certain."""
-        if drawn.id in self._ends:
-            self.finish_reason = "stop"
-            return ""
-        self.ids.append(drawn.id)
-        if self._tells:
-            self.drawn.append(drawn)
-        piece = self._stops.push(self._decoder.push(drawn.id))
-        if self._stops.found:
-            self.finish_reason = "stop"
-        return piece
-
-    def flush(self) -> str:
-        """End the text and return what was not certain before."""
-        rest = self._stops.push(self._decoder.flush())
-        if self._stops.found:
-            self.finish_reason = "stop"
-        return rest + self._stops.flush()
-
-    def result(self) -> Generated:
-        """Return the text as it is now."""
-        return Generated(self.prompt, "".join(self.pieces), self.ids, self.finish_reason, self.drawn)
 
 
 def choose_device(device: str | None) -> torch.device:

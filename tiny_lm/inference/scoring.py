@@ -1,12 +1,14 @@
 """How surprised a model is by text: sums of negative log-likelihood, and the figures made of them."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from tiny_lm.model import Transformer
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,56 @@ class Surprise:
     def bits_per_byte(self, bytes_per_token: float) -> float:
         """Bits per UTF-8 byte of text, ``loss / ln 2 / bytes_per_token``: compares across tokenizers."""
         return self.loss / math.log(2) / bytes_per_token
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a model finds a text, token by token.
+
+    Attributes:
+        ids: the tokens.
+        logprobs: the log-probability of each after those before it, in nats.
+        bits_per_byte: ``-sum(logprobs) / ln 2`` over the UTF-8 bytes of the text.
+    """
+
+    ids: list[int]
+    logprobs: list[float]
+    bits_per_byte: float
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood of a token, in nats."""
+        return -sum(self.logprobs) / max(len(self.logprobs), 1)
+
+    @property
+    def perplexity(self) -> float:
+        """``exp`` of the mean loss."""
+        return math.exp(min(self.loss, 700.0))
+
+
+@torch.inference_mode()
+def token_logprobs(model: Transformer, ids: Sequence[int]) -> list[float]:
+    """Return the log-probability of each of ``ids`` but the first, after those before it.
+
+    A text longer than the context is read in windows that overlap by half, so that each token behind the first window
+    sees at least half a context.
+
+    Args:
+        model: in evaluation mode, on any device.
+        ids: at least two tokens.
+    """
+    context = model.config.context_length
+    step = max(context // 2, 1)
+    device = model.token_emb.weight.device
+    logprobs: list[float] = []
+    start = 0
+    while len(logprobs) < len(ids) - 1:
+        window = torch.tensor(ids[start : start + context + 1], device=device)  # [T+1]
+        new = start + len(window) - 1 - len(logprobs)  # targets that no window before this one has scored
+        logits = model(window[None, :-1])[0, -new:].float()  # [new, V]
+        logprobs += logits.log_softmax(dim=-1).gather(-1, window[-new:, None]).squeeze(-1).tolist()
+        start += step
+    return logprobs
 
 
 @torch.no_grad()

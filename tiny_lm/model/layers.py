@@ -113,7 +113,7 @@ class RoPE(nn.Module):
         return self
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Turn ``x`` [B, H, T, K] by ``positions`` [T] or [B, T], in float32; what is returned has the dtype of ``x``."""
+        """Turn ``x`` [B, H, T, K] by ``positions`` [T] or [B, T], in float32; return it in the dtype of ``x``."""
         # [1, T, K/2] or [B, 1, T, K/2]
         cos, sin = self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)
         first, second = x.float().chunk(2, dim=-1)  # [B, H, T, K/2] each
