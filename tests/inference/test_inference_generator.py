@@ -1,50 +1,19 @@
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from generators import FAMILIES, GREEDY, generated_ids, make, never_drawn
 
 from tiny_lm.data import BinDataConfig
 from tiny_lm.errors import UserError
 from tiny_lm.inference import Request, Sampling, TextGenerator
-from tiny_lm.model import build_model, model_config_from_dict
+from tiny_lm.model import model_config_from_dict
 from tiny_lm.runs import Run
 from tiny_lm.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from tiny_lm.training import TrainingConfig
 from tiny_lm.training.fit import train
-
-FAMILIES: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_heads": 2, "d_ff": 64},
-    "smalllm": {"n_heads": 2, "d_ff": 64},
-    "llama3": {"n_heads": 4, "n_kv_heads": 2},
-    "qwen3": {"n_heads": 4, "n_kv_heads": 2},
-}
-GREEDY = Sampling(temperature=0)
-
-
-def make(tokenizer: Tokenizer, family: str = "gpt2", **values: Any) -> TextGenerator:
-    size = {"vocab_size": tokenizer.vocab_size, "context_length": 64, "d_model": 32, "n_layers": 2}
-    config = model_config_from_dict({"architecture": family, **size, **FAMILIES[family], **values}, source="test")
-    torch.manual_seed(0)
-    model = build_model(config)
-    for parameter in model.parameters():
-        if parameter.dim() >= 2:
-            parameter.data *= 5  # a fresh model repeats one token; this one has opinions
-    return TextGenerator(model, tokenizer)
-
-
-def never_drawn(generator: TextGenerator) -> torch.Tensor:
-    """The mask of tokens that are never drawn, and eos."""
-    forbidden = generator._never_drawn(Request())
-    forbidden[generator.tokenizer.eos_id] = True
-    return forbidden
-
-
-def generated_ids(generator: TextGenerator, prompt: str, count: int) -> list[int]:
-    """The ids of the prompt and of ``count`` tokens after it, the likeliest ones but for eos."""
-    [generated] = generator.generate_batch([prompt], Request(count, count, GREEDY))
-    return generator.tokenizer.encode(prompt, bos=True) + generated.ids
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -86,6 +55,117 @@ def test_prompt_longer_than_the_context_keeps_its_end(tokenizer: Tokenizer) -> N
     forbidden = never_drawn(generator)
     expected = int(logits.masked_fill(forbidden, float("-inf")).argmax())
     assert generated_ids(generator, prompt, 1)[-1] == expected
+
+
+SPECIALS = {"pad": "<pad>", "eos": "<eos>", "bos": "<bos>", "unk": "<unk>"}
+PROMPTS = ["", "One day", "Once upon a time, there was a bear and a fox", "The bear", "One day"]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, top_p=0.9, repetition_penalty=1.2)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_gives_each_prompt_the_text_that_it_gets_alone(
+    family: str, sampling: Sampling, tokenizer: Tokenizer
+) -> None:
+    generator = make(tokenizer, family)
+    request = Request(90, sampling=sampling)  # the windows of all slide, each at its own step
+    seeds = [5, 6, 7, 8, 6]
+    together = generator.generate_batch(PROMPTS, request, seed=seeds)
+    alone = [generator.generate_batch([p], request, seed=s)[0] for p, s in zip(PROMPTS, seeds, strict=True)]
+    assert together == alone
+    assert together[1] == together[4] != together[2]  # equal prompts with equal seeds get equal texts
+    if sampling.temperature:
+        assert together[0].text == "".join(generator.stream("", request, seed=5))
+
+
+def test_rows_that_end_give_their_places_back_and_leave_the_others_alone(tokenizer: Tokenizer) -> None:
+    generator = make(tokenizer)
+    prompts = [f"{word} went home" for word in ["one", "two", "three", "four", "five", "six", "seven", "eight"]]
+    longest = generator.generate_batch(prompts, Request(50, sampling=GREEDY))
+    letters = sorted({text.text[10:12] for text in longest})
+    stopped = generator.generate_batch(prompts, Request(50, sampling=GREEDY, stop=tuple(letters[:6])))
+    assert {text.finish_reason for text in stopped} == {"stop", "length"}
+    for whole, cut in zip(longest, stopped, strict=True):
+        assert whole.text.startswith(cut.text)
+        assert cut.finish_reason == "stop" or cut.text == whole.text
+
+
+def test_many_prompts_are_continued_some_at_a_time(tokenizer: Tokenizer) -> None:
+    generator = make(tokenizer)
+    texts = generator.generate_batch(["One day"] * 150, Request(4), seed=list(range(150)))
+    assert texts[149] == generator.generate_batch(["One day"], Request(4), seed=149)[0]
+    assert generator.generate_batch([], Request(4)) == []
+
+
+def test_penalties_keep_tokens_from_coming_again(tokenizer: Tokenizer) -> None:
+    generator = make(tokenizer)
+    plain, repeated, present = (
+        generator.generate_batch(["One day"], Request(60, 60, sampling))[0].ids
+        for sampling in (GREEDY, Sampling(0, repetition_penalty=100.0), Sampling(0, presence_penalty=100.0))
+    )
+    assert len(set(plain)) < 60 == len(set(repeated)) == len(set(present))
+    assert not set(repeated) & set(tokenizer.encode("One day"))
+
+
+def test_logprobs_are_those_of_the_model_alone(tokenizer: Tokenizer) -> None:
+    generator = make(tokenizer)
+    request = Request(12, 12, Sampling(2.0, top_k=5, frequency_penalty=1.0), logprobs=3)
+    [text] = generator.generate_batch(["One day"], request, seed=1)
+    ids = tokenizer.encode("One day", bos=True)
+    with torch.no_grad():
+        expected = generator.model(torch.tensor([ids + text.ids]))[0, len(ids) - 1 : -1].log_softmax(-1)
+    for drawn, row in zip(text.drawn, expected, strict=True):
+        assert drawn.logprob == pytest.approx(float(row[drawn.id]), abs=1e-4)
+        assert [token for token, _ in drawn.top] == row.topk(3).indices.tolist()
+        assert [logprob for _, logprob in drawn.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+
+
+def test_a_stop_token_ends_the_text_and_an_unknown_one_is_refused(stories: list[str]) -> None:
+    config = TokenizerConfig.from_dict(
+        {"name": "t", "vocab_size": 512, "dataset_config": "x", "special_tokens": {**SPECIALS, "turn": "<|im_end|>"}}
+    )
+    tokenizer = train_tokenizer(config, stories)
+    generator = make(tokenizer)
+    told = generator.generate_batch(["One day"] * 32, Request(400, sampling=Sampling(3.0)), seed=list(range(32)))
+    turn = tokenizer.special_tokens["turn"]
+    seed, spoken = next((seed, text) for seed, text in enumerate(told) if turn in text.ids)
+    ended = generator.generate_batch(
+        ["One day"], Request(400, stop_tokens=("<|im_end|>",), sampling=Sampling(3.0)), seed=seed
+    )
+    assert ended[0].ids == spoken.ids[: spoken.ids.index(turn)] and ended[0].finish_reason == "stop"
+    with pytest.raises(UserError, match=r"'<\|end\|>' is no special token of this model; it has .*<\|im_end\|>"):
+        generator.generate_batch(["One day"], Request(stop_tokens=("<|end|>",)))
+
+
+@pytest.mark.parametrize("length", [20, 64, 65, 200])
+def test_score_is_the_loss_of_the_model(length: int, tokenizer: Tokenizer, stories: list[str]) -> None:
+    generator = make(tokenizer)
+    text = tokenizer.decode(tokenizer.encode(" ".join(stories))[:length])
+    ids = tokenizer.encode(text, bos=True)
+    score = generator.score(text)
+    assert score.ids == ids[1:]
+    expected = []
+    with torch.no_grad():
+        for end in range(1, len(ids)):
+            start = 0 if end <= 64 else 32 * -(-(end - 64) // 32)  # windows of 64 that overlap by 32
+            logits = generator.model(torch.tensor([ids[start:end]]))[0, -1]
+            expected.append(float(logits.log_softmax(-1)[ids[end]]))
+    assert score.logprobs == pytest.approx(expected, abs=1e-4)
+    assert score.loss == pytest.approx(-sum(expected) / len(expected), abs=1e-4)
+    assert score.bits_per_byte == pytest.approx(-sum(expected) / math.log(2) / len(text.encode()), abs=1e-4)
+
+
+def test_a_story_on_a_theme_names_it_and_is_the_same_for_the_same_seed(tokenizer: Tokenizer) -> None:
+    generator = make(tokenizer)
+    story = generator.generate_story(theme="  a lost\n dog ", max_length=20, seed=3)
+    assert "a lost dog" in story
+    assert (
+        story
+        == generator.generate_story("a lost dog", 20, seed=3)
+        != generator.generate_story("a lost dog", 20, seed=4)
+    )
+    for theme in ("", "  ", "x" * 201):
+        with pytest.raises(UserError, match="a theme has 1 to 200 characters"):
+            generator.generate_story(theme)
 
 
 def test_same_seed_same_text(tokenizer: Tokenizer) -> None:
@@ -130,6 +210,18 @@ def test_bad_requests_are_one_line(tokenizer: Tokenizer) -> None:
         generator.generate("x", -1)
     with pytest.raises(UserError, match="the prompt is empty"):
         generator.generate("", 5, add_bos=False)
+    with pytest.raises(UserError, match="the prompt is empty"):
+        generator.stream("", Request(add_bos=False))  # refused at the call, not at the first piece
+    with pytest.raises(UserError, match=r"the prompt has \d+ tokens and the context 64: shorten it"):
+        generator.generate_batch(["One day " * 100], Request(5, strict=True))
+    with pytest.raises(UserError, match="there are 1 seeds for 2 prompts"):
+        generator.generate_batch(["x", "y"], seed=[1])
+    with pytest.raises(UserError, match="a stop string must have 1 to 256 characters"):
+        Request(stop=("",))
+    with pytest.raises(UserError, match="logprobs must be between 0 and 100"):
+        Request(logprobs=101)
+    with pytest.raises(UserError, match="too short to be scored"):
+        generator.score("")
     with pytest.raises(UserError, match="lone surrogate"):
         generator.generate("\ud800", 5)
     larger = train_tokenizer(

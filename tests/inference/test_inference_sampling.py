@@ -3,6 +3,7 @@ import torch
 
 from tiny_lm.errors import UserError
 from tiny_lm.inference import Sampling, sample
+from tiny_lm.inference.sampling import penalize
 
 LOGITS = torch.log(torch.tensor([[0.05, 0.5, 0.15, 0.3]]))
 
@@ -38,6 +39,31 @@ def test_top_p_leaves_the_fewest_tokens_that_reach_it(top_p: float, kept: list[i
     assert draw(Sampling(1.0, top_p=top_p)).nonzero().flatten().tolist() == kept
 
 
+@pytest.mark.parametrize(("min_p", "kept"), [(0.05, [0, 1, 2, 3]), (0.2, [1, 2, 3]), (0.6, [1, 3]), (1.0, [1])])
+def test_min_p_leaves_tokens_that_come_near_the_likeliest(min_p: float, kept: list[int]) -> None:
+    assert draw(Sampling(1.0, min_p=min_p)).nonzero().flatten().tolist() == kept
+
+
+@pytest.mark.parametrize("scale", [0.5, 8.0])
+def test_top_p_of_many_tokens_equals_sorting_all(scale: float) -> None:
+    logits = scale * torch.randn(5, 3000, generator=torch.Generator().manual_seed(0))  # flat: most are needed; or few
+    drawn = [sample(logits, Sampling(1.0, top_p=0.9), torch.full((5,), u / 200)) for u in range(200)]
+    probabilities, ids = logits.softmax(-1).sort(-1, descending=True)
+    for row in range(5):
+        size = int((probabilities[row].cumsum(0) < 0.9).sum()) + 1
+        kept = probabilities[row, :size].double()
+        steps = torch.searchsorted(kept.cumsum(0) / kept.sum(), torch.arange(200).double() / 200, right=True)
+        assert (torch.stack(drawn)[:, row] == ids[row][steps]).float().mean() > 0.99  # sums of float32 round
+
+
+def test_penalties_are_those_of_keskar_and_of_openai() -> None:
+    logits = torch.tensor([[2.0, -2.0, 1.0, 3.0]])
+    seen, counts = torch.tensor([[True, True, False, True]]), torch.tensor([[1.0, 0.0, 0.0, 3.0]])
+    sampling = Sampling(repetition_penalty=2.0, presence_penalty=0.5, frequency_penalty=0.25)
+    expected = torch.tensor([[1.0 - 0.5 - 0.25, -4.0, 1.0, 1.5 - 0.5 - 0.75]])
+    torch.testing.assert_close(penalize(logits, seen, counts, sampling), expected)
+
+
 def test_rows_are_independent() -> None:
     uniform = torch.rand(7, generator=torch.Generator().manual_seed(1))
     logits = torch.randn(7, 50, generator=torch.Generator().manual_seed(2))
@@ -59,6 +85,10 @@ def test_the_last_random_number_draws_a_real_token() -> None:
         ({"top_k": -1}, "top-k must be 0"),
         ({"top_p": 0.0}, "top-p must be above 0 and at most 1"),
         ({"top_p": 1.1}, "top-p must be above 0 and at most 1"),
+        ({"min_p": 1.1}, "min-p must be between 0 and 1"),
+        ({"repetition_penalty": 0.0}, "repetition-penalty must be above 0"),
+        ({"presence_penalty": 101.0}, "presence-penalty must be between -100 and 100"),
+        ({"frequency_penalty": float("nan")}, "frequency-penalty must be between -100 and 100"),
     ],
 )
 def test_values_outside_their_range(values: dict[str, float], message: str) -> None:

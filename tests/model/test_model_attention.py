@@ -83,6 +83,36 @@ def test_a_cache_forgets_what_its_length_leaves_out():
     torch.testing.assert_close(model(ids[:, 5:], cache), model(ids)[:, 5:], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_rows_of_a_cache_have_lengths_of_their_own(family):
+    model = family_model(family).eval()
+    randomize(model, seed=1)
+    ids = torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(0))
+    lengths = [9, 4, 14]
+    cache = model.new_cache(3)
+    model(ids[:, :14], cache)
+    cache.lengths = list(lengths)  # what was read behind them is forgotten
+    parts = [torch.stack([ids[row, n + i : n + i + 2] for row, n in enumerate(lengths)]) for i in (0, 2, 4)]
+    decoded = torch.cat([model(part, cache) for part in parts], dim=1)
+    full = model(ids)
+    expected = torch.stack([full[row, n : n + 6] for row, n in enumerate(lengths)])
+    torch.testing.assert_close(decoded, expected, rtol=1e-5, atol=1e-5 * max(1.0, full.std().item()))
+    assert cache.lengths == [15, 10, 20]
+
+    kept = cache.keep([2, 0])
+    assert kept.lengths == [20, 15]
+    following = model(torch.stack([ids[2, 20:21], ids[0, 15:16]]), kept)
+    torch.testing.assert_close(following[0, 0], full[2, 20], rtol=1e-5, atol=1e-5 * max(1.0, full.std().item()))
+    torch.testing.assert_close(following[1, 0], full[0, 15], rtol=1e-5, atol=1e-5 * max(1.0, full.std().item()))
+
+    model(ids[:1, :7], cache.row(1))  # a row is read anew without the others
+    cache.lengths[1] = 7
+    again = model(torch.stack([ids[0, 15:16], ids[0, 7:8], ids[2, 20:21]]), cache)
+    torch.testing.assert_close(again[1, 0], full[0, 7], rtol=1e-5, atol=1e-5 * max(1.0, full.std().item()))
+    torch.testing.assert_close(again[[0, 2]], following[[1, 0]], rtol=1e-5, atol=1e-5 * max(1.0, full.std().item()))
+
+
 @torch.no_grad()
 def test_a_cache_of_less_precision_is_close():
     model = family_model("qwen3").eval()

@@ -57,14 +57,13 @@ class Session:
         while True:
             try:
                 line = input("> " if sys.stdin.isatty() else "")
+                if line.strip() in ("/quit", "/exit"):
+                    return
+                self.handle(line)
             except EOFError:
                 return
-            except KeyboardInterrupt:
+            except KeyboardInterrupt:  # at the prompt, or twice in a story
                 print("\n(/quit or Ctrl-D leaves)", file=sys.stderr)
-                continue
-            if line.strip() in ("/quit", "/exit"):
-                return
-            self.handle(line)
 
     def handle(self, line: str) -> None:
         """Do what a line says: a command, or the beginning of a story. A mistake costs one line on standard error."""

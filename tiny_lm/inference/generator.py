@@ -226,9 +226,9 @@ class TextGenerator:
         if not 1 <= candidates <= _ROWS:
             raise UserError(f"candidates must be between 1 and {_ROWS} (it is {candidates})")
         request = Request(max_length, sampling=Sampling(temperature=0.7, top_p=0.95))
-        first = random.randrange(2**31) if seed is None else seed
+        source = random.Random(seed)
         prompts = [opening.format(theme=theme) for opening in _OPENINGS for _ in range(candidates)]
-        told = self.generate_batch(prompts, request, seed=[first + number for number in range(len(prompts))])
+        told = self.generate_batch(prompts, request, seed=[source.randrange(2**31) for _ in prompts])
         ended = [story for story in told if story.finish_reason == "stop"] or told
         return max((story.prompt + story.text for story in ended), key=lambda story: self._is_about(story, theme))
 

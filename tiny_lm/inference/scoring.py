@@ -72,7 +72,7 @@ def token_logprobs(model: Transformer, ids: Sequence[int]) -> list[float]:
     """
     context = model.config.context_length
     step = max(context // 2, 1)
-    device = model.token_emb.weight.device
+    device = next(model.parameters()).device
     logprobs: list[float] = []
     start = 0
     while len(logprobs) < len(ids) - 1:

@@ -101,7 +101,7 @@ class MultiHeadAttention(nn.Module):
         Returns:
             [B, T, D].
         """
-        q, k, v = (self._heads(projection(x)) for projection in (self.W_q, self.W_k, self.W_v))
+        q, k, v = self.project(x)
         q, k = self.position(self.q_norm(q), positions), self.position(self.k_norm(k), positions)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
@@ -110,6 +110,11 @@ class MultiHeadAttention(nn.Module):
         projected: Tensor = self.out_proj(y)
         return projected
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries [B, H, T, K], keys and values [B, G, T, K] of ``x`` [B, T, D]."""
+        return self.heads(self.W_q(x)), self.heads(self.W_k(x)), self.heads(self.W_v(x))
+
+    def heads(self, x: Tensor) -> Tensor:
+        """Split [B, T, heads*K] into [B, heads, T, K]."""
         batch, length, _ = x.shape
-        return x.view(batch, length, -1, self.head_size).transpose(1, 2)  # [B, T, heads*K] -> [B, heads, T, K]
+        return x.view(batch, length, -1, self.head_size).transpose(1, 2)

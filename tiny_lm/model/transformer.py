@@ -155,7 +155,7 @@ class Transformer(nn.Module):
         max_length = context if max_length is None else max_length
         if not 1 <= max_length <= context:
             raise ValueError(f"a cache holds 1 to {context} tokens (the context), not {max_length}")
-        weight = self.token_emb.weight
+        weight = next(self.parameters())
         shape = (batch_size, self.config.kv_heads, max_length, self.config.head_size)
         keys, values = (
             [torch.zeros(shape, dtype=dtype or weight.dtype, device=weight.device) for _ in self.blocks]

@@ -1,0 +1,170 @@
+"""`tiny-lm generate`: what it prints, its session, and what becomes of bad input."""
+
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Cli
+
+from tiny_lm.data import BinDataConfig
+from tiny_lm.inference import TextGenerator
+from tiny_lm.model import model_config_from_dict
+from tiny_lm.runs import Run
+from tiny_lm.training import TrainingConfig
+from tiny_lm.training.fit import train
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory, stream_folder: Path) -> Path:
+    """A run of a model with a context of 32 tokens that has seen a few stories."""
+    config = model_config_from_dict(
+        {"vocab_size": 512, "context_length": 32, "d_model": 32, "n_layers": 1, "n_heads": 2}, source="test"
+    )
+    data = BinDataConfig(
+        train_path=str(stream_folder / "train.bin"),
+        val_path=str(stream_folder / "val.bin"),
+        block_size=32,
+        batch_size=4,
+    )
+    run = Run(tmp_path_factory.mktemp("runs") / "told")
+    train(config, TrainingConfig(max_steps=30, learning_rate=3e-3, precision="32-true", sample_tokens=0), data, run)
+    return run.folder
+
+
+def test_prompt_and_continuation_and_nothing_more(cli: Cli, run_folder: Path) -> None:
+    result = cli("generate", run_folder, "--prompt", "One day", "--max-new-tokens", "12", "--seed", "1")
+    expected = TextGenerator.from_run(run_folder).generate("One day", 12, seed=1)
+    assert (result.code, result.stdout, result.stderr) == (0, expected + "\n", "")
+
+
+def test_several_samples_of_several_prompts(cli: Cli, run_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("A bear\n\nOne day\\nhe went\n")
+    options = ["--prompt", "The fox", "--num-samples", "2", "--seed", "7", "--max-tokens", "9"]
+    result = cli("generate", run_folder, "--prompt-file", tmp_path / "prompts.txt", *options)
+    generator = TextGenerator.from_run(run_folder)
+    expected = [
+        generator.generate(prompt, 9, seed=seed)
+        for prompt in ("The fox", "A bear", "One day\nhe went")
+        for seed in (7, 8)
+    ]
+    assert result.stdout == "\n---\n".join(expected) + "\n"
+    lines = cli("generate", run_folder, *options, "--json").stdout.splitlines()
+    assert [json.loads(line)["seed"] for line in lines] == [7, 8]
+    first = json.loads(lines[0])
+    assert first["prompt"] + first["text"] == expected[0]
+    assert first["finish_reason"] == "length" and first["tokens"] == 9
+
+
+def test_a_prompt_beyond_the_context_is_told_or_refused(cli: Cli, run_folder: Path) -> None:
+    prompt = "The bear and the fox went home. " * 8
+    told = cli("generate", run_folder, "--prompt", prompt, "--max-new-tokens", "3")
+    assert told.code == 0 and told.stdout.startswith(prompt)
+    assert re.search(
+        r"longer than the context of 32 tokens: its first \d+ characters are not read \('The ", told.stderr
+    )
+    strict = cli("generate", run_folder, "--prompt", prompt, "--strict")
+    assert strict.code == 2 and re.fullmatch(
+        r"error: the prompt has \d+ tokens and the context 32: shorten it, or .*\n", strict.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--temperature", "-1"], "temperature must be between 0 and 100"),
+        (["--top-p", "0"], "top-p must be above 0 and at most 1"),
+        (["--prompt", "", "--no-add-bos"], "the prompt is empty"),
+        (["--stop", ""], "a stop string must have 1 to 256 characters"),
+        (["--stop-token", "<|im_end|>"], r"'<\|im_end\|>' is no special token of this model; it has"),
+        (["--prompt-file", "nowhere.txt"], "nowhere.txt: could not be read"),
+        (["--checkpoint", "x.ckpt"], "name a run folder, or a checkpoint with --checkpoint"),
+        (["--num-samples", "0"], "Invalid value for '--num-samples'"),
+    ],
+)
+def test_bad_input_is_one_line(words: list[str], message: str, cli: Cli, run_folder: Path) -> None:
+    result = cli("generate", run_folder, *words)
+    assert (result.code, result.stdout) == (2, "")
+    assert re.fullmatch(f"error: .*{message}.*\n", result.stderr)
+
+
+def test_a_session_through_a_pipe(cli: Cli, run_folder: Path, tmp_path: Path) -> None:
+    saved = tmp_path / "stories.txt"
+    typed = ["One day", "/again", "/temprature 3", "/temperature hot", "/temperature -1", "/temperature 0", "/stop ."]
+    typed += ["/settings", "A bear", f"/save {saved}"]
+    code = "from tiny_lm.cli import main; main()"
+    words = [sys.executable, "-c", code, "generate", str(run_folder), "--interactive"]
+    result = subprocess.run(
+        [*words, "--seed", "4", "--max-new-tokens", "10"],
+        input="\n".join(typed), capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    generator = TextGenerator.from_run(run_folder)
+    story = generator.generate("One day", 10, seed=4)
+    bear = generator.generate("A bear", 10, temperature=0, stop=["."])
+    assert result.stdout == f"{story}\n{story}\n{bear}\n"
+    assert "error: /temprature is no command; did you mean 'temperature'?" in result.stderr
+    assert "error: /temperature needs a number, such as /temperature 1.0 (it got 'hot')" in result.stderr
+    assert "error: temperature must be between 0 and 100 (it is -1.0)" in result.stderr
+    assert "/temperature 0.0\n" in result.stderr and "/seed 4\n" in result.stderr
+    assert saved.read_text() == "".join(f"{text}\n<|endoftext|>\n" for text in (story, story, bear))
+
+
+@pytest.fixture
+def terminal(run_folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A session in a terminal of its own, and the terminal's other end."""
+    ours, theirs = pty.openpty()
+    code = "from tiny_lm.cli import main; main()"
+    words = [sys.executable, "-c", code, "generate", run_folder, "--interactive"]
+    words += ["--max-new-tokens", "100000", "--min-new-tokens", "100000"]
+    process = subprocess.Popen(
+        words, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=_own
+    )
+    os.close(theirs)
+    yield process, ours
+    process.kill()
+    process.wait()
+    os.close(ours)
+
+
+def _own() -> None:
+    """Make the terminal the one from which Ctrl-C comes."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def read_until(terminal: int, wanted: str, seconds: float = 60) -> str:
+    seen = ""
+    end = time.monotonic() + seconds
+    while wanted not in seen:
+        assert time.monotonic() < end, f"{wanted!r} did not come: {seen[-500:]!r}"
+        if select.select([terminal], [], [], 1)[0]:
+            seen += os.read(terminal, 65536).decode(errors="replace")
+    return seen
+
+
+def test_ctrl_c_stops_the_story_and_not_the_session(terminal: tuple[subprocess.Popen[bytes], int]) -> None:
+    process, keys = terminal
+    read_until(keys, "> ")
+    os.write(keys, b"One day\n")
+    read_until(keys, "One day")
+    time.sleep(0.3)
+    os.write(keys, b"\x03")  # Ctrl-C: the terminal makes a signal of it
+    read_until(keys, "(stopped)")
+    os.write(keys, b"\x03")
+    read_until(keys, "/quit or Ctrl-D leaves")
+    for command in (b"/min-new-tokens 0\n", b"/max-new-tokens 5\n"):
+        os.write(keys, command)
+        read_until(keys, "> ")
+    os.write(keys, b"A bear\n")
+    read_until(keys, "A bear")
+    os.write(keys, b"/quit\n")
+    assert process.wait(timeout=60) == 0
