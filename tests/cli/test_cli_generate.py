@@ -147,7 +147,10 @@ def read_until(terminal: int, wanted: str, seconds: float = 60) -> str:
     while wanted not in seen:
         assert time.monotonic() < end, f"{wanted!r} did not come: {seen[-500:]!r}"
         if select.select([terminal], [], [], 1)[0]:
-            seen += os.read(terminal, 65536).decode(errors="replace")
+            try:
+                seen += os.read(terminal, 65536).decode(errors="replace")
+            except OSError:  # how a terminal says that its other end is closed
+                pytest.fail(f"the session ended before {wanted!r}: {seen[-1500:]!r}")
     return seen
 
 
@@ -159,6 +162,7 @@ def test_ctrl_c_stops_the_story_and_not_the_session(terminal: tuple[subprocess.P
     time.sleep(0.3)
     os.write(keys, b"\x03")  # Ctrl-C: the terminal makes a signal of it
     read_until(keys, "(stopped)")
+    read_until(keys, "> ")
     os.write(keys, b"\x03")
     read_until(keys, "/quit or Ctrl-D leaves")
     for command in (b"/min-new-tokens 0\n", b"/max-new-tokens 5\n"):

@@ -22,7 +22,7 @@ from tiny_lm.runs import Run, find_newest_run
 from tiny_lm.training import TrainingConfig
 from tiny_lm.training.checkpoints import link
 from tiny_lm.training.fit import TrainingResult, train
-from tiny_lm.training.optim import learning_rate_at, weight_decay_at
+from tiny_lm.training.optim import learning_rate_at, weight_decay_share
 from tiny_lm.training.resume import find_checkpoint, forget_after
 from tiny_lm.training.trackers import read_metrics
 
@@ -404,6 +404,8 @@ def test_a_changed_config_prevails_over_the_checkpoints(fit: Fit, run: Run, go_o
         "scheduler": "linear",
         "weight_decay": 0.05,
         "weight_decay_schedule": "linear",
+        "embedding_learning_rate": 4e-3,
+        "embedding_weight_decay": 0.01,
         "betas": [0.8, 0.9],
         "eps": 1e-7,
         "save_every_n_steps": 1,
@@ -411,10 +413,15 @@ def test_a_changed_config_prevails_over_the_checkpoints(fit: Fit, run: Run, go_o
     go_on(**changes)
     config = TrainingConfig.from_dict({**training().to_dict(), **changes})
     for step in range(5, 10):
-        matrices, vectors = read_checkpoint(run.step_checkpoint(step))["optimizer_states"][0]["param_groups"]
+        matrices, embeddings, vectors = read_checkpoint(run.step_checkpoint(step))["optimizer_states"][0][
+            "param_groups"
+        ]
         assert matrices["lr"] == pytest.approx(learning_rate_at(step, config), rel=1e-12)
         assert vectors["lr"] == matrices["lr"]
-        assert matrices["weight_decay"] == pytest.approx(weight_decay_at(step, config), rel=1e-12)
+        assert embeddings["lr"] == pytest.approx(4 * matrices["lr"], rel=1e-12)
+        share = weight_decay_share(step, config)
+        assert matrices["weight_decay"] == pytest.approx(0.05 * share, rel=1e-12)
+        assert embeddings["weight_decay"] == pytest.approx(0.01 * share, rel=1e-12)
         assert vectors["weight_decay"] == 0
         assert (matrices["betas"], matrices["eps"]) == ((0.8, 0.9), 1e-7)
     rates = {event["step"]: event["lr"] for event in read_metrics(run.metrics)}

@@ -69,7 +69,7 @@ def pack(model: Transformer) -> Transformer:
 
 
 def _call_directly(model: Transformer) -> None:
-    """Let every module call the ``forward`` of its parts: looking for hooks first is a fifth of a small model's time."""
+    """Let modules call the ``forward`` of their parts: looking for hooks first is a fifth of a small model's time."""
     for module in model.modules():
         for name, child in module.named_children():
             if not isinstance(child, nn.ModuleList):

@@ -28,6 +28,12 @@ class TrainingConfig(Config):
     warmup_ratio: float = Field(default=0.01, ge=0, le=1, description="share of max_steps with a rising rate")
     decay_ratio: float = Field(default=0.65, gt=0, le=1, description="wsd only: share of max_steps with a falling rate")
     weight_decay: float = Field(default=0.1, ge=0, description="of matrices and embeddings; never of norms and biases")
+    embedding_learning_rate: float | None = Field(
+        default=None, gt=0, le=10, description="peak for the embeddings, which follow the same schedule; null: the same"
+    )
+    embedding_weight_decay: float | None = Field(
+        default=None, ge=0, description="of the embeddings; null: that of the matrices"
+    )
     weight_decay_schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="linear and cosine fall to 0 over the run"
     )

@@ -16,7 +16,8 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
     """Build the optimizer that the config names; weight decay touches matrices and embeddings only.
 
     ``adamw`` is AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) on everything. ``muon`` is Muon (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon) on the hidden matrices and AdamW on the rest.
+    kellerjordan.github.io/posts/muon) on the hidden matrices and AdamW on the rest. Both have one group of parameters
+    each for hidden matrices, embeddings, and vectors.
     """
     # By the kind of module and not by shape: a process that holds a part of each weight holds it flat.
     embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -26,14 +27,26 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
     vectors = [p for p in model.parameters() if id(p) not in matrices]
     if config.optimizer == "muon":
         return MuonAdamW(hidden, embeddings, vectors, config)
-    return _adamw([*embeddings, *hidden], vectors, config)
+    groups = [{"params": hidden, "weight_decay": config.weight_decay}, *_other_groups(embeddings, vectors, config)]
+    return _adamw(groups, config)
 
 
-def _adamw(decayed: Sequence[Tensor], vectors: Sequence[Tensor], config: TrainingConfig) -> AdamW:
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
+def _other_groups(
+    embeddings: Sequence[Tensor], vectors: Sequence[Tensor], config: TrainingConfig
+) -> list[dict[str, Any]]:
+    """Return the groups of what is no hidden matrix."""
+    rate, decay = config.embedding_learning_rate, config.embedding_weight_decay
+    return [
+        {
+            "params": embeddings,
+            "lr": config.learning_rate if rate is None else rate,
+            "weight_decay": config.weight_decay if decay is None else decay,
+        },
         {"params": vectors, "weight_decay": 0.0},
     ]
+
+
+def _adamw(groups: list[dict[str, Any]], config: TrainingConfig) -> AdamW:
     # The fused kernel updates all parameters in one call, on the CPU too; but it would unscale the gradients of fp16
     # itself, behind the clipping.
     fused = config.precision != "16-mixed"
@@ -59,7 +72,7 @@ class MuonAdamW(Optimizer):
         self._muon = Muon(
             hidden, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
         )
-        self._adamw = _adamw(embeddings, vectors, config)
+        self._adamw = _adamw(_other_groups(embeddings, vectors, config), config)
         super().__init__([*self._muon.param_groups, *self._adamw.param_groups], defaults={})
         self._share()
 
@@ -104,7 +117,8 @@ class Schedule(LambdaLR):
         super().step(epoch)
         for group in self.optimizer.param_groups:
             if "initial_weight_decay" in group:
-                group["weight_decay"] = weight_decay_at(self.last_epoch, self._config)
+                share = weight_decay_share(self.last_epoch, self._config)
+                group["weight_decay"] = group["initial_weight_decay"] * share
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values: the config is the run's, not the checkpoint's."""
@@ -135,13 +149,16 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
     return config.min_lr + (config.learning_rate - config.min_lr) * fall
 
 
-def weight_decay_at(step: int, config: TrainingConfig) -> float:
-    """Return the weight decay of optimizer step ``step``, counted from 0; a falling one is 0 at the last step."""
+def weight_decay_share(step: int, config: TrainingConfig) -> float:
+    """Return the share of the weight decay that is in force at optimizer step ``step``, counted from 0.
+
+    A falling one is 0 at the last step.
+    """
     progress = min(step / max(config.max_steps - 1, 1), 1.0)
     match config.weight_decay_schedule:
         case "constant":
-            return config.weight_decay
+            return 1.0
         case "linear":
-            return config.weight_decay * (1 - progress)
+            return 1 - progress
         case "cosine":
-            return config.weight_decay * (1 + math.cos(math.pi * progress)) / 2
+            return (1 + math.cos(math.pi * progress)) / 2
