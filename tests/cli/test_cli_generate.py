@@ -116,24 +116,36 @@ def test_a_session_through_a_pipe(cli: Cli, run_folder: Path, tmp_path: Path) ->
     assert saved.read_text() == "".join(f"{text}\n<|endoftext|>\n" for text in (story, story, bear))
 
 
-@pytest.fixture
-def terminal(run_folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+class Terminal:
     """A session in a terminal of its own, and the terminal's other end."""
-    ours, theirs = pty.openpty()
-    code = "from tiny_lm.cli import main; main()"
-    words = [sys.executable, "-c", code, "generate", run_folder, "--interactive"]
-    words += ["--max-new-tokens", "100000", "--min-new-tokens", "100000"]
-    process = subprocess.Popen(
-        words, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=_own
-    )
-    os.close(theirs)
-    yield process, ours
-    process.kill()
-    process.wait()
-    os.close(ours)
+
+    def __init__(self, words: list[str]) -> None:
+        self._end, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            words, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, preexec_fn=_own_terminal
+        )
+        os.close(theirs)
+        self._unread = ""
+
+    def type(self, keys: bytes) -> None:
+        os.write(self._end, keys)
+
+    def wait_for(self, wanted: str, seconds: float = 60) -> None:
+        """Read until ``wanted`` has come; what follows it is left for the next call."""
+        end = time.monotonic() + seconds
+        while wanted not in self._unread:
+            assert time.monotonic() < end, f"{wanted!r} did not come: {self._unread[-500:]!r}"
+            if select.select([self._end], [], [], 1)[0]:
+                self._unread += os.read(self._end, 65536).decode(errors="replace")
+        self._unread = self._unread.partition(wanted)[2]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self._end)
 
 
-def _own() -> None:
+def _own_terminal() -> None:
     """Make the terminal the one from which Ctrl-C comes."""
     import fcntl
     import termios
@@ -141,34 +153,30 @@ def _own() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-def read_until(terminal: int, wanted: str, seconds: float = 60) -> str:
-    seen = ""
-    end = time.monotonic() + seconds
-    while wanted not in seen:
-        assert time.monotonic() < end, f"{wanted!r} did not come: {seen[-500:]!r}"
-        if select.select([terminal], [], [], 1)[0]:
-            try:
-                seen += os.read(terminal, 65536).decode(errors="replace")
-            except OSError:  # how a terminal says that its other end is closed
-                pytest.fail(f"the session ended before {wanted!r}: {seen[-1500:]!r}")
-    return seen
+@pytest.fixture
+def terminal(run_folder: Path) -> Iterator[Terminal]:
+    code = "from tiny_lm.cli import main; main()"
+    words = [sys.executable, "-c", code, "generate", str(run_folder), "--interactive"]
+    terminal = Terminal([*words, "--max-new-tokens", "100000", "--min-new-tokens", "100000"])
+    yield terminal
+    terminal.close()
 
 
-def test_ctrl_c_stops_the_story_and_not_the_session(terminal: tuple[subprocess.Popen[bytes], int]) -> None:
-    process, keys = terminal
-    read_until(keys, "> ")
-    os.write(keys, b"One day\n")
-    read_until(keys, "One day")
-    time.sleep(0.3)
-    os.write(keys, b"\x03")  # Ctrl-C: the terminal makes a signal of it
-    read_until(keys, "(stopped)")
-    read_until(keys, "> ")
-    os.write(keys, b"\x03")
-    read_until(keys, "/quit or Ctrl-D leaves")
-    for command in (b"/min-new-tokens 0\n", b"/max-new-tokens 5\n"):
-        os.write(keys, command)
-        read_until(keys, "> ")
-    os.write(keys, b"A bear\n")
-    read_until(keys, "A bear")
-    os.write(keys, b"/quit\n")
-    assert process.wait(timeout=60) == 0
+def test_ctrl_c_stops_the_story_and_not_the_session(terminal: Terminal) -> None:
+    terminal.wait_for("> ")
+    terminal.type(b"One day\n")
+    terminal.wait_for("One day\r\n")  # the echo of what was typed
+    terminal.wait_for("One day")
+    terminal.type(b"\x03")  # Ctrl-C: the terminal makes a signal of it
+    terminal.wait_for("(stopped)")
+    terminal.wait_for("> ")
+    terminal.type(b"\x03")
+    terminal.wait_for("/quit or Ctrl-D leaves")
+    for command in (b"/min-new-tokens 0\n", b"/max-new-tokens 5\n", b"A bear\n"):
+        terminal.wait_for("> ")
+        terminal.type(command)
+    terminal.wait_for("A bear\r\n")
+    terminal.wait_for("A bear")
+    terminal.wait_for("> ")
+    terminal.type(b"/quit\n")
+    assert terminal.process.wait(timeout=60) == 0
