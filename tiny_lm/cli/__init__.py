@@ -14,6 +14,7 @@ from typer.exceptions import TyperException
 
 from tiny_lm import __version__
 from tiny_lm.cli.data import data_app, tokenize
+from tiny_lm.cli.evaluate import EvalCommand, evaluate
 from tiny_lm.cli.generate import generate, generate_from_checkpoint
 from tiny_lm.cli.memory import estimate, find_batch_size
 from tiny_lm.cli.params import params
@@ -42,6 +43,7 @@ app.command()(params)
 app.command()(estimate)
 app.command()(find_batch_size)
 app.command()(generate)
+app.command("eval", cls=EvalCommand)(evaluate)
 app.command(hidden=True)(generate_from_checkpoint)  # scripts/inference/generate_from_ckpt.py
 
 
