@@ -16,6 +16,7 @@ from tiny_lm import __version__
 from tiny_lm.cli.data import data_app, tokenize
 from tiny_lm.cli.evaluate import EvalCommand, evaluate
 from tiny_lm.cli.generate import generate, generate_from_checkpoint
+from tiny_lm.cli.harness import harness
 from tiny_lm.cli.memory import estimate, find_batch_size
 from tiny_lm.cli.params import params
 from tiny_lm.cli.profiles import profiles
@@ -44,6 +45,7 @@ app.command()(estimate)
 app.command()(find_batch_size)
 app.command()(generate)
 app.command("eval", cls=EvalCommand)(evaluate)
+app.command()(harness)
 app.command(hidden=True)(generate_from_checkpoint)  # scripts/inference/generate_from_ckpt.py
 
 
