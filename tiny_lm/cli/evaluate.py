@@ -133,8 +133,9 @@ def _draw(subject: "Subject", plot: bool, console: "Console") -> None:
     if plot:
         from tiny_lm.evaluation.plots import plot_run
 
-        for path in plot_run(subject.run, _events(subject)) or ["no curve: the run has no metrics.jsonl with losses"]:
-            console.print(f"{path}", markup=False)
+        pictures = plot_run(subject.run, _events(subject))
+        told = " ".join(map(str, pictures)) or "none, since metrics.jsonl holds no training loss"
+        console.print(f"curves: {told}", markup=False)
 
 
 def _events(subject: "Subject") -> list[dict[str, Any]]:

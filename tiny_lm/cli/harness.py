@@ -11,8 +11,8 @@ from tiny_lm.errors import UserError
 
 def harness(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint inside one.")],
-    tasks: Annotated[str, typer.Option(metavar="NAME[,NAME...]", help="Tasks of lm-eval, such as lambada_openai,piqa.")],
-    include_path: Annotated[Path | None, typer.Option(help="A folder of tasks of your own, instead of its own.")] = None,
+    tasks: Annotated[str, typer.Option(metavar="NAME[,NAME...]", help="Tasks of lm-eval, such as piqa.")],
+    include_path: Annotated[Path | None, typer.Option(help="A folder of your own tasks, and only those.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions of each task.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts that are scored at a time.")] = 16,

@@ -204,7 +204,8 @@ def _filter_of(hashes: _Hashes) -> npt.NDArray[np.bool_]:
 
 
 def _slots(hashes: _Hashes) -> npt.NDArray[np.intp]:
-    return (hashes >> np.uint64(64 - _FILTER_BITS)).astype(np.intp)
+    slots: npt.NDArray[np.intp] = (hashes >> np.uint64(64 - _FILTER_BITS)).astype(np.intp)
+    return slots
 
 
 def _occurrences(texts: _Texts, lengths: Sequence[int], pieces: Pieces) -> dict[int, npt.NDArray[np.bool_]]:

@@ -1,6 +1,5 @@
 """Everything that ``tiny-lm eval`` measures of a run, and ``evaluation.json``, where it is kept."""
 
-import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -230,9 +229,7 @@ def _encodable(prompts: list[str], generator: TextGenerator) -> list[str]:
     return [prompt for prompt in prompts if is_known(prompt)] or [""]
 
 
-def measure_loss(
-    subject: Subject, stride: int | None, progress: Progress
-) -> tuple[StreamReading, list[Surprise]]:
+def measure_loss(subject: Subject, stride: int | None, progress: Progress) -> tuple[StreamReading, list[Surprise]]:
     """Predict each token of the validation stream once.
 
     Without a stride the windows are those of training's own validation, in its precision, and so is the loss. Other

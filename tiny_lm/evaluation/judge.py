@@ -78,7 +78,7 @@ class _Answer:
     error: str | None = None
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """The server says that no request of this kind will succeed."""
 
 
@@ -158,7 +158,7 @@ class Judge:
                     self._grade_one(client, number, prompt, text, log)
                     if progress:
                         progress(1)
-        except _Refused as error:
+        except _RefusedError as error:
             raise UserError(f"--judge {self.url}: {error}") from None
         finally:
             write_text(answers, "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in log))
@@ -194,7 +194,7 @@ class Judge:
         """Return the body of the server's answer; None where there is none after several attempts.
 
         Raises:
-            _Refused: the server will not answer any such request.
+            _RefusedError: the server will not answer any such request.
         """
         import httpx
 
@@ -221,7 +221,7 @@ class Judge:
                 said = " ".join(body.decode("utf-8", errors="replace").split())[:200]
                 answer.answer, answer.error = body.decode("utf-8", errors="replace"), f"HTTP {status}: {said}"
                 if status not in (408, 409, 429) and status < 500:
-                    raise _Refused(answer.error)
+                    raise _RefusedError(answer.error)
                 wait = _retry_after(headers, wait)
             if attempt + 1 < _ATTEMPTS:
                 self.sleep(wait)
@@ -301,7 +301,7 @@ def parse_grades(text: str) -> dict[str, int]:
     grades = {}
     for aspect in ASPECTS:
         grade = found.get(aspect)
-        if isinstance(grade, bool) or not isinstance(grade, (int, float)) or grade != grade // 1 or not 1 <= grade <= 10:
+        if isinstance(grade, bool) or not isinstance(grade, (int, float)) or grade not in range(1, 11):
             raise ValueError(f"the mark for {aspect} is no whole number from 1 to 10: {str(grade)[:40]}")
         grades[aspect] = int(grade)
     return grades

@@ -35,7 +35,9 @@ def plot_run(run: Run, events: Sequence[dict[str, Any]]) -> list[Path]:
     return [_save(figure, run.plots / f"{name}.png") for name, figure in figures.items()]
 
 
-def compare_runs(curves: Mapping[str, Sequence[dict[str, Any]]], bits_per_byte: Mapping[str, float], path: Path) -> Path:
+def compare_runs(
+    curves: Mapping[str, Sequence[dict[str, Any]]], bits_per_byte: Mapping[str, float], path: Path
+) -> Path:
     """Draw several runs in one picture: validation loss over the tokens seen, and bits per byte of the whole stream.
 
     Args:
@@ -43,13 +45,11 @@ def compare_runs(curves: Mapping[str, Sequence[dict[str, Any]]], bits_per_byte: 
         bits_per_byte: as the runs were evaluated, by the same names.
         path: of the picture.
     """
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5 + 0.35 * len(curves)), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=[4, 0.6 + 0.4 * len(curves)])
-    palette = colormaps["tab10"].colors if len(curves) <= 10 else colormaps["tab20"].colors
-    colours = {name: palette[number % len(palette)] for number, name in enumerate(curves)}
+    colours = {name: f"C{number % 10}" for number, name in enumerate(curves)}  # matplotlib's own cycle of ten
     for name, events in curves.items():
         points = [(event["tokens"], event["val_loss"]) for event in events if {"tokens", "val_loss"} <= event.keys()]
         _line(above, [point for point in points if None not in point], color=colours[name], linewidth=1.6)
