@@ -37,7 +37,7 @@ def evaluate(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or checkpoints inside them.")],
     generate: Annotated[
         list[str] | None,
-        typer.Option(metavar="TEXT...", help="Also continue these beginnings; several at once, behind RUN."),
+        typer.Option(metavar="TEXT...", help="Also continue these beginnings, given behind RUN."),
     ] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Also draw the training curves anew.")] = False,
     stride: Annotated[
