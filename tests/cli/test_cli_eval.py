@@ -61,6 +61,9 @@ def test_one_run_and_two(runs: Path, cli: Callable[..., Any]) -> None:
     assert first.startswith("A bear")
     assert second.startswith("One day")
     assert "loss.png" in result.stderr
+    sliding = cli("eval", "runs/bpe", *QUICK, "--stride", "8")
+    assert "read              sliding: windows of 32 tokens, 8 of them new" in sliding.stdout
+    assert "loss by context   16-32: " in sliding.stdout  # only the first window has targets nearer to its beginning
     # Both together: one table, one picture, and what may be compared.
     result = cli("eval", "runs/bpe", "runs/char", *QUICK)
     assert result.code == 0, result.stderr

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from tiny_lm.inference.request import Generated
 
 
+_FEW_TOKENS = 200
+"""A mean over fewer tokens says nothing, so the table leaves it out."""
+
+
 class EvalCommand(TyperCommand):
     """Lets ``--generate`` take several beginnings at once."""
 
@@ -32,7 +36,8 @@ class EvalCommand(TyperCommand):
 def evaluate(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders, or checkpoints inside them.")],
     generate: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT...", help="Also continue these beginnings; give several at once.")
+        list[str] | None,
+        typer.Option(metavar="TEXT...", help="Also continue these beginnings, given behind RUN."),
     ] = None,
     plot: Annotated[bool, typer.Option("--plot", help="Also draw the training curves anew.")] = False,
     stride: Annotated[
@@ -176,6 +181,7 @@ def _print_rows(evaluation: "Evaluation") -> None:
         "loss by context": "  ".join(
             f"{part.first}-{part.last}: {part.loss:.3f}" if part.last > part.first else f"{part.first}: {part.loss:.3f}"
             for part in evaluation.position_loss
+            if part.tokens >= _FEW_TOKENS  # with sliding windows only a file's first one has targets near its beginning
         ),
         "stories": f"{quality.samples} from {quality.prompts} beginnings, temperature {quality.temperature:g}, "
         f"at most {quality.max_new_tokens} tokens, seed {quality.seed}",
