@@ -39,10 +39,12 @@ CONFINED = {
     "wandb": ("training/trackers.py",),
     "datasets": ("dataset/huggingface.py",),
     "typer": ("cli/",),
+    "lm_eval": ("evaluation/harness.py", "evaluation/harness_model.py"),
+    "httpx": ("evaluation/judge.py",),
 }
 # Imported inside functions only: they are slow to load, and most commands do not need them.
 LAZY = {"datasets", "tiktoken", "rustbpe", "sentencepiece", "matplotlib", "pyarrow", "trackio", "wandb"}
-LAZY |= {"transformers", "safetensors"}
+LAZY |= {"transformers", "safetensors", "httpx"}
 
 
 def room_of(path: Path) -> str:

@@ -14,7 +14,9 @@ from typer.exceptions import TyperException
 
 from tiny_lm import __version__
 from tiny_lm.cli.data import data_app, tokenize
+from tiny_lm.cli.evaluate import EvalCommand, evaluate
 from tiny_lm.cli.generate import generate
+from tiny_lm.cli.harness import harness
 from tiny_lm.cli.memory import estimate, find_batch_size
 from tiny_lm.cli.params import params
 from tiny_lm.cli.profiles import profiles
@@ -42,6 +44,8 @@ app.command()(params)
 app.command()(estimate)
 app.command()(find_batch_size)
 app.command()(generate)
+app.command("eval", cls=EvalCommand)(evaluate)
+app.command()(harness)
 
 
 def _version(show: bool) -> None:

@@ -1,6 +1,6 @@
 """Options that several commands share, and the few things that commands do alike."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 import typer
@@ -22,3 +22,18 @@ def print_configs(configs: Iterable[tuple[str, Config]]) -> None:
     for section, config in configs:
         print(f"# {section}")
         print(config.to_yaml())
+
+
+def spread(words: Sequence[str], option: str) -> list[str]:
+    """Write ``--option A B`` as ``--option A --option B``, up to the next word that begins with a dash."""
+    result: list[str] = []
+    values = -1  # words that the option took so far; -1 behind other words
+    for word in words:
+        if word.startswith("-"):
+            values = 0 if word == option else -1
+        elif values >= 0:
+            if values:
+                result.append(option)
+            values += 1
+        result.append(word)
+    return result

@@ -1,13 +1,16 @@
-"""A progress bar on standard error for documents that stream by."""
+"""Progress bars on standard error: for documents that stream by, and for work of several stages."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -33,3 +36,30 @@ def track(documents: Iterable[str], description: str, *, total_bytes: int | None
             size += len(document)  # characters; for a bar they are bytes enough
             if count % 100 == 0:
                 progress.update(task, completed=size, documents=count)
+
+
+@contextmanager
+def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a function that is told of a stage's name, its new steps and their total (0: unknown), and shows them.
+
+    A stage begins when it is first named; each has a bar of its own.
+    """
+    columns = [
+        TextColumn("{task.description:<28}"),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(compact=True),
+    ]
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+
+        def tell(stage: str, steps: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total or None, rate="")
+            progress.update(tasks[stage], advance=steps)
+            speed = progress.tasks[tasks[stage]].speed
+            if speed:
+                progress.update(tasks[stage], rate=f"{speed:,.0f}/s" if speed >= 10 else f"{speed:,.1f}/s")
+
+        yield tell

@@ -5,7 +5,7 @@ file into the next.
 """
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,13 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
     """
 
     def __init__(
-        self, stream: TokenStream, config: BinDataConfig, *, every_token: bool = False, ignore_index: int = IGNORE_INDEX
+        self,
+        stream: TokenStream,
+        config: BinDataConfig,
+        *,
+        every_token: bool = False,
+        overlap: int = 0,
+        ignore_index: int = IGNORE_INDEX,
     ) -> None:
         """Cut the stream into windows.
 
@@ -109,6 +115,8 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
             config: window length, stride and masking.
             every_token: for exact evaluation: windows stand side by side, and the last one of a file, where the stream
                 ends inside it, is filled up with targets that are ignored; so each target counts exactly once.
+            overlap: with ``every_token``: how many tokens a window shares with the one before it. Their targets are
+                ignored, since they counted there, and are context for the others. Below ``block_size``.
             ignore_index: target that counts in no loss.
 
         Raises:
@@ -116,12 +124,15 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
         """
         self.stream = stream
         self.block_size = config.block_size
-        self._stride = config.block_size if every_token else config.window_stride
+        self._overlap = overlap if every_token else 0
+        self._stride = config.block_size - overlap if every_token else config.window_stride
         self._mask_after_eos = config.mask_after_eos
         self._ignore_index = ignore_index
         targets = np.array(stream.tokens_per_file) - 1
         whole = (targets - self.block_size) // self._stride + 1
-        windows = np.maximum(-(-targets // self._stride) if every_token else whole, 0)  # rounded up, or down
+        windows = np.maximum(whole, 0)
+        if every_token:  # one more where the stream ends inside a window
+            windows += np.where(windows, windows * self._stride + self._overlap, 0) < targets
         self._first_window = np.concatenate([[0], np.cumsum(windows)])  # [F+1]
         self._maps: dict[int, _Tokens] = {}  # opened when first read
         self._resident = 0  # bytes of them that may be in memory, at most
@@ -153,7 +164,8 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
         file_of = np.searchsorted(self._first_window, windows, side="right") - 1
         for file in np.unique(file_of):
             if file not in self._maps:
-                self._maps[file] = _map(self.stream.files[file], self.stream)
+                # Windows are shuffled: what the kernel would read ahead is hardly ever the next one.
+                self._maps[file] = _map(self.stream.files[file], self.stream, "MADV_RANDOM")
             rows = np.flatnonzero(file_of == file)
             starts = (windows[rows] - self._first_window[file]) * self._stride
             ids[rows], short[rows] = self._read(self._maps[file], starts)
@@ -165,6 +177,9 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
         x, y = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())  # [B, T] each
         if (short <= self.block_size).any():
             y[torch.arange(self.block_size) + 1 >= torch.from_numpy(short)[:, None]] = self._ignore_index
+        if self._overlap:
+            begins_file = np.isin(windows, self._first_window)
+            y[torch.from_numpy(~begins_file), : self._overlap] = self._ignore_index
         if self._mask_after_eos:
             _mask_after_first(y, self.stream.metadata.eos_id, self._ignore_index)
         return x, y
@@ -183,9 +198,24 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
         return ids, np.minimum(last + 1 - starts, self.block_size + 1)
 
 
-def _map(file: Path, stream: TokenStream) -> _Tokens:
+def read_in_order(stream: TokenStream, size: int, *, overlap: int = 0) -> Iterator[npt.NDArray[Any]]:
+    """Yield all tokens of a stream from its beginning to its end, in pieces that never cross from file to file.
+
+    Args:
+        stream: what to read.
+        size: new tokens in a piece; the last one of a file may have fewer.
+        overlap: tokens before them, the last ones of the piece before, of the same file; fewer at its beginning.
+    """
+    for file in stream.files:
+        tokens = _map(file, stream, "MADV_SEQUENTIAL")
+        for start in range(0, len(tokens), size):
+            yield np.array(tokens[max(start - overlap, 0) : start + size])
+            _advise(tokens, "MADV_DONTNEED")
+
+
+def _map(file: Path, stream: TokenStream, advice: str) -> _Tokens:
     tokens = np.memmap(file, dtype={"uint16": "<u2", "uint32": "<u4"}[stream.metadata.dtype], mode="r")
-    _advise(tokens, "MADV_RANDOM")  # shuffled windows: what the kernel would read ahead is hardly ever the next one
+    _advise(tokens, advice)
     return tokens
 
 

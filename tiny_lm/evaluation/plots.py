@@ -1,6 +1,6 @@
 """Pictures of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,50 @@ def plot_run(run: Run, events: Sequence[dict[str, Any]]) -> list[Path]:
         return []
     figures = {"loss": _draw_loss(run, events), "training": _draw_training(run, events)}
     return [_save(figure, run.plots / f"{name}.png") for name, figure in figures.items()]
+
+
+def compare_runs(
+    curves: Mapping[str, Sequence[dict[str, Any]]], bits_per_byte: Mapping[str, float], path: Path
+) -> Path:
+    """Draw several runs in one picture: validation loss over the tokens seen, and bits per byte of the whole stream.
+
+    Args:
+        curves: the events of each run's ``metrics.jsonl``, by the run's name.
+        bits_per_byte: as the runs were evaluated, by the same names.
+        path: of the picture.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5 + 0.35 * len(curves)), layout="constrained")
+    above, below = figure.subplots(2, 1, height_ratios=[4, 0.6 + 0.4 * len(curves)])
+    colours = {name: f"C{number % 10}" for number, name in enumerate(curves)}  # matplotlib's own cycle of ten
+    for name, events in curves.items():
+        points = [(event["tokens"], event["val_loss"]) for event in events if {"tokens", "val_loss"} <= event.keys()]
+        _line(above, [point for point in points if None not in point], color=colours[name], linewidth=1.6)
+    above.set_yscale("log")
+    _label_log(above)
+    above.set_xlabel("training tokens seen")
+    above.xaxis.set_major_formatter(_tokens_formatter())
+    above.set_ylabel("validation loss (nats per token)")
+    _finish(above, "")
+    bars = below.barh(list(map(_plain, curves)), list(bits_per_byte.values()), color=list(colours.values()), height=0.6)
+    below.bar_label(bars, fmt="%.4f", padding=4)
+    below.invert_yaxis()  # the first run on top
+    below.margins(x=0.12)
+    below.set_xlabel("bits per byte of the validation stream (compares across tokenizers)")
+    _finish(below, "")
+    return _save(figure, path)
+
+
+def _tokens_formatter() -> Any:
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep="")
+
+
+def _plain(name: str) -> str:
+    """Keep matplotlib from reading a name as mathematics."""
+    return name.replace("$", r"\$")
 
 
 def _curve(events: Sequence[dict[str, Any]], key: str) -> Curve:

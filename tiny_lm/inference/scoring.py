@@ -84,7 +84,6 @@ def token_logprobs(model: Transformer, ids: Sequence[int]) -> list[float]:
     return logprobs
 
 
-@torch.no_grad()
 def measure_surprise(
     model: Callable[[Tensor], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
@@ -103,16 +102,50 @@ def measure_surprise(
         device: where the model lives.
         ignore_index: target that is not counted.
     """
-    nats = (
-        torch.zeros((), dtype=torch.float64, device=device) if device.type != "mps" else torch.zeros((), device=device)
-    )
-    tokens = 0
+    by_position = measure_by_position(model, batches, device=device, ignore_index=ignore_index)
+    return total_surprise(by_position)
+
+
+@torch.no_grad()
+def measure_by_position(
+    model: Callable[[Tensor], Tensor],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device,
+    ignore_index: int = -100,
+) -> list[Surprise]:
+    """Sum the loss of ``model`` for each position of a window; the arguments are those of :func:`measure_surprise`.
+
+    Returns:
+        T figures: the first for targets that follow one token of context, the last for those that follow T.
+    """
+    nats = torch.zeros(0)  # [T], on the device; float64 where there is one
+    tokens = torch.zeros(0, dtype=torch.int64)  # [T]
     for x, y in batches:
         targets = y.to(device, non_blocking=True)
         logits = model(x.to(device, non_blocking=True))  # [B, T, V]
-        total = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=ignore_index, reduction="sum"
-        )
-        nats += total
-        tokens += int((y != ignore_index).sum())
-    return Surprise(float(nats), tokens)
+        losses = token_losses(logits, targets, ignore_index=ignore_index)  # [B, T]
+        sums = losses.sum(dim=0, dtype=torch.float32 if device.type == "mps" else torch.float64)  # [T]
+        counts = (y != ignore_index).sum(dim=0)  # [T]
+        nats, tokens = (sums, counts) if len(tokens) == 0 else (nats + sums, tokens + counts)
+    return [Surprise(total, count) for total, count in zip(nats.tolist(), tokens.tolist(), strict=True)]
+
+
+def token_losses(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """Return the negative log-likelihood of each target in nats, float32 ``[B, T]``: 0 for one that is ignored.
+
+    Args:
+        logits: ``[B, T, V]``.
+        targets: int64 ``[B, T]``.
+        ignore_index: target that is not counted.
+    """
+    losses = F.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=ignore_index, reduction="none"
+    )
+    return losses.view_as(targets)
+
+
+def total_surprise(parts: Iterable[Surprise]) -> Surprise:
+    """Add figures over different targets up."""
+    parts = list(parts)
+    return Surprise(math.fsum(part.nats for part in parts), sum(part.tokens for part in parts))

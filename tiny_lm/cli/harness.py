@@ -1,0 +1,46 @@
+"""The command that runs benchmarks of the Language Model Evaluation Harness."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tiny_lm.errors import UserError
+
+
+def harness(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint inside one.")],
+    tasks: Annotated[str, typer.Option(metavar="NAME[,NAME...]", help="Tasks of lm-eval, such as piqa.")],
+    include_path: Annotated[Path | None, typer.Option(help="A folder of your own tasks, and only those.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts that are scored at a time.")] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")] = False,
+) -> None:
+    """Run tasks of the Language Model Evaluation Harness (lm-eval) on a run."""
+    from tiny_lm.evaluation.harness import run_harness
+
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise UserError("--tasks: name at least one task")
+    found = run_harness(
+        run, names, include_path=include_path, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size
+    )["results"]
+    if as_json:
+        print(json.dumps(found, indent=2, default=str))
+        return
+    for task, figures in found.items():
+        for name, value, error in _rows(figures):
+            print(f"{task:<24} {name:<20} {value:>10.4f}{f'  ± {error:.4f}' if error is not None else ''}")
+
+
+def _rows(figures: dict[str, Any]) -> list[tuple[str, float, float | None]]:
+    """Return (metric, value, standard error) of a task's results, whose keys have the form ``metric,filter``."""
+    rows = []
+    for key, value in figures.items():
+        metric, _, filter_ = key.partition(",")
+        if filter_ and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+            error = figures.get(f"{metric}_stderr,{filter_}")
+            rows.append((metric, float(value), float(error) if isinstance(error, (int, float)) else None))
+    return rows
