@@ -17,7 +17,7 @@ LINES = [
     ["errors"],
     ["files"],
     ["config"],
-    ["runs"],
+    ["profile", "runs"],
     ["dataset", "model"],
     ["tokenizer"],
     ["data"],

@@ -14,6 +14,8 @@
 """
 
 import errno
+import json
+import math
 import platform
 import re
 import subprocess
@@ -196,6 +198,27 @@ def _last_saved(run: Run) -> tuple[bool, float]:
     """Return whether a run has a checkpoint, and when its checkpoints or else its record last changed."""
     has_checkpoint = any(run.checkpoints.glob("*.ckpt"))
     return has_checkpoint, (run.checkpoints if has_checkpoint else run.record).stat().st_mtime
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the events of a ``metrics.jsonl``; a line that a killed run left half-written is passed over."""
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict) and isinstance(event.get("step"), int):
+                events.append(event)
+    return events
+
+
+def mean_over_time(events: Sequence[dict[str, Any]], key: str) -> float:
+    """Return the mean of a figure of log windows, each weighted with the time that its tokens took; NaN without one."""
+    total = seconds = tokens = 0.0
+    for event in events:
+        if event.get(key) is not None and event.get("tokens_per_sec"):
+            passed = (event["tokens"] - tokens) / event["tokens_per_sec"]
+            total, seconds, tokens = total + event[key] * passed, seconds + passed, event["tokens"]
+    return total / seconds if seconds else math.nan
 
 
 def environment() -> dict[str, Any]:

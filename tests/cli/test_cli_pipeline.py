@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny_lm.training.trackers import read_metrics
+from tiny_lm.runs import read_metrics
 
 MODELS = {
     "gpt2": "n_heads: 2\nd_ff: 64\nqkv_bias: false\n",

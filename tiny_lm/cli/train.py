@@ -73,7 +73,7 @@ def _run_of(resume: str | None) -> Run | None:
 
 def _config_files(profile: str | None, given: dict[str, str | None], resumed: Run | None) -> list[str]:
     """Return the config files of model, training and data: the given ones, else the profile's, else the run's own."""
-    from tiny_lm.training.profile import Profile
+    from tiny_lm.profile import Profile
 
     chosen = Profile.from_yaml(profile) if profile else None
     files = {
@@ -88,7 +88,7 @@ def _config_files(profile: str | None, given: dict[str, str | None], resumed: Ru
 
 def _check_streams(profile: str, config: "BinDataConfig") -> None:
     """Name the two commands that write the token streams of a profile, if they are not there."""
-    from tiny_lm.training.profile import Profile
+    from tiny_lm.profile import Profile
 
     if not Path(config.train_path).exists() and "*" not in config.train_path:
         tokenizer = Profile.from_yaml(profile).tokenizer
@@ -159,7 +159,7 @@ def _end_again(run: Run, config: "TrainingConfig") -> None:
 
 def _draw(run: Run) -> None:
     from tiny_lm.evaluation.plots import plot_run
-    from tiny_lm.training.trackers import read_metrics
+    from tiny_lm.runs import read_metrics
 
     plot_run(run, read_metrics(run.metrics) if run.metrics.is_file() else [])
 
@@ -188,7 +188,7 @@ def run_training(run: Run, configs: Configs, names: list[str], checkpoint: Path 
 
 def _print_summary(run: Run) -> None:
     """Print what the run came to."""
-    from tiny_lm.training.trackers import mean_over_time, read_metrics
+    from tiny_lm.runs import mean_over_time, read_metrics
 
     record: dict[str, Any] = run.read_record()
     metrics, events = record["metrics"], read_metrics(run.metrics)
