@@ -38,9 +38,11 @@ CONFINED = {
     "wandb": ("training/trackers.py",),
     "datasets": ("dataset/huggingface.py",),
     "typer": ("cli/",),
+    "jinja2": ("evaluation/report/",),
 }
 # Imported inside functions only: they are slow to load, and most commands do not need them.
-LAZY = {"datasets", "tiktoken", "rustbpe", "sentencepiece", "matplotlib", "pyarrow", "transformers", "trackio", "wandb"}
+LAZY = {"datasets", "tiktoken", "rustbpe", "sentencepiece", "pyarrow", "transformers", "trackio", "wandb"}
+LAZY |= {"matplotlib", "jinja2"}
 
 
 def room_of(path: Path) -> str:

@@ -10,6 +10,8 @@
       batches/*.txt                        the text of batches whose loss stood out
       samples.md                           a story told at each validation
       plots/*.png
+      evaluation.json                      what the newest evaluation measured
+      report.html                          one page that shows it all
       run.json                             git state, versions, device, sizes, times, final metrics
 """
 
@@ -101,6 +103,16 @@ class Run:
     def plots(self) -> Path:
         """Folder of the pictures."""
         return self.folder / "plots"
+
+    @property
+    def evaluation(self) -> Path:
+        """The figures of the newest evaluation, where one was made."""
+        return self.folder / "evaluation.json"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows the run."""
+        return self.folder / "report.html"
 
     @property
     def record(self) -> Path:
@@ -203,7 +215,7 @@ def _last_saved(run: Run) -> tuple[bool, float]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the events of a ``metrics.jsonl``; a line that a killed run left half-written is passed over."""
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         with suppress(ValueError):
             event = json.loads(line)
             if isinstance(event, dict) and isinstance(event.get("step"), int):

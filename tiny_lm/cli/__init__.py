@@ -19,6 +19,7 @@ from tiny_lm.cli.memory import estimate, find_batch_size
 from tiny_lm.cli.params import params
 from tiny_lm.cli.profiles import profiles
 from tiny_lm.cli.quickstart import quickstart
+from tiny_lm.cli.report import report
 from tiny_lm.cli.tokenizer import tokenizer_app
 from tiny_lm.cli.train import train
 from tiny_lm.errors import UserError
@@ -42,6 +43,7 @@ app.command()(params)
 app.command()(estimate)
 app.command()(find_batch_size)
 app.command()(generate)
+app.command()(report)
 app.command(hidden=True)(generate_from_checkpoint)  # scripts/inference/generate_from_ckpt.py
 
 

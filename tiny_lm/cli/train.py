@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 from tiny_lm.cli.options import DryRun, Settings, print_configs
+from tiny_lm.cli.report import write_report_beside
 from tiny_lm.config import parse_overrides
 from tiny_lm.errors import UserError
 from tiny_lm.files import remove_leftovers
@@ -147,7 +148,7 @@ def _is_finished(run: Run, config: "TrainingConfig") -> bool:
 
 
 def _end_again(run: Run, config: "TrainingConfig") -> None:
-    """Draw the curves of a finished run: its process may have been killed before it did."""
+    """Draw the curves of a finished run and write its report: its process may have been killed before it did."""
     main = _is_main_process(config)
     _console(main).print(f"run folder {run.folder}, finished already")
     if not main:
@@ -162,10 +163,11 @@ def _draw(run: Run) -> None:
     from tiny_lm.runs import read_metrics
 
     plot_run(run, read_metrics(run.metrics) if run.metrics.is_file() else [])
+    write_report_beside(run)
 
 
 def run_training(run: Run, configs: Configs, names: list[str], checkpoint: Path | None = None) -> "TrainingResult":
-    """Train and draw the curves, also of a run that the user stopped.
+    """Train, draw the curves and write the report, also of a run that the user stopped.
 
     Raises:
         typer.Exit: with code 130 where the user stopped the run.
@@ -211,6 +213,7 @@ def _print_summary(run: Run) -> None:
         "val perplexity": f"{metrics['val_ppl']:.3f}",
         "bits per byte": f"{metrics['val_bpb']:.4f}",
         "curves": " ".join(str(path) for path in sorted(run.plots.glob("*.png"))),
+        "report": str(run.report) if run.report.is_file() else "",
         "sample stories": str(run.samples) if run.samples.is_file() else "",
         "next": f"tiny-lm generate {run.folder} --prompt 'Once upon a time'",
     }

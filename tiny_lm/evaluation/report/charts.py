@@ -54,7 +54,7 @@ class Chart:
     y_ticks: list[tuple[float, str]]
     lines: list[DrawnLine]
     data: dict[str, object]
-    """For the script that reads values off: range of x and, by line, its points with their place from the top."""
+    """For the script that reads values off: by line, its points with their place from the left and from the top."""
     summary: str
     """What a reader who does not see the chart is told."""
 
@@ -119,6 +119,7 @@ def draw(
     lines: Sequence[Line],
     *,
     x_name: str = "optimizer step",
+    log_x: bool = False,
     log: bool = False,
     from_zero: bool = False,
 ) -> Chart | None:
@@ -130,6 +131,7 @@ def draw(
         unit: of the values.
         lines: at least one with points, or there is no chart.
         x_name: what runs along the horizontal axis.
+        log_x: a logarithmic horizontal axis, where all steps are positive.
         log: a logarithmic vertical axis, where all values are positive.
         from_zero: the vertical axis begins at 0.
     """
@@ -138,7 +140,7 @@ def draw(
         return None
     steps = [step for line in lines for step, _ in line.curve]
     values = [value for line in lines for _, value in line.curve]
-    x = _x_scale(min(steps), max(steps))
+    x = _x_scale(min(steps), max(steps), log_x and min(steps) > 0)
     y = _y_scale(min(values), max(values), log and min(values) > 0, from_zero)
     return Chart(
         key=key,
@@ -150,13 +152,11 @@ def draw(
         lines=[_draw_line(line, x, y, x_name) for line in lines],
         data={
             "x": x_name,
-            "low": x.low,
-            "high": x.high,
             "lines": [
                 {
                     "name": line.name,
                     "style": line.style,
-                    "points": [[step, _round(value), round(_top(y, value), 2)] for step, value in line.curve],
+                    "points": [_point(step, value, x, y) for step, value in line.curve],
                 }
                 for line in lines
             ],
@@ -165,8 +165,8 @@ def draw(
     )
 
 
-def _x_scale(low: float, high: float) -> Scale:
-    return Scale(low, high) if high > low else Scale(low - 1, high + 1)
+def _x_scale(low: float, high: float, log: bool) -> Scale:
+    return Scale(low, high, log) if high > low else Scale(low - 1, high + 1)
 
 
 def _y_scale(low: float, high: float, log: bool, from_zero: bool) -> Scale:
@@ -193,8 +193,8 @@ def _top(y: Scale, value: float) -> float:
     return 100 * (1 - y.place(value))
 
 
-def _round(value: float) -> float:
-    return float(f"{value:.5g}")
+def _point(step: int, value: float, x: Scale, y: Scale) -> list[float]:
+    return [step, float(f"{value:.5g}"), round(100 * x.place(step), 2), round(_top(y, value), 2)]
 
 
 def _draw_line(line: Line, x: Scale, y: Scale, x_name: str) -> DrawnLine:

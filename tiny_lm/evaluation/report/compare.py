@@ -14,7 +14,7 @@ from tiny_lm.profile import Profile
 _FREE = {"run_name", "resume_from_checkpoint", "train_path", "val_path"}
 """Keys that do not change what is learned."""
 
-_SHORTEST_TEXT = 20_000  # bytes: a compressor has to get to know a text, too
+_SHORTEST_TEXT = 10_000  # bytes: a compressor has to get to know a text, too
 
 _PUBLISHED = {
     "roneneldan/TinyStories": [

@@ -16,13 +16,11 @@ def training_charts(events: Sequence[dict[str, Any]]) -> list[Chart]:
         Line("training, smoothed", smooth(thin(train)) if is_long else []),
         Line("validation", thin(val), "val", marks=len(val) <= 60),
     ]
-    norm = curve_of(events, "grad_norm")
+    speed = curve_of(events, "tokens_per_sec")
     charts = [
         draw("loss", "Loss", "nats per token", losses, log=True),
         draw("lr", "Learning rate", "", [Line("learning rate", thin(curve_of(events, "lr")))], from_zero=True),
-        draw("norm", "Gradient norm", "", [Line("gradient norm", envelope(norm))], log=True),
-        draw(
-            "speed", "Speed", "tokens/s", [Line("tokens/s", envelope(curve_of(events, "tokens_per_sec")))], from_zero=True
-        ),
+        draw("norm", "Gradient norm", "", [Line("gradient norm", envelope(curve_of(events, "grad_norm")))], log=True),
+        draw("speed", "Speed", "tokens/s", [Line("tokens/s", envelope(speed))], from_zero=True),
     ]
     return [chart for chart in charts if chart]

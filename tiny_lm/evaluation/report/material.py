@@ -105,7 +105,7 @@ def gather(run: Run) -> Material:
         checkpoint=checkpoint,
         model=model,
         streams=streams,
-        evaluation=attempt("evaluation", lambda: read_evaluation(run.folder / "evaluation.json")),
+        evaluation=attempt("evaluation", lambda: read_evaluation(run.evaluation)),
         missing=missing,
     )
 

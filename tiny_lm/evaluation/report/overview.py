@@ -127,13 +127,16 @@ def recipe_rows(material: Material) -> Rows:
     batch = f"{math.prod(windows)} windows of {data.get('block_size')} tokens" if None not in windows else ""
     step = material.number("tokens_per_step")
     rate = f"{number(config.get('learning_rate'))} at its peak, {number(config.get('min_lr'))} at the end"
-    steps = material.number("steps")
+    steps, planned = material.number("steps"), number(config.get("max_steps"))
     rows = [
         ("Optimizer", optimizer.get(str(config.get("optimizer")), str(config.get("optimizer")))),
         ("Learning rate", f"{rate} ({schedule.get(str(config.get('scheduler')), config.get('scheduler'))})"),
         ("Weight decay", f"{number(config.get('weight_decay'))}, {config.get('weight_decay_schedule')}"),
         ("Batch", f"{batch}, {number(step)} tokens" if batch and step else batch),
-        ("Steps", f"{number(steps)} of {number(config.get('max_steps'))}" if steps else number(config.get("max_steps"))),
+        (
+            "Steps",
+            f"{number(steps)} of {planned}" if steps else planned,
+        ),
         ("Precision", material.text("precision") + (", compiled" if material.record.get("compiled") is True else "")),
         ("Seed", str(config.get("seed", ""))),
     ]
@@ -147,12 +150,14 @@ def cost_rows(material: Material) -> Rows:
     tokens, flops = material.number("tokens"), material.number("flops_per_token")
     process, gpu = material.number("memory", "process_peak_memory_mb"), material.number("memory", "gpu_peak_memory_mb")
     origin = {"table": "the vendor's data sheet", "measured": "measured on this machine"}.get(source, source)
+    work = f"{tokens * flops:.3g} floating-point operations ({number(flops)} a token)" if tokens and flops else ""
+    share = f"{mfu:.1%} MFU, of {peak / 1e12:,.3g} TFLOP/s ({origin})" if math.isfinite(mfu) and peak else ""
     rows = [
         ("Device", material.text("device")),
         ("Wall time", duration(material.number("seconds")) if material.number("seconds") else ""),
         ("Speed", f"{number(speed)} tokens/s" if math.isfinite(speed) else ""),
-        ("Work", f"{tokens * flops:.3g} floating-point operations ({number(flops)} for each token)" if tokens and flops else ""),
-        ("Utilisation", f"{mfu:.1%} MFU, of {peak / 1e12:,.3g} TFLOP/s ({origin})" if math.isfinite(mfu) and peak else ""),
+        ("Work", work),
+        ("Utilisation", share),
         ("Memory", ", ".join(_mib(name, value) for name, value in (("process", process), ("GPU", gpu)) if value)),
     ]
     return [(name, value) for name, value in rows if value]

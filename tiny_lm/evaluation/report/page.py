@@ -59,14 +59,12 @@ def write_report(run: Run) -> Path:
     Raises:
         UserError: ``run.json`` is damaged, or the page cannot be written.
     """
-    path = run.folder / "report.html"
-    write_text(path, _render(gather(run)))
-    return path
+    write_text(run.report, _render(gather(run)))
+    return run.report
 
 
 def _render(material: Material) -> str:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
 
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
@@ -79,7 +77,7 @@ def _render(material: Material) -> str:
     environment.filters.update(
         number=text.number, fixed=text.fixed, short=text.short, percent=text.percent, visible=text.visible
     )
-    own = {name: Markup((_TEMPLATES / file).read_text("utf-8")) for name, file in _OWN.items()}
+    own = {name: (_TEMPLATES / file).read_text("utf-8") for name, file in _OWN.items()}
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "sort_keys": False}
     return environment.get_template("report.html").render(**_views(material), **own)
 
@@ -97,6 +95,7 @@ def _views(material: Material) -> dict[str, Any]:
         "status": material.text("status"),
         "headline": headline(material, model),
         "figures": figures(material, model),
+        "validated": material.number("metrics", "val_loss") is not None,
         "model": model,
         "data_rows": data_rows(material),
         "recipe_rows": recipe_rows(material),
@@ -151,7 +150,7 @@ def _position_chart(evaluation: Evaluation | None) -> Chart | None:
         return None
     curve = [((part.first + part.last) // 2, part.loss) for part in evaluation.position_loss if part.tokens]
     line = Line("loss", curve, "val", marks=len(curve) <= 40)
-    return draw("position", "Loss by place in the context", "nats per token", [line], x_name="position")
+    return draw("position", "Loss by place in the context", "nats per token", [line], x_name="position", log_x=True)
 
 
 def _page_data(charts: list[Chart], story: ReadStory | None) -> dict[str, Any]:

@@ -20,16 +20,17 @@
     const plot = figure.querySelector(".plot > svg"), cursor = figure.querySelector(".cursor");
     const readout = figure.querySelector(".readout"), resting = readout.textContent;
     const steps = [...new Set(chart.lines.flatMap((line) => line.points.map((point) => point[0])))].sort((a, b) => a - b);
+    const lefts = new Map(chart.lines.flatMap((line) => line.points.map((point) => [point[0], point[2]])));
     let at = steps.length - 1;
     const nearest = (points, step) => points.reduce((best, point) => Math.abs(point[0] - step) < Math.abs(best[0] - step) ? point : best);
     const show = (index) => {
       at = clamp(index, 0, steps.length - 1);
-      const step = steps[at], left = 100 * (step - chart.low) / (chart.high - chart.low) + "%";
+      const step = steps[at], left = lefts.get(step) + "%";
       const line = document.createElementNS(svg, "line");
       for (const [key, value] of Object.entries({x1: left, x2: left, y1: "0", y2: "100%"})) line.setAttribute(key, value);
       const marks = chart.lines.map((drawn) => {
-        const [x, , top] = nearest(drawn.points, step), mark = document.createElementNS(svg, "circle");
-        const place = {cx: 100 * (x - chart.low) / (chart.high - chart.low) + "%", cy: top + "%", r: "4", class: "mark " + drawn.style};
+        const [, , across, top] = nearest(drawn.points, step), mark = document.createElementNS(svg, "circle");
+        const place = {cx: across + "%", cy: top + "%", r: "4", class: "mark " + drawn.style};
         for (const [key, value] of Object.entries(place)) mark.setAttribute(key, value);
         return mark;
       });
@@ -42,8 +43,8 @@
     const rest = () => { cursor.replaceChildren(); readout.replaceChildren(make("span", resting, "resting")); };
     figure.querySelector(".plot").addEventListener("pointermove", (event) => {
       const box = plot.getBoundingClientRect();
-      const step = chart.low + (chart.high - chart.low) * (event.clientX - box.left) / box.width;
-      show(steps.reduce((best, other, index) => Math.abs(other - step) < Math.abs(steps[best] - step) ? index : best, 0));
+      const left = 100 * (event.clientX - box.left) / box.width, far = (index) => Math.abs(lefts.get(steps[index]) - left);
+      show(steps.reduce((best, _, index) => far(index) < far(best) ? index : best, 0));
     });
     figure.querySelector(".plot").addEventListener("pointerleave", rest);
     figure.addEventListener("blur", rest);
