@@ -29,7 +29,8 @@ test: $(VENV)/installed-dev
 # Opens the report in Chromium, which Debian's packages bring where we may install them.
 test-browser: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --group browser
-	test -x $(CHROMIUM) || (apt-get update && apt-get install --yes --no-install-recommends chromium)
+	@test -x $(CHROMIUM) || test "$$(id -u)" = 0 || { echo "install Chromium, or name it: make test-browser CHROMIUM=..."; exit 1; }
+	test -x $(CHROMIUM) || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
 	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest tests/browser
 
 lint: $(VENV)/installed-dev
