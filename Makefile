@@ -5,7 +5,9 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: quickstart test lint types wheel lock clean
+CHROMIUM ?= $(firstword $(wildcard /usr/bin/chromium /usr/bin/chromium-browser /usr/bin/google-chrome) /usr/bin/chromium)
+
+.PHONY: quickstart test test-browser lint types wheel lock clean
 
 # The stamps are renewed whenever the project's declared dependencies or their pins change.
 $(VENV)/installed: pyproject.toml requirements.lock
@@ -24,6 +26,13 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
+# Opens the report in Chromium, which Debian's packages bring where we may install them.
+test-browser: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --group browser
+	@test -x $(CHROMIUM) || test "$$(id -u)" = 0 || { echo "install Chromium, or name it: make test-browser CHROMIUM=..."; exit 1; }
+	test -x $(CHROMIUM) || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
+	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest tests/browser
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -37,7 +46,7 @@ wheel: $(VENV)/installed-dev
 # Pins for every platform and Python >= 3.10. What torch brings for GPUs is left to torch, whose wheels differ by platform.
 lock: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --quiet --group dev --universal --python-version 3.10 --no-header --no-annotate \
+	$(BIN)/uv pip compile pyproject.toml --quiet --group dev --group browser --universal --python-version 3.10 --no-header --no-annotate \
 	  --no-emit-index-url --no-emit-find-links --color never --output-file $(VENV)/resolved
 	grep --invert-match --extended-regexp '^(nvidia-|cuda-|triton|torch==|pip==|setuptools==)' $(VENV)/resolved \
 	  > requirements.lock

@@ -17,7 +17,7 @@ LINES = [
     ["errors"],
     ["files"],
     ["config"],
-    ["runs"],
+    ["profile", "runs"],
     ["dataset", "model"],
     ["tokenizer"],
     ["data"],
@@ -41,10 +41,11 @@ CONFINED = {
     "typer": ("cli/",),
     "lm_eval": ("evaluation/harness.py", "evaluation/harness_model.py"),
     "httpx": ("evaluation/judge.py",),
+    "jinja2": ("evaluation/report/",),
 }
 # Imported inside functions only: they are slow to load, and most commands do not need them.
 LAZY = {"datasets", "tiktoken", "rustbpe", "sentencepiece", "matplotlib", "pyarrow", "trackio", "wandb"}
-LAZY |= {"transformers", "safetensors", "httpx"}
+LAZY |= {"transformers", "safetensors", "httpx", "jinja2"}
 
 
 def room_of(path: Path) -> str:

@@ -14,9 +14,9 @@ from tiny_lm.data import BinDataConfig
 from tiny_lm.dataset import DatasetConfig
 from tiny_lm.errors import UserError
 from tiny_lm.model.config import load_model_config, model_config_from_dict
+from tiny_lm.profile import Profile
 from tiny_lm.tokenizer import TokenizerConfig
 from tiny_lm.training import TrainingConfig
-from tiny_lm.training.profile import Profile
 
 KINDS: dict[str, type[Config]] = {
     "datasets": DatasetConfig,

@@ -10,10 +10,14 @@
       batches/*.txt                        the text of batches whose loss stood out
       samples.md                           a story told at each validation
       plots/*.png
+      evaluation.json                      what the newest evaluation measured
+      report.html                          one page that shows it all
       run.json                             git state, versions, device, sizes, times, final metrics
 """
 
 import errno
+import json
+import math
 import platform
 import re
 import subprocess
@@ -99,6 +103,16 @@ class Run:
     def plots(self) -> Path:
         """Folder of the pictures."""
         return self.folder / "plots"
+
+    @property
+    def evaluation(self) -> Path:
+        """The figures of the newest evaluation, where one was made."""
+        return self.folder / "evaluation.json"
+
+    @property
+    def report(self) -> Path:
+        """The page that shows the run."""
+        return self.folder / "report.html"
 
     @property
     def record(self) -> Path:
@@ -196,6 +210,27 @@ def _last_saved(run: Run) -> tuple[bool, float]:
     """Return whether a run has a checkpoint, and when its checkpoints or else its record last changed."""
     has_checkpoint = any(run.checkpoints.glob("*.ckpt"))
     return has_checkpoint, (run.checkpoints if has_checkpoint else run.record).stat().st_mtime
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the events of a ``metrics.jsonl``; a line that a killed run left half-written is passed over."""
+    events = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict) and isinstance(event.get("step"), int):
+                events.append(event)
+    return events
+
+
+def mean_over_time(events: Sequence[dict[str, Any]], key: str) -> float:
+    """Return the mean of a figure of log windows, each weighted with the time that its tokens took; NaN without one."""
+    total = seconds = tokens = 0.0
+    for event in events:
+        if event.get(key) is not None and event.get("tokens_per_sec"):
+            passed = (event["tokens"] - tokens) / event["tokens_per_sec"]
+            total, seconds, tokens = total + event[key] * passed, seconds + passed, event["tokens"]
+    return total / seconds if seconds else math.nan
 
 
 def environment() -> dict[str, Any]:

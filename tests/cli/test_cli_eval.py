@@ -12,7 +12,7 @@ import pytest
 
 from tiny_lm.cli.options import spread
 from tiny_lm.dataset.stories import generate_stories
-from tiny_lm.training.trackers import read_metrics
+from tiny_lm.runs import read_metrics
 
 QUICK = ["--samples", "3", "--max-new-tokens", "20"]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tiny_lm.training.trackers import read_metrics
+from tiny_lm.runs import read_metrics
 
 MODELS = {
     "gpt2": "n_heads: 2\nd_ff: 64\nqkv_bias: false\n",
@@ -136,6 +136,7 @@ def test_quickstart_tells_three_stories(workplace: Path, cli: Callable[..., obje
     assert "tiny-lm generate runs/quickstart" in result.stdout
     run = workplace / "runs" / "quickstart"
     assert (run / "plots" / "loss.png").exists()
+    assert "Stories" in (run / "report.html").read_text()
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
 
 

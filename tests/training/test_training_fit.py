@@ -18,10 +18,9 @@ from tiny_runs import FAMILIES, losses, model, training
 from tiny_lm.data import BinDataConfig
 from tiny_lm.errors import UserError
 from tiny_lm.model.checkpoint import load_checkpoint_model, read_checkpoint
-from tiny_lm.runs import Run
+from tiny_lm.runs import Run, read_metrics
 from tiny_lm.tokenizer import TokenizerConfig, train_tokenizer
 from tiny_lm.training.fit import TrainingResult, train
-from tiny_lm.training.trackers import read_metrics
 
 GOLDEN = Path(__file__).with_name("golden_loss.txt")
 

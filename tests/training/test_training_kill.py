@@ -16,8 +16,7 @@ from tiny_runs import model, training
 
 from tiny_lm.data import BinDataConfig
 from tiny_lm.model.checkpoint import read_checkpoint
-from tiny_lm.runs import Run
-from tiny_lm.training.trackers import read_metrics
+from tiny_lm.runs import Run, read_metrics
 
 STEPS, ACCUMULATION = 12, 2
 VARIANTS: dict[str, dict[str, Any]] = {

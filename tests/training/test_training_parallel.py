@@ -18,10 +18,9 @@ from two_processes import TORCHRUN, assert_same_run, environment, free_port, sta
 from tiny_lm.data import BinDataConfig
 from tiny_lm.errors import UserError
 from tiny_lm.model.checkpoint import load_checkpoint_model
-from tiny_lm.runs import Run
+from tiny_lm.runs import Run, read_metrics
 from tiny_lm.training.fit import train
 from tiny_lm.training.parallel import choose_processes, share_batch
-from tiny_lm.training.trackers import read_metrics
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "training" / "train_gpt2.py"
 

@@ -11,11 +11,10 @@ from tiny_lm.config import shipped_configs
 from tiny_lm.data import BinDataConfig
 from tiny_lm.model.checkpoint import load_checkpoint_model
 from tiny_lm.model.config import load_model_config
-from tiny_lm.runs import Run
+from tiny_lm.profile import Profile
+from tiny_lm.runs import Run, read_metrics
 from tiny_lm.training import TrainingConfig
 from tiny_lm.training.fit import train
-from tiny_lm.training.profile import Profile
-from tiny_lm.training.trackers import read_metrics
 
 PROFILES = sorted(path.stem for path in (shipped_configs() / Profile.folder).glob("*.yaml"))
 

@@ -18,13 +18,12 @@ from tiny_runs import losses, model, training
 from tiny_lm.data import BinDataConfig
 from tiny_lm.errors import UserError
 from tiny_lm.model.checkpoint import load_checkpoint_model, read_checkpoint
-from tiny_lm.runs import Run, find_newest_run
+from tiny_lm.runs import Run, find_newest_run, read_metrics
 from tiny_lm.training import TrainingConfig
 from tiny_lm.training.checkpoints import link
 from tiny_lm.training.fit import TrainingResult, train
 from tiny_lm.training.optim import learning_rate_at, weight_decay_share
 from tiny_lm.training.resume import find_checkpoint, forget_after
-from tiny_lm.training.trackers import read_metrics
 
 Fit = Callable[..., TrainingResult]
 

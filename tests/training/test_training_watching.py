@@ -21,13 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from tiny_lm.data import BinDataConfig
 from tiny_lm.inference import TextGenerator
 from tiny_lm.model import build_model, flops_per_token
-from tiny_lm.runs import Run
+from tiny_lm.runs import Run, read_metrics
 from tiny_lm.tokenizer import Tokenizer
 from tiny_lm.training.fit import TrainingResult, train
 from tiny_lm.training.monitors import peak_memory
 from tiny_lm.training.peak import data_sheet_peak, peak_flops
 from tiny_lm.training.samples import SEED, TEMPERATURE, _quote, drop_samples_after
-from tiny_lm.training.trackers import read_metrics
 
 Fit = Callable[..., TrainingResult]
 

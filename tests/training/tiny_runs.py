@@ -3,9 +3,8 @@
 from typing import Any
 
 from tiny_lm.model import ModelConfig, model_config_from_dict
-from tiny_lm.runs import Run
+from tiny_lm.runs import Run, read_metrics
 from tiny_lm.training import TrainingConfig
-from tiny_lm.training.trackers import read_metrics
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_heads": 2, "d_ff": 64},

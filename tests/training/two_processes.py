@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import losses
 
-from tiny_lm.runs import Run
-from tiny_lm.training.trackers import read_metrics
+from tiny_lm.runs import Run, read_metrics
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 

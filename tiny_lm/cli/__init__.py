@@ -21,6 +21,7 @@ from tiny_lm.cli.memory import estimate, find_batch_size
 from tiny_lm.cli.params import params
 from tiny_lm.cli.profiles import profiles
 from tiny_lm.cli.quickstart import quickstart
+from tiny_lm.cli.report import report
 from tiny_lm.cli.tokenizer import tokenizer_app
 from tiny_lm.cli.train import train
 from tiny_lm.errors import UserError
@@ -46,6 +47,7 @@ app.command()(find_batch_size)
 app.command()(generate)
 app.command("eval", cls=EvalCommand)(evaluate)
 app.command()(harness)
+app.command()(report)
 
 
 def _version(show: bool) -> None:

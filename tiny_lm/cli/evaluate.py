@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from tiny_lm.cli.options import Settings, spread
+from tiny_lm.cli.report import write_report_beside
 from tiny_lm.errors import UserError
 
 if TYPE_CHECKING:
@@ -134,7 +135,8 @@ def _continue(subject: "Subject", prompts: list[str], options: "EvaluationOption
 
 
 def _draw(subject: "Subject", plot: bool, console: "Console") -> None:
-    """Draw what belongs to one run."""
+    """Draw what belongs to one run, and write its report anew."""
+    write_report_beside(subject.run)
     if plot:
         from tiny_lm.evaluation.plots import plot_run
 
@@ -144,7 +146,7 @@ def _draw(subject: "Subject", plot: bool, console: "Console") -> None:
 
 
 def _events(subject: "Subject") -> list[dict[str, Any]]:
-    from tiny_lm.training.trackers import read_metrics
+    from tiny_lm.runs import read_metrics
 
     return read_metrics(subject.run.metrics) if subject.run.metrics.is_file() else []
 

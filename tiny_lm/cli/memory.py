@@ -78,10 +78,10 @@ def _load(
     """Return what would be trained, and the windows of its step, if the configs say how many."""
     from tiny_lm.data import BinDataConfig
     from tiny_lm.model.config import load_model_config
+    from tiny_lm.profile import Profile
     from tiny_lm.training import TrainingConfig
     from tiny_lm.training.device import choose_device, choose_precision
     from tiny_lm.training.memory import Setup
-    from tiny_lm.training.profile import Profile
 
     if profile:
         named = Profile.from_yaml(profile)

@@ -10,7 +10,7 @@ import typer
 from tiny_lm.config import shipped_configs
 
 if TYPE_CHECKING:
-    from tiny_lm.training.profile import Profile
+    from tiny_lm.profile import Profile
     from tiny_lm.training.speed import PlannedRun, RunTime
 
 _SECONDS = 10.0
@@ -51,8 +51,8 @@ def _load() -> "dict[str, tuple[Profile, PlannedRun]]":
     """Return every shipped profile and its configs, by name."""
     from tiny_lm.data import BinDataConfig
     from tiny_lm.model.config import load_model_config
+    from tiny_lm.profile import Profile
     from tiny_lm.training import TrainingConfig
-    from tiny_lm.training.profile import Profile
     from tiny_lm.training.speed import PlannedRun
 
     loaded = {}

@@ -141,6 +141,7 @@ def _report(run: Run, result: "TrainingResult", stream: dict[str, Any], seconds:
         "val loss": f"{result.metrics['val_loss']:.3f} (perplexity {result.metrics['val_ppl']:.2f})",
         "bits per byte": f"{result.metrics['val_bpb']:.3f}",
         "loss curve": str(run.plots / "loss.png"),
+        "report": str(run.report),
         "in all": f"{seconds:,.0f} s",
     }
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))

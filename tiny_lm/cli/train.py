@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import typer
 
 from tiny_lm.cli.options import DryRun, Settings, print_configs
+from tiny_lm.cli.report import write_report_beside
 from tiny_lm.config import parse_overrides
 from tiny_lm.errors import UserError
 from tiny_lm.files import remove_leftovers
@@ -73,7 +74,7 @@ def _run_of(resume: str | None) -> Run | None:
 
 def _config_files(profile: str | None, given: dict[str, str | None], resumed: Run | None) -> list[str]:
     """Return the config files of model, training and data: the given ones, else the profile's, else the run's own."""
-    from tiny_lm.training.profile import Profile
+    from tiny_lm.profile import Profile
 
     chosen = Profile.from_yaml(profile) if profile else None
     files = {
@@ -88,7 +89,7 @@ def _config_files(profile: str | None, given: dict[str, str | None], resumed: Ru
 
 def _check_streams(profile: str, config: "BinDataConfig") -> None:
     """Name the two commands that write the token streams of a profile, if they are not there."""
-    from tiny_lm.training.profile import Profile
+    from tiny_lm.profile import Profile
 
     if not Path(config.train_path).exists() and "*" not in config.train_path:
         tokenizer = Profile.from_yaml(profile).tokenizer
@@ -147,7 +148,7 @@ def _is_finished(run: Run, config: "TrainingConfig") -> bool:
 
 
 def _end_again(run: Run, config: "TrainingConfig") -> None:
-    """Draw the curves of a finished run: its process may have been killed before it did."""
+    """Draw the curves of a finished run and write its report: its process may have been killed before it did."""
     main = _is_main_process(config)
     _console(main).print(f"run folder {run.folder}, finished already")
     if not main:
@@ -159,13 +160,14 @@ def _end_again(run: Run, config: "TrainingConfig") -> None:
 
 def _draw(run: Run) -> None:
     from tiny_lm.evaluation.plots import plot_run
-    from tiny_lm.training.trackers import read_metrics
+    from tiny_lm.runs import read_metrics
 
     plot_run(run, read_metrics(run.metrics) if run.metrics.is_file() else [])
+    write_report_beside(run)
 
 
 def run_training(run: Run, configs: Configs, names: list[str], checkpoint: Path | None = None) -> "TrainingResult":
-    """Train and draw the curves, also of a run that the user stopped.
+    """Train, draw the curves and write the report, also of a run that the user stopped.
 
     Raises:
         typer.Exit: with code 130 where the user stopped the run.
@@ -188,7 +190,7 @@ def run_training(run: Run, configs: Configs, names: list[str], checkpoint: Path 
 
 def _print_summary(run: Run) -> None:
     """Print what the run came to."""
-    from tiny_lm.training.trackers import mean_over_time, read_metrics
+    from tiny_lm.runs import mean_over_time, read_metrics
 
     record: dict[str, Any] = run.read_record()
     metrics, events = record["metrics"], read_metrics(run.metrics)
@@ -211,6 +213,7 @@ def _print_summary(run: Run) -> None:
         "val perplexity": f"{metrics['val_ppl']:.3f}",
         "bits per byte": f"{metrics['val_bpb']:.4f}",
         "curves": " ".join(str(path) for path in sorted(run.plots.glob("*.png"))),
+        "report": str(run.report) if run.report.is_file() else "",
         "sample stories": str(run.samples) if run.samples.is_file() else "",
         "next": f"tiny-lm generate {run.folder} --prompt 'Once upon a time'",
     }

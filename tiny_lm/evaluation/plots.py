@@ -1,5 +1,6 @@
 """Pictures of a run."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PALE, _TRAIN, _VAL = "#b9c9dd", "#2f5d8c", "#c2410c"
-_SHARE = 40
-"""A point of the smoothed loss is the median of this part of all points on either side."""
+SMOOTH_FROM = 40
+"""Points from which on a curve is smoothed: one is then the median of this part of all points on either side."""
 
 Curve = list[tuple[int, float]]
 
@@ -29,7 +30,7 @@ def plot_run(run: Run, events: Sequence[dict[str, Any]]) -> list[Path]:
     Returns:
         the files; none where no training loss was logged yet.
     """
-    if not _curve(events, "train_loss"):
+    if not curve_of(events, "train_loss"):
         return []
     figures = {"loss": _draw_loss(run, events), "training": _draw_training(run, events)}
     return [_save(figure, run.plots / f"{name}.png") for name, figure in figures.items()]
@@ -79,21 +80,26 @@ def _plain(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def _curve(events: Sequence[dict[str, Any]], key: str) -> Curve:
-    """Return (step, value) of the events that have a number under ``key``."""
-    return [(event["step"], event[key]) for event in events if event.get(key) is not None]
+def curve_of(events: Sequence[dict[str, Any]], key: str) -> Curve:
+    """Return (step, value) of the events that have a finite number under ``key``, by step."""
+    numbers = {
+        event["step"]: float(event[key])
+        for event in events
+        if type(event.get(key)) in (int, float) and math.isfinite(event[key])
+    }
+    return sorted(numbers.items())
 
 
 def _draw_loss(run: Run, events: Sequence[dict[str, Any]]) -> "Figure":
     """Draw every logged training loss palely, so that spikes show, their smoothed course, and the validations."""
     from matplotlib.figure import Figure
 
-    train, val = _curve(events, "train_loss"), _curve(events, "val_loss")
+    train, val = curve_of(events, "train_loss"), curve_of(events, "val_loss")
     figure = Figure(figsize=(8, 4.5), layout="constrained")  # pyplot would pick, or change, the caller's backend
     axes = figure.subplots()
-    _line(axes, train, color=_PALE if len(train) >= _SHARE else _TRAIN, linewidth=1.2, label="training")
-    if len(train) >= _SHARE:
-        _line(axes, _smooth(train), color=_TRAIN, linewidth=1.8, label="training, smoothed")
+    _line(axes, train, color=_PALE if len(train) >= SMOOTH_FROM else _TRAIN, linewidth=1.2, label="training")
+    if len(train) >= SMOOTH_FROM:
+        _line(axes, smooth(train), color=_TRAIN, linewidth=1.8, label="training, smoothed")
     if val:
         _line(axes, val, color=_VAL, linewidth=1.5, marker="o", markersize=4, label="validation")
         step, loss = min(val, key=lambda point: point[1])
@@ -118,9 +124,9 @@ def _draw_training(run: Run, events: Sequence[dict[str, Any]]) -> "Figure":
     figure = Figure(figsize=(8, 7), layout="constrained")
     rows = figure.subplots(len(panels), 1, sharex=True)
     for axes, (key, label) in zip(rows, panels.items(), strict=True):
-        _line(axes, _curve(events, key), color=_TRAIN, linewidth=1.2)
+        _line(axes, curve_of(events, key), color=_TRAIN, linewidth=1.2)
         axes.set_ylabel(label)
-        if key == "grad_norm" and any(norm > 0 for _, norm in _curve(events, key)):
+        if key == "grad_norm" and any(norm > 0 for _, norm in curve_of(events, key)):
             axes.set_yscale("log")
             _label_log(axes)
         else:
@@ -147,11 +153,11 @@ def _label_log(axes: "Axes") -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _smooth(curve: Curve) -> Curve:
+def smooth(curve: Curve) -> Curve:
     """Return the median of each point and its neighbours, as many before as after it: no spike or slope shifts it."""
     smoothed = []
     for place, (step, _) in enumerate(curve):
-        reach = min(len(curve) // _SHARE, place, len(curve) - 1 - place)
+        reach = min(len(curve) // SMOOTH_FROM, place, len(curve) - 1 - place)
         around = [value for _, value in curve[place - reach : place + reach + 1]]
         smoothed.append((step, median(around)))
     return smoothed

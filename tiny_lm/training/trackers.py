@@ -20,7 +20,7 @@ from rich.console import Console
 
 from tiny_lm.errors import UserError
 from tiny_lm.files import atomic_path
-from tiny_lm.runs import Run
+from tiny_lm.runs import Run, read_metrics
 
 
 class JsonlLogger(Logger):
@@ -70,27 +70,6 @@ class JsonlLogger(Logger):
         with atomic_path(self._path) as temporary:
             lines = [json.dumps(event) + "\n" for event in events if event["step"] <= step]
             temporary.write_text("".join(lines), encoding="utf-8")
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the events of a ``metrics.jsonl``; a line that a killed run left half-written is passed over."""
-    events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(ValueError):
-            event = json.loads(line)
-            if isinstance(event, dict) and isinstance(event.get("step"), int):
-                events.append(event)
-    return events
-
-
-def mean_over_time(events: Sequence[dict[str, Any]], key: str) -> float:
-    """Return the mean of a figure of log windows, each weighted with the time that its tokens took; NaN without one."""
-    total = seconds = tokens = 0.0
-    for event in events:
-        if event.get(key) is not None and event.get("tokens_per_sec"):
-            passed = (event["tokens"] - tokens) / event["tokens_per_sec"]
-            total, seconds, tokens = total + event[key] * passed, seconds + passed, event["tokens"]
-    return total / seconds if seconds else math.nan
 
 
 # --- trackers of other projects --------------------------------------------------------------------------------------

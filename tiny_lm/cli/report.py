@@ -1,0 +1,33 @@
+"""The command that writes the report of a run, and how other commands write it on the way."""
+
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+from tiny_lm.errors import UserError
+from tiny_lm.runs import Run, open_run
+
+
+def report(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
+) -> None:
+    """Write report.html into a run folder and print its path: one page to look at, on its own in any browser."""
+    from tiny_lm.evaluation.report import write_report
+
+    print(write_report(open_run(run)))
+
+
+def write_report_beside(run: Run) -> None:
+    """Write the report of a run that a command has just ended; where that fails, warn in one line and go on."""
+    try:
+        from tiny_lm.evaluation.report import write_report
+
+        write_report(run)
+    except UserError as error:
+        print(f"warning: no report was written: {error}", file=sys.stderr)
+    except Exception as error:  # training took hours, and its result is safe: no fault of the page may hide it
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        told = " ".join(f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})".split())
+        print(f"warning: no report was written: {told}", file=sys.stderr)

@@ -1,0 +1,140 @@
+"""What a report is made from: all that lies in a run folder, and for each part that does not, a line that says so."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tiny_lm.config import read_yaml
+from tiny_lm.data import BinDataConfig
+from tiny_lm.data.bin import TokenStream, open_stream
+from tiny_lm.data.metadata import FileStatistics, StreamMetadata
+from tiny_lm.errors import UserError
+from tiny_lm.evaluation.report.results import Evaluation, read_evaluation
+from tiny_lm.evaluation.report.story import Story, pick_story, read_text
+from tiny_lm.model.checkpoint import CheckpointModel, load_checkpoint_model
+from tiny_lm.runs import Run, read_metrics
+from tiny_lm.tokenizer import Tokenizer, load_tokenizer
+
+SECTIONS = ("model", "training", "data")
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The token streams that a run was trained on and validated with, as far as they are still there."""
+
+    validation: TokenStream
+    train_statistics: FileStatistics | None
+    val_statistics: FileStatistics | None
+    text: str
+    """The beginning of the validation text."""
+    story: Story | None
+    """A document of it that the model can read at once."""
+
+
+@dataclass(frozen=True)
+class Material:
+    """All parts of a run that a report shows; None, or nothing, for those that are not there."""
+
+    run: Run
+    record: dict[str, Any]
+    events: list[dict[str, Any]]
+    configs: dict[str, dict[str, Any]]
+    """Resolved values by section."""
+    config_texts: dict[str, str]
+    samples: str
+    tokenizer: Tokenizer | None
+    checkpoint: Path | None
+    model: CheckpointModel | None
+    streams: Streams | None
+    evaluation: Evaluation | None
+    missing: dict[str, str] = field(default_factory=dict)
+    """Why a part is not there, by its name."""
+
+    def number(self, *keys: str) -> float | None:
+        """Return a number of ``run.json`` by its keys, outer ones first; None where there is none."""
+        value: Any = self.record
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+    def text(self, *keys: str) -> str:
+        """Return a text of ``run.json`` by its keys; nothing where there is none."""
+        value: Any = self.record
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value if isinstance(value, str) else ""
+
+
+def gather(run: Run) -> Material:
+    """Read a run folder, whatever it lacks.
+
+    Raises:
+        UserError: ``run.json`` is damaged: then it is no run folder.
+    """
+    missing: dict[str, str] = {}
+
+    def attempt(part: str, read: Callable[[], _T]) -> _T | None:
+        try:
+            return read()
+        except (UserError, OSError) as error:
+            missing[part] = " ".join(str(error).split())
+            return None
+
+    record = run.read_record()
+    files = {section: run.configs / f"{section}.yaml" for section in SECTIONS}
+    configs = {section: attempt(f"{section} config", lambda f=file: read_yaml(f)) for section, file in files.items()}  # type: ignore[misc]  # mypy knows no type of a default
+    texts = {section: attempt(f"{section} config", lambda f=file: _read(f)) for section, file in files.items()}  # type: ignore[misc]
+    tokenizer = attempt("tokenizer", lambda: load_tokenizer(run.tokenizer))
+    checkpoint = attempt("model", run.model_checkpoint)
+    model = attempt("model", lambda: _load(checkpoint, tokenizer)) if checkpoint and tokenizer else None
+    if checkpoint and not tokenizer:
+        missing["model"] = "without its tokenizer it cannot read"
+    context = model.config.context_length if model else None
+    streams = attempt("streams", lambda: _open_streams(files["data"], tokenizer, context))
+    return Material(
+        run=run,
+        record=record,
+        events=attempt("metrics", lambda: read_metrics(run.metrics)) or [],
+        configs={section: values or {} for section, values in configs.items()},
+        config_texts={section: text for section, text in texts.items() if text},
+        samples=attempt("samples", lambda: _read(run.samples)) or "",
+        tokenizer=tokenizer,
+        checkpoint=checkpoint,
+        model=model,
+        streams=streams,
+        evaluation=attempt("evaluation", lambda: read_evaluation(run.evaluation)),
+        missing=missing,
+    )
+
+
+def _read(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace")
+
+
+def _load(checkpoint: Path, tokenizer: Tokenizer) -> CheckpointModel:
+    model = load_checkpoint_model(checkpoint)
+    if model.tokenizer_hash != tokenizer.hash:
+        raise UserError(f"{checkpoint}: was trained with another tokenizer than the one beside it")
+    return model
+
+
+def _open_streams(config_file: Path, tokenizer: Tokenizer | None, context: int | None) -> Streams:
+    config = BinDataConfig.from_yaml(config_file)
+    stream = open_stream(config.val_path, config)
+    if tokenizer is None or stream.metadata.tokenizer_hash != tokenizer.hash:
+        raise UserError(f"{config.val_path}: was written by another tokenizer since")
+    return Streams(
+        validation=stream,
+        train_statistics=_statistics(Path(config.train_path)),
+        val_statistics=_statistics(Path(config.val_path)),
+        text=read_text(stream, config, tokenizer),
+        story=pick_story(stream, config, tokenizer, context) if context else None,
+    )
+
+
+def _statistics(file: Path) -> FileStatistics | None:
+    """Return what the metadata beside a stream say of it; None for a glob of several."""
+    return StreamMetadata.read(file.parent).files.get(file.name) if file.is_file() else None
