@@ -43,7 +43,8 @@ class TrainingConfig(Config):
         lt=1,
         description="validate, save and tell stories with a moving average of the weights of this decay; null: none",
     )
-    betas: tuple[float, float] = (0.9, 0.95)
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1, description="of Muon's averaged gradient (Nesterov)")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="of AdamW")
     eps: float = Field(default=1e-8, gt=0)
     grad_clip_norm: float = Field(default=1.0, ge=0, description="global norm; 0 does not clip")
     accumulate_grad_batches: int = Field(default=1, ge=1, le=2**20, description="micro-batches in a step")

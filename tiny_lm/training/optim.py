@@ -70,7 +70,11 @@ class MuonAdamW(Optimizer):
     ) -> None:
         """Optimize ``hidden`` with Muon and the rest with AdamW."""
         self._muon = Muon(
-            hidden, lr=config.learning_rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+            hidden,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            momentum=config.muon_momentum,
+            adjust_lr_fn="match_rms_adamw",
         )
         self._adamw = _adamw(_other_groups(embeddings, vectors, config), config)
         super().__init__([*self._muon.param_groups, *self._adamw.param_groups], defaults={})
