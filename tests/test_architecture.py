@@ -23,6 +23,7 @@ LINES = [
     ["data"],
     ["inference"],
     ["training", "evaluation"],
+    ["export"],
     ["cli"],
 ]
 LEVEL = {room: number for number, line in enumerate(LINES) for room in line}
@@ -33,8 +34,8 @@ MODEL_KNOWS = {"errors", "files", "config"}
 CONFINED = {
     "pytorch_lightning": ("training/", "data/module.py"),
     "lightning_utilities": ("training/",),
-    "transformers": (),
-    "safetensors": ("model/huggingface_folder.py",),
+    "transformers": ("export/",),
+    "safetensors": ("model/huggingface_folder.py", "export/"),
     "trackio": ("training/trackers.py",),
     "wandb": ("training/trackers.py",),
     "datasets": ("dataset/huggingface.py",),
