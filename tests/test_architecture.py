@@ -36,6 +36,8 @@ CONFINED = {
     "lightning_utilities": ("training/",),
     "transformers": ("export/",),
     "safetensors": ("model/huggingface_folder.py", "export/"),
+    "gguf": ("export/gguf_file.py",),
+    "llama_cpp": ("export/llamacpp_engine.py",),
     "trackio": ("training/trackers.py",),
     "wandb": ("training/trackers.py",),
     "datasets": ("dataset/huggingface.py",),
@@ -43,7 +45,7 @@ CONFINED = {
 }
 # Imported inside functions only: they are slow to load, and most commands do not need them.
 LAZY = {"datasets", "tiktoken", "rustbpe", "sentencepiece", "matplotlib", "pyarrow", "trackio", "wandb"}
-LAZY |= {"transformers", "safetensors"}
+LAZY |= {"transformers", "safetensors", "gguf", "llama_cpp"}
 
 
 def room_of(path: Path) -> str:

@@ -33,6 +33,37 @@ def export_huggingface(
     _export_huggingface(load_source(run), output_dir, dtype, force)
 
 
+@export_app.command("gguf")
+def export_gguf(
+    run: RunArgument,
+    output_dir: OutputDir,
+    outtype: Annotated[
+        str, typer.Option(metavar="f32|f16|bf16|q8_0|q4_0|q4_1|q5_0|q5_1", help="Of the file that is always written.")
+    ] = "f16",
+    quantize: Annotated[str, typer.Option(metavar="TYPE,...", help="Further files, such as Q4_K_M,Q5_K_M,Q6_K.")] = "",
+    force: Force = False,
+) -> None:
+    """Write GGUF files, which llama.cpp and Ollama run."""
+    from tiny_lm.export import gguf
+    from tiny_lm.export.gguf_file import BLOCKS
+    from tiny_lm.export.source import load_source
+    from tiny_lm.export.verify import show_table
+
+    kinds = gguf.check_kinds([outtype, *quantize.replace(" ", "").split(",")])
+    if kinds[0] not in BLOCKS:
+        raise UserError(f"--outtype {outtype}: is made by quantizing; use --quantize {outtype.upper()}")
+    source = load_source(run)
+    files = gguf.export_gguf(source, output_dir, kinds, force=force, tell=lambda line: print(line, file=sys.stderr))
+    show_table(f"float32 GGUF of {source.name} in llama.cpp", files[0].checks)
+    for file in files:
+        if (output_dir / file.name).is_file():
+            types = ", ".join(f"{count} {name}" for name, count in file.facts.types.items())
+            print(f"{output_dir / file.name}  {file.facts.bytes:,} bytes")
+            print(f"    {file.facts.bits_per_weight:.2f} bits per weight ({types})")
+            print(f"    perplexity {file.checks[-1].result}")
+    print(output_dir / "verification.json")
+
+
 def convert_to_huggingface(
     checkpoint: Annotated[Path, typer.Option(help="A .ckpt file.")],
     output_dir: OutputDir,

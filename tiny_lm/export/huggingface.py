@@ -19,6 +19,7 @@ from tiny_lm.export.verify import (
     check_probabilities,
     check_tokens,
     never_drawn,
+    perplexity,
     require,
     write_report,
 )
@@ -67,7 +68,7 @@ def export_huggingface(source: Source, folder: Path, *, dtype: Dtype = "float32"
         checks = check_tokens(rounded, own, engine)
         checks += [check_probabilities(rounded, own, engine, TOLERANCE), check_greedy(rounded, own, engine, TOLERANCE)]
         if dtype != "float32":
-            checks.append(check_perplexity(source, OwnEngine(source), engine, limit=None))
+            checks.append(check_perplexity(source, perplexity(source, OwnEngine(source)), engine, limit=None))
         write_report(temporary, source, "huggingface", {WEIGHTS_FILE: {"engine": engine.name, "checks": checks}})
         require(str(folder), checks)
     return checks
