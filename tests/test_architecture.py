@@ -23,6 +23,7 @@ LINES = [
     ["data"],
     ["inference"],
     ["training", "evaluation"],
+    ["export"],
     ["cli"],
 ]
 LEVEL = {room: number for number, line in enumerate(LINES) for room in line}
@@ -33,8 +34,10 @@ MODEL_KNOWS = {"errors", "files", "config"}
 CONFINED = {
     "pytorch_lightning": ("training/", "data/module.py"),
     "lightning_utilities": ("training/",),
-    "transformers": (),
-    "safetensors": ("model/huggingface_folder.py",),
+    "transformers": ("export/",),
+    "safetensors": ("model/huggingface_folder.py", "export/"),
+    "gguf": ("export/gguf_file.py",),
+    "llama_cpp": ("export/llamacpp_engine.py",),
     "trackio": ("training/trackers.py",),
     "wandb": ("training/trackers.py",),
     "datasets": ("dataset/huggingface.py",),
@@ -45,7 +48,7 @@ CONFINED = {
 }
 # Imported inside functions only: they are slow to load, and most commands do not need them.
 LAZY = {"datasets", "tiktoken", "rustbpe", "sentencepiece", "matplotlib", "pyarrow", "trackio", "wandb"}
-LAZY |= {"transformers", "safetensors", "httpx", "jinja2"}
+LAZY |= {"transformers", "safetensors", "httpx", "jinja2", "gguf", "llama_cpp"}
 
 
 def room_of(path: Path) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,59 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise UserError(f"{path}: could not be written ({error.strerror or error})") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path, *, replaceable: str | None = None) -> Iterator[Path]:
+    """Yield a temporary folder beside ``folder``; rename it to ``folder`` when the block ends without an exception.
+
+    When the block raises, the temporary folder is removed and ``folder`` is left as it was.
+
+    Args:
+        folder: may exist if it is empty.
+        replaceable: name of a file by which a folder that may be replaced is known; None: none may be.
+
+    Raises:
+        UserError: ``folder`` is a file or holds files that must not be lost, or it cannot be written.
+    """
+    check_free(folder, replaceable=replaceable)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+    except OSError as error:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        if error.filename is not None and not Path(str(error.filename)).is_relative_to(folder.parent):
+            raise  # the block read something else
+        raise UserError(f"{folder}: could not be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_free(folder: Path, *, replaceable: str | None = None) -> None:
+    """Check that a folder may be written anew, as :func:`atomic_folder` does.
+
+    Raises:
+        UserError: it is a file, or holds files that must not be lost.
+    """
+    if folder.resolve() == Path.cwd() or folder.resolve() in Path.cwd().parents:
+        raise UserError(f"{folder}: is where you are; name a folder of its own")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file, but a folder is to be written; choose another name")
+    if folder.is_dir() and any(folder.iterdir()):
+        if replaceable is None:
+            raise UserError(f"{folder}: holds files already; choose another folder, or replace it with --force")
+        if not (folder / replaceable).is_file():
+            raise UserError(
+                f"{folder}: holds files that no export wrote ({replaceable} is missing), so --force does not replace "
+                "it; choose another folder"
+            )
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -37,7 +37,13 @@ _MODEL_LIMIT = 2**26  # bytes; a model of a million tokens has about 20 million
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece BPE model with the special tokens on top."""
+    """A SentencePiece BPE model with the special tokens on top.
+
+    Attributes:
+        model: the content of ``tokenizer.model``.
+        pieces: text of each piece, by id.
+        byte_ids: id of the piece that stands for each byte.
+    """
 
     kind: ClassVar[str] = "sentencepiece"
     libraries: ClassVar[tuple[str, ...]] = ("sentencepiece",)
@@ -56,15 +62,15 @@ class SentencePieceTokenizer(Tokenizer):
         self._processor = _processor(model)
         ids = range(self._processor.get_piece_size())
         self.pieces = [self._processor.id_to_piece(i) for i in ids]
-        self._byte_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
-        if not all(self._processor.is_byte(i) for i in self._byte_ids):
+        self.byte_ids = [self._processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        if not all(self._processor.is_byte(i) for i in self.byte_ids):
             raise UserError("the SentencePiece model has no byte fallback, so it would lose characters")
-        byte_of = {i: bytes([byte]) for byte, i in enumerate(self._byte_ids)}
+        byte_of = {i: bytes([byte]) for byte, i in enumerate(self.byte_ids)}
         base = [byte_of.get(i, self.pieces[i].replace(SPACE_MARK, " ").encode()) for i in ids]
         base[self._processor.unk_id()] = b""
         super().__init__(base, special_texts)
         self._refuse_clash(self.pieces)
-        self._space_mark = [self._byte_ids[byte] for byte in SPACE_MARK.encode()]
+        self._space_mark = [self.byte_ids[byte] for byte in SPACE_MARK.encode()]
         if self.decode(self.encode(" a  b \n")) != " a  b \n":
             raise UserError("the SentencePiece model adds, drops or normalises characters, so texts would not survive")
 
@@ -134,6 +140,11 @@ class SentencePieceTokenizer(Tokenizer):
     def _save_model(self, folder: Path) -> None:
         with atomic_path(folder / "tokenizer.model") as temporary:
             temporary.write_bytes(self.model)
+
+    @property
+    def scores(self) -> list[float]:
+        """The score of each piece, by id: of two possible merges the one of the higher score comes first."""
+        return [self._processor.get_score(i) for i in range(len(self.pieces))]
 
     @property
     def merges(self) -> list[tuple[str, str]]:

@@ -1,0 +1,221 @@
+"""Exports to Hugging Face of trained runs, loaded by the real transformers; and what is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_exports import FAMILIES, TrainedRun
+
+from tiny_lm.cli import main
+from tiny_lm.errors import UserError
+from tiny_lm.export import huggingface
+from tiny_lm.export.huggingface import export_huggingface
+from tiny_lm.export.source import load_source
+from tiny_lm.export.transformers_engine import TransformersEngine
+from tiny_lm.export.verify import HARD_STRINGS
+from tiny_lm.model.huggingface_folder import load_huggingface_model
+from tiny_lm.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+FILES = [
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "metadata.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "verification.json",
+]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_is_the_same_model_in_transformers(family: str, trained_run: TrainedRun, tmp_path: Path) -> None:
+    source = load_source(trained_run(family).folder)
+    checks = export_huggingface(source, tmp_path / "out")
+    assert [check.passed for check in checks] == [True] * 5
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == FILES
+    report = json.loads((tmp_path / "out" / "verification.json").read_text())
+    assert report["passed"] is True
+    assert "transformers" in report["files"]["model.safetensors"]["engine"]
+    # and ours again, from the same folder
+    model, config = load_huggingface_model(tmp_path / "out")
+    assert config.qkv_bias == source.config.qkv_bias
+    assert all(torch.equal(value, source.model.state_dict()[key]) for key, value in model.state_dict().items())
+    assert load_tokenizer(tmp_path / "out").hash == source.tokenizer.hash
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "char"])
+def test_other_tokenizers_survive(kind: str, trained_run: TrainedRun, tmp_path: Path) -> None:
+    source = load_source(trained_run("llama3", kind).folder)
+    assert all(check.passed for check in export_huggingface(source, tmp_path / "out"))
+    assert load_tokenizer(tmp_path / "out").hash == source.tokenizer.hash
+
+
+def test_what_runs_begin_with_and_never_say(trained_run: TrainedRun, tmp_path: Path) -> None:
+    source = load_source(trained_run("gpt2", unused_rows=16).folder)
+    export_huggingface(source, tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    tokenizer = source.tokenizer
+    assert content["eos_token_id"] == tokenizer.eos_id
+    unused = list(range(tokenizer.vocab_size, tokenizer.vocab_size + 16))
+    assert content["suppress_tokens"] == sorted([tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id, *unused])
+    engine = TransformersEngine(tmp_path / "out")
+    for text in HARD_STRINGS:
+        assert engine.encode_beginning(text) == tokenizer.encode(text, bos=True)
+
+
+def test_half_precision_is_compared_with_rounded_weights(trained_run: TrainedRun, tmp_path: Path) -> None:
+    source = load_source(trained_run("qwen3").folder)
+    checks = export_huggingface(source, tmp_path / "out", dtype="bfloat16")
+    assert checks[-1].name == "perplexity"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    export_huggingface(source, tmp_path / "wide")
+    assert size < 0.55 * (tmp_path / "wide" / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "check"),
+    [
+        ("rms_norm_eps", 1e-2, "log-probabilities"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 100.0}, "log-probabilities"),
+    ],
+)
+def test_a_wrong_model_is_noticed_and_nothing_stays(
+    key: str, value: object, check: str, trained_run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = huggingface.to_huggingface_config
+    monkeypatch.setattr(huggingface, "to_huggingface_config", lambda *a, **k: {**right(*a, **k), key: value})
+    with pytest.raises(UserError, match=f"is not the model that was trained \\({check}.*nothing was written"):
+        export_huggingface(load_source(trained_run().folder), tmp_path / "out")
+    assert names(tmp_path) == []
+
+
+def test_a_wrong_tokenizer_is_noticed(trained_run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface, "begin_with_bos", lambda tokenizer: None)
+    with pytest.raises(UserError, match=r"is not the model that was trained \(beginning of a text"):
+        export_huggingface(load_source(trained_run().folder), tmp_path / "out")
+    assert names(tmp_path) == []
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
+    monkeypatch.setattr(sys, "argv", ["tiny-lm", *map(str, words)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    return int(exit_.value.code or 0)
+
+
+def test_the_command_shows_a_table_and_refuses_what_is_there(
+    trained_run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = trained_run().folder, tmp_path / "out"
+    command = ("export", "huggingface", run, "--output-dir", out)
+    assert run_main(monkeypatch, *command) == 0
+    captured = capsys.readouterr()
+    assert "greedy continuation" in captured.err
+    assert "FAILED" not in captured.err
+    assert [line.split("  ")[0] for line in captured.out.splitlines()] == [str(out / name) for name in FILES]
+    before = (out / "config.json").stat().st_mtime_ns
+    assert run_main(monkeypatch, *command) == 2
+    assert "holds files already" in capsys.readouterr().err
+    assert (out / "config.json").stat().st_mtime_ns == before
+    assert run_main(monkeypatch, *command, "--force") == 0
+    capsys.readouterr()
+    (out / "verification.json").unlink()
+    assert run_main(monkeypatch, *command, "--force") == 2
+    assert "holds files that no export wrote" in capsys.readouterr().err
+    assert run_main(monkeypatch, *command, "--dtype", "float8") == 2
+    assert "there are: float32, float16, bfloat16" in capsys.readouterr().err
+    assert run_main(monkeypatch, "export", "huggingface", run, "--output-dir", ".", "--force") == 2
+    assert "is where you are" in capsys.readouterr().err
+
+
+def test_the_documented_script(trained_run: TrainedRun, tmp_path: Path) -> None:
+    run = trained_run()
+    words = [
+        "--checkpoint", run.last_checkpoint, "--model-config", run.configs / "model.yaml",
+        "--tokenizer", run.tokenizer / "tokenizer.pkl", "--tokenizer-config", "tinystories-8k",
+        "--output-dir", tmp_path / "exports" / "x", "--dtype", "float32",
+    ]  # fmt: skip
+    script = ROOT / "scripts" / "export" / "convert_to_hf_gpt2.py"
+    done = subprocess.run([sys.executable, script, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert names(tmp_path / "exports" / "x") == FILES
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied_run(trained_run: TrainedRun, tmp_path: Path) -> Path:
+    folder = tmp_path / "copy"
+    shutil.copytree(trained_run().folder, folder)
+    return folder
+
+
+def spoil_weight(folder: Path) -> None:
+    for path in folder.glob("checkpoints/*.ckpt"):
+        checkpoint = torch.load(path, weights_only=True)
+        checkpoint["state_dict"]["model.blocks.0.ffn.w1.weight"][3, 3] = float("nan")
+        path.unlink()
+        torch.save(checkpoint, path)
+
+
+def test_a_weight_that_is_no_number(copied_run: Path) -> None:
+    spoil_weight(copied_run)
+    with pytest.raises(UserError, match=r"best\.ckpt: blocks\.0\.ffn\.w1\.weight holds NaN or infinity"):
+        load_source(copied_run)
+
+
+def test_a_tokenizer_of_another_run(copied_run: Path, trained_run: TrainedRun) -> None:
+    shutil.rmtree(copied_run / "tokenizer")
+    shutil.copytree(trained_run("llama3", "char").tokenizer, copied_run / "tokenizer")
+    with pytest.raises(UserError, match="is not the tokenizer that"):
+        load_source(copied_run)
+
+
+def test_a_run_that_is_being_trained(copied_run: Path) -> None:
+    code = f"from tiny_lm.runs import Run; from pathlib import Path\nwith Run(Path({str(copied_run)!r})).claim():\n"
+    code += "    print('ready', flush=True); input()"
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin is not None and child.stdout is not None
+    assert child.stdout.readline() == "ready\n"
+    with pytest.raises(UserError, match="another process is training this run"):
+        load_source(copied_run)
+    child.communicate("\n")
+
+
+def test_a_run_whose_stream_is_gone_is_compared_on_built_in_stories(copied_run: Path) -> None:
+    (copied_run / "configs" / "data.yaml").unlink()
+    assert "built-in stories" in load_source(copied_run).validation.origin
+
+
+def test_a_full_disk(trained_run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1000))
+    with pytest.raises(UserError, match="but the disk has only 0 MB free"):
+        export_huggingface(load_source(trained_run().folder), tmp_path / "out")
+    assert names(tmp_path) == []
+
+
+def test_without_transformers_the_extra_is_named(
+    trained_run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(UserError, match=r"pip install 'tiny-lm\[export\]'"):
+        export_huggingface(load_source(trained_run().folder), tmp_path / "out")
+    assert names(tmp_path) == []

@@ -1,0 +1,180 @@
+"""GGUF files for llama.cpp and what is built on it (Ollama, LM Studio, llama-server)."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tiny_lm.errors import UserError
+from tiny_lm.export.gguf_file import BLOCKS, FileFacts, import_gguf, read_facts, row_lengths, write_gguf
+from tiny_lm.export.gguf_vocabulary import Vocabulary, to_gguf_vocabulary
+from tiny_lm.export.huggingface import check_space
+from tiny_lm.export.llamacpp_engine import LlamaCppEngine, import_llama_cpp, quantize_file
+from tiny_lm.export.source import Source
+from tiny_lm.export.verify import (
+    REPORT_FILE,
+    Check,
+    OwnEngine,
+    check_greedy,
+    check_perplexity,
+    check_probabilities,
+    check_tokens,
+    perplexity,
+    require,
+    write_report,
+)
+from tiny_lm.files import atomic_folder, check_free
+from tiny_lm.model import ModelConfig, num_parameters
+
+TOLERANCES = {"llama3": 1e-4, "qwen3": 1e-4, "gpt2": 5e-3, "smalllm": 5e-3}
+"""Largest difference of log-probabilities: llama.cpp reads GELU from a table of half precision on a CPU."""
+
+K_QUANTS = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
+"""What llama.cpp itself quantizes; blocks have 256 numbers."""
+
+_FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+_LIMITS = {"F16": 0.01, "BF16": 0.01, "Q8_0": 0.01}
+"""By how much the perplexity may rise; coarser types have no limit but are told."""
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """A file that was written: its name, what it holds, and how it was checked."""
+
+    name: str
+    facts: FileFacts
+    checks: list[Check]
+
+
+def check_kinds(kinds: Sequence[str]) -> list[str]:
+    """Return the names of types in capitals, each once.
+
+    Raises:
+        UserError: a name is unknown, or there is none.
+    """
+    known = (*BLOCKS, *K_QUANTS)
+    chosen = list(dict.fromkeys(kind.upper() for kind in kinds if kind))
+    for kind in chosen:
+        if kind not in known:
+            raise UserError(f"{kind}: no such type of a GGUF file; there are: {', '.join(known)}")
+    if not chosen:
+        raise UserError(f"name at least one type of a GGUF file; there are: {', '.join(known)}")
+    return chosen
+
+
+def tell_fallbacks(config: ModelConfig, kinds: Sequence[str]) -> list[str]:
+    """Say which rows do not fit the blocks of the chosen types, and what those tensors get instead."""
+    lines = []
+    for length, names in sorted(row_lengths(config).items()):
+        what = f"{len(names)} tensors have rows of {length} numbers"
+        coarse = [kind for kind in kinds if kind in K_QUANTS]
+        if coarse and length % 32 == 0 and length % 256:
+            instead = ", ".join(f"{kind[:4]}: {_FALLBACKS[kind[:4]]}" for kind in coarse)
+            lines.append(
+                f"{what}, no multiple of 256, so {', '.join(coarse)} will be larger than their names say: "
+                f"there llama.cpp takes other types ({instead}; the embedding Q8_0)"
+            )
+        blocked = [kind for kind in kinds if BLOCKS.get(kind, 256) > 1]
+        if blocked and length % 32:
+            lines.append(f"{what}, no multiple of 32: they stay F16 in {', '.join(blocked)}")
+    return lines
+
+
+def export_gguf(
+    source: Source,
+    folder: Path,
+    kinds: Sequence[str],
+    *,
+    force: bool = False,
+    tell: Callable[[str], None] = lambda line: None,
+) -> list[GGUFFile]:
+    """Write a GGUF file of each type, run each in llama.cpp, and compare.
+
+    A float32 file is always made and proven, since it shows that names, shapes and order are right; it stays only where
+    it was asked for. The others are held to their token ids and their perplexity.
+
+    Args:
+        source: what to export.
+        folder: to write.
+        kinds: types, such as ``F16`` or ``Q4_K_M``.
+        force: replace an earlier export.
+        tell: gets lines on what is about to happen.
+
+    Returns:
+        the files; the float32 one comes first, whether it stays or not.
+
+    Raises:
+        UserError: the folder holds files, the disk is full, an extra is missing, llama.cpp has nothing that computes
+            what this model computes, or a check failed.
+    """
+    replaceable = REPORT_FILE if force else None
+    check_free(folder, replaceable=replaceable)
+    import_gguf()
+    import_llama_cpp()
+    kinds = check_kinds(kinds)
+    vocabulary = to_gguf_vocabulary(source.tokenizer, source.config.vocab_size)
+    check_model(source.config)
+    check_space(folder, num_parameters(source.config) * 4 * (1 + len(kinds)))
+    for line in tell_fallbacks(source.config, kinds):
+        tell(line)
+    with atomic_folder(folder, replaceable=replaceable) as temporary:
+        files = _write_files(source, vocabulary, temporary, kinds)
+        write_report(temporary, source, "gguf", {file.name: _describe(file) for file in files})
+    return files
+
+
+def check_model(config: ModelConfig) -> None:
+    """Check that llama.cpp can compute what the model computes.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if config.architecture == "qwen3" and config.qkv_bias:
+        raise UserError("llama.cpp's qwen3 has no biases on q, k and v: train with qkv_bias: false, or as llama3")
+
+
+def _write_files(source: Source, vocabulary: Vocabulary, folder: Path, kinds: Sequence[str]) -> list[GGUFFile]:
+    own = OwnEngine(source)
+    original = perplexity(source, own)
+    base = folder / file_name(source, "F32")
+    write_gguf(source, vocabulary, base, "F32")
+    files = [GGUFFile(base.name, read_facts(base), _prove(source, own, base))]
+    require(base.name, files[0].checks)
+    for kind in kinds:
+        if kind == "F32":
+            continue
+        file = folder / file_name(source, kind)
+        if kind in K_QUANTS:
+            quantize_file(base, file, import_gguf().LlamaFileType[f"MOSTLY_{kind}"])
+        else:
+            write_gguf(source, vocabulary, file, kind)
+        engine = LlamaCppEngine(file, source)
+        checks = check_tokens(source, own, engine)
+        checks.append(check_perplexity(source, original, engine, limit=_LIMITS.get(kind)))
+        engine.close()
+        files.append(GGUFFile(file.name, read_facts(file), checks))
+        require(file.name, checks)
+    if "F32" not in kinds:
+        base.unlink()
+    return files
+
+
+def _prove(source: Source, own: OwnEngine, file: Path) -> list[Check]:
+    tolerance = TOLERANCES[source.config.architecture]
+    engine = LlamaCppEngine(file, source)
+    checks = check_tokens(source, own, engine)
+    checks.append(check_probabilities(source, own, engine, tolerance))
+    checks.append(check_greedy(source, own, engine, tolerance))
+    checks.append(check_perplexity(source, perplexity(source, own), engine, limit=0.001))
+    engine.close()
+    return checks
+
+
+def file_name(source: Source, kind: str) -> str:
+    """Return the name of the file of a type, as is usual: model, then type in capitals."""
+    return f"{source.name}-{kind}.gguf".replace(os.sep, "-")
+
+
+def _describe(file: GGUFFile) -> dict[str, Any]:
+    return {"engine": "llama.cpp", **asdict(file.facts), "checks": file.checks}

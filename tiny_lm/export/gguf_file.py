@@ -1,0 +1,188 @@
+"""One GGUF file of a model, written with the ``gguf`` package: no converter, no cloned repository."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from tiny_lm.errors import UserError
+from tiny_lm.export.gguf_vocabulary import Vocabulary
+from tiny_lm.export.source import Source
+from tiny_lm.model import ModelConfig, build_model
+from tiny_lm.model.huggingface import rows, to_huggingface_state
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
+ARCHITECTURES = {"gpt2": "gpt2", "llama3": "llama", "smalllm": "starcoder2", "qwen3": "qwen3"}
+"""The architecture of llama.cpp that computes what a family computes."""
+
+BLOCKS = {"F32": 1, "F16": 1, "BF16": 1, "Q8_0": 32, "Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q5_1": 32}
+"""The types that are written here, with the numbers that share a scale: rows must be a multiple of it."""
+
+# What stays float32 in every file: llama.cpp adds it or multiplies by it without a matrix product.
+_ALWAYS_FLOAT32 = ("position_embd.weight", "_norm.weight")
+
+
+def import_gguf() -> Any:
+    """Import the ``gguf`` package.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise UserError("GGUF needs the package gguf, which is not installed: pip install 'tiny-lm[export]'") from None
+    return gguf
+
+
+def gguf_tensors(config: ModelConfig, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a GGUF file by name, float32, matrices as (out, in); the head is the embedding.
+
+    Args:
+        config: the config of our model.
+        state: our state dict.
+    """
+    gguf = import_gguf()
+    architecture = next(
+        key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == ARCHITECTURES[config.architecture]
+    )
+    names = gguf.get_tensor_name_map(architecture, config.n_layers)
+    theirs = to_huggingface_state(config, state)
+    for row in rows(config):
+        name = names.get_name(row.theirs, try_suffixes=(".weight", ".bias"))
+        assert name is not None, f"the gguf package has no name for {row.theirs}"
+        tensor = theirs[row.theirs].float()
+        tensor = tensor.T if row.transposed else tensor
+        if config.architecture == "llama3" and ".attn_q." in name:
+            tensor = interleave_pairs(tensor, config.n_heads)
+        elif config.architecture == "llama3" and ".attn_k." in name:
+            tensor = interleave_pairs(tensor, config.kv_heads)
+        yield name, tensor.contiguous()
+
+
+def interleave_pairs(weight: Tensor, heads: int) -> Tensor:
+    """Reorder the rows of a projection to q or k, [heads*K, ...], for rotary positions on neighbours.
+
+    We turn dimension i of a head together with i + K/2; llama.cpp's ``llama`` turns 2i together with 2i + 1.
+    """
+    halves = weight.reshape(heads, 2, -1, *weight.shape[1:])  # [heads, 2, K/2, ...]
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def write_gguf(source: Source, vocabulary: Vocabulary, file: Path, kind: str) -> None:
+    """Write one file.
+
+    A tensor whose rows are no multiple of the block of its type becomes F16. Where the others have less, the embedding,
+    which is also the head, has Q8_0.
+
+    Args:
+        source: what to export.
+        vocabulary: its tokens.
+        file: to write.
+        kind: one of ``BLOCKS``.
+    """
+    gguf = import_gguf()
+    writer = gguf.GGUFWriter(file, ARCHITECTURES[source.config.architecture])
+    _add_facts(writer, source, gguf.LlamaFileType[("ALL_" if kind == "F32" else "MOSTLY_") + kind])
+    _add_vocabulary(writer, source, vocabulary)
+    for name, tensor in gguf_tensors(source.config, source.model.state_dict()):
+        chosen = gguf.GGMLQuantizationType[tensor_type(name, tuple(tensor.shape), kind)]
+        writer.add_tensor(name, gguf.quantize(tensor.numpy(), chosen), raw_dtype=chosen)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def tensor_type(name: str, shape: tuple[int, ...], kind: str) -> str:
+    """Return the type that a tensor has in a file of type ``kind``."""
+    if len(shape) == 1 or name.endswith(_ALWAYS_FLOAT32):
+        return "F32"
+    if name == "token_embd.weight" and kind.startswith(("Q4", "Q5")):
+        kind = "Q8_0"
+    return kind if shape[-1] % BLOCKS[kind] == 0 else "F16"
+
+
+def _add_facts(writer: "GGUFWriter", source: Source, file_type: int) -> None:
+    config = source.config
+    writer.add_type("model")
+    writer.add_name(source.name)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(2)
+    writer.add_context_length(config.context_length)
+    writer.add_embedding_length(config.d_model)
+    writer.add_block_count(config.n_layers)
+    writer.add_feed_forward_length(config.ffn_size)
+    writer.add_head_count(config.n_heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_vocab_size(config.vocab_size)
+    if config.norm == "rmsnorm":
+        writer.add_layer_norm_rms_eps(config.norm_eps)
+    else:
+        writer.add_layer_norm_eps(config.norm_eps)
+    if config.position == "rope":
+        writer.add_rope_freq_base(config.rope_theta)
+        writer.add_rope_dimension_count(config.head_size)
+        writer.add_key_length(config.head_size)
+        writer.add_value_length(config.head_size)
+
+
+def _add_vocabulary(writer: "GGUFWriter", source: Source, vocabulary: Vocabulary) -> None:
+    tokenizer = source.tokenizer
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(vocabulary.tokens)
+    writer.add_token_types(vocabulary.types)
+    if vocabulary.model == "gpt2":
+        writer.add_token_merges(vocabulary.merges)
+    else:
+        writer.add_token_scores(vocabulary.scores)
+        writer.add_add_space_prefix(False)
+        writer.add_remove_extra_whitespaces(False)
+        writer.add_unk_token_id(0)
+    writer.add_bos_token_id(tokenizer.bos_id)
+    writer.add_eos_token_id(tokenizer.eos_id)
+    writer.add_eot_token_id(tokenizer.eos_id)
+    writer.add_pad_token_id(tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id)
+    # Without these two, llama.cpp follows its own habit for the name of the split.
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What a GGUF file holds.
+
+    Attributes:
+        bytes: size of the file.
+        bits_per_weight: of all tensors together.
+        types: number of tensors by type.
+    """
+
+    bytes: int
+    bits_per_weight: float
+    types: dict[str, int]
+
+
+def read_facts(file: Path) -> FileFacts:
+    """Read back what a GGUF file really holds."""
+    tensors = import_gguf().GGUFReader(file).tensors
+    types: dict[str, int] = {}
+    for tensor in tensors:
+        types[tensor.tensor_type.name] = types.get(tensor.tensor_type.name, 0) + 1
+    bits = 8 * sum(int(tensor.n_bytes) for tensor in tensors)
+    weights = sum(int(tensor.n_elements) for tensor in tensors)
+    return FileFacts(file.stat().st_size, bits / weights, types)
+
+
+def row_lengths(config: ModelConfig) -> dict[int, list[str]]:
+    """Return the lengths of the rows that quantization cuts into blocks, with the tensors that have them."""
+    lengths: dict[int, list[str]] = {}
+    for name, tensor in gguf_tensors(config, build_model(config, device="meta").state_dict()):
+        if tensor_type(name, tuple(tensor.shape), "F16") == "F16":
+            lengths.setdefault(tensor.shape[-1], []).append(name)
+    return lengths

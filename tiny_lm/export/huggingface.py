@@ -1,0 +1,179 @@
+"""A folder that transformers, vLLM and text-generation-inference load: the run as a Hugging Face model."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiny_lm.errors import UserError
+from tiny_lm.export.model_card import model_card
+from tiny_lm.export.source import Source
+from tiny_lm.export.verify import (
+    REPORT_FILE,
+    Check,
+    OwnEngine,
+    check_greedy,
+    check_perplexity,
+    check_probabilities,
+    check_tokens,
+    never_drawn,
+    perplexity,
+    require,
+    write_report,
+)
+from tiny_lm.files import atomic_folder, check_free, write_json, write_text
+from tiny_lm.model import num_parameters
+from tiny_lm.model.huggingface import Dtype, to_huggingface_config, to_huggingface_state
+from tiny_lm.model.huggingface_folder import WEIGHTS_FILE
+from tiny_lm.tokenizer import Tokenizer
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+TOLERANCE = 1e-4
+"""Largest difference of float32 log-probabilities that two correct programs show."""
+
+
+def export_huggingface(source: Source, folder: Path, *, dtype: Dtype = "float32", force: bool = False) -> list[Check]:
+    """Write the model and its tokenizer, load them with transformers, and compare.
+
+    The folder gets its name when every check has passed; until then nothing is to be seen of it.
+
+    Args:
+        source: what to export.
+        folder: to write.
+        dtype: of the weights in the file; they are compared with ours rounded alike.
+        force: replace an earlier export.
+
+    Returns:
+        the checks, all of them passed.
+
+    Raises:
+        UserError: the folder holds files, the disk is full, transformers is not installed, or a check failed.
+    """
+    from tiny_lm.export.transformers_engine import TransformersEngine, import_transformers
+
+    check_free(folder, replaceable=REPORT_FILE if force else None)
+    import_transformers()
+    check_space(folder, num_parameters(source.config) * DTYPES[dtype].itemsize)
+    rounded = source.with_weights_as(DTYPES[dtype])
+    check_finite(rounded, dtype)
+    with atomic_folder(folder, replaceable=REPORT_FILE if force else None) as temporary:
+        write_huggingface(source, temporary, dtype=dtype)
+        own, engine = OwnEngine(rounded), TransformersEngine(temporary)
+        checks = check_tokens(rounded, own, engine)
+        checks += [check_probabilities(rounded, own, engine, TOLERANCE), check_greedy(rounded, own, engine, TOLERANCE)]
+        if dtype != "float32":
+            checks.append(check_perplexity(source, perplexity(source, OwnEngine(source)), engine, limit=None))
+        write_report(temporary, source, "huggingface", {WEIGHTS_FILE: {"engine": engine.name, "checks": checks}})
+        require(str(folder), checks)
+    return checks
+
+
+def check_space(folder: Path, size: int) -> None:
+    """Check that the disk has room for ``size`` bytes of weights and a little more.
+
+    Raises:
+        UserError: it has not.
+    """
+    place = next(parent for parent in folder.resolve().parents if parent.is_dir())
+    free = shutil.disk_usage(place).free
+    needed = size + 2**24
+    if free < needed:
+        raise UserError(f"{folder}: needs {needed / 1e6:,.0f} MB, but the disk has only {free / 1e6:,.0f} MB free")
+
+
+def check_finite(rounded: Source, dtype: str) -> None:
+    """Check that no weight left the range of its new type.
+
+    Raises:
+        UserError: one did.
+    """
+    for name, weight in rounded.model.state_dict().items():
+        if not bool(torch.isfinite(weight).all()):
+            raise UserError(f"{name} has weights that {dtype} cannot hold; export float32 or bfloat16")
+
+
+def write_huggingface(source: Source, folder: Path, *, dtype: Dtype = "float32") -> None:
+    """Write all files of the export into an existing, empty folder.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    tokenizer = source.tokenizer
+    ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    write_json(folder / "config.json", to_huggingface_config(source.config, **ids, dtype=dtype))
+    _write_weights(source, folder / WEIGHTS_FILE, DTYPES[dtype])
+    tokenizer.save(folder)  # also what load_tokenizer needs to give the very same tokenizer
+    write_json(folder / "tokenizer.json", {**tokenizer.to_json(), "post_processor": begin_with_bos(tokenizer)})
+    write_json(folder / "tokenizer_config.json", _tokenizer_config(source))
+    write_json(folder / "special_tokens_map.json", _special_tokens_map(tokenizer))
+    write_json(folder / "generation_config.json", _generation_config(source))
+    write_text(folder / "README.md", model_card(source))
+
+
+def _write_weights(source: Source, file: Path, dtype: torch.dtype) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    state = to_huggingface_state(source.config, source.model.state_dict())
+    try:
+        save_file({name: tensor.to(dtype) for name, tensor in state.items()}, file, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: could not be written ({error})") from error
+
+
+def begin_with_bos(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the part of ``tokenizer.json`` that begins each text with bos, as each document of the training began."""
+    text = next(token.text for token in tokenizer.specials if token.role == "bos")
+
+    def template(*texts: str) -> list[dict[str, Any]]:
+        parts: list[dict[str, Any]] = []
+        for kind, name in enumerate(texts):
+            parts.append({"SpecialToken": {"id": text, "type_id": kind}})
+            parts.append({"Sequence": {"id": name, "type_id": kind}})
+        return parts
+
+    return {
+        "type": "TemplateProcessing",
+        "single": template("A"),
+        "pair": template("A", "B"),
+        "special_tokens": {text: {"id": text, "ids": [tokenizer.bos_id], "tokens": [text]}},
+    }
+
+
+def _special_tokens_map(tokenizer: Tokenizer) -> dict[str, str]:
+    texts = {token.role: token.text for token in tokenizer.specials if token.control}
+    texts.setdefault("pad", texts["eos"])  # a batch needs one
+    return {f"{role}_token": text for role, text in texts.items()}
+
+
+def _tokenizer_config(source: Source) -> dict[str, Any]:
+    return {
+        # Other classes bring a split of their own and would yield other ids, in transformers 5 as in 4.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **_special_tokens_map(source.tokenizer),
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": source.config.context_length,
+    }
+
+
+def _generation_config(source: Source) -> dict[str, Any]:
+    tokenizer = source.tokenizer
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id,
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_k": 40,
+        "top_p": 0.95,
+        # Tokens that stand in no text, as our own generator never draws them either.
+        **({"suppress_tokens": never_drawn(source)} if never_drawn(source) else {}),
+    }

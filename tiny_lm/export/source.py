@@ -1,0 +1,129 @@
+"""What is exported: a trained model with its tokenizer, and text to compare on."""
+
+import dataclasses
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tiny_lm.data import BinDataConfig
+from tiny_lm.data.bin import open_stream
+from tiny_lm.dataset.stories import generate_stories
+from tiny_lm.errors import UserError
+from tiny_lm.model import ModelConfig, Transformer
+from tiny_lm.model.checkpoint import load_checkpoint_model
+from tiny_lm.runs import Run, open_run
+from tiny_lm.tokenizer import Tokenizer, load_tokenizer
+
+_VALIDATION_TOKENS = 32_768
+"""Most tokens of the validation stream that an export is compared on."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Text that the model was not trained on.
+
+    Attributes:
+        ids: documents as ``<bos> ... <eos>``, one after the other.
+        origin: where the text comes from, for the report.
+    """
+
+    ids: list[int]
+    origin: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trained model as an exporter takes it.
+
+    Attributes:
+        name: of the run, or of the checkpoint where there is no run.
+        model: float32, on the CPU, in evaluation mode.
+        config: of the model.
+        tokenizer: that it was trained with.
+        step: optimizer step at which the weights were saved.
+        record: the run's ``run.json``; empty without a run.
+        validation: text to compare on.
+    """
+
+    name: str
+    model: Transformer
+    config: ModelConfig
+    tokenizer: Tokenizer
+    step: int
+    record: dict[str, Any]
+    validation: Validation
+
+    def with_weights_as(self, dtype: torch.dtype) -> "Source":
+        """Return the same with all weights rounded to ``dtype`` and computed in float32."""
+        if dtype == torch.float32:
+            return self
+        rounded = Transformer(self.config)
+        rounded.load_state_dict({key: value.to(dtype) for key, value in self.model.state_dict().items()})
+        return dataclasses.replace(self, model=rounded.eval())
+
+
+def load_source(path: str | Path) -> Source:
+    """Load the best checkpoint of a run folder, or the given ``.ckpt`` of one.
+
+    Raises:
+        UserError: there is no such run, it is being trained at this moment, or it holds no sound model.
+    """
+    path = Path(path)
+    if path.suffix == ".ckpt":
+        return load_checkpoint_source(path, Run(path.parent.parent).tokenizer)
+    run = open_run(path)
+    with run.claim():
+        return load_checkpoint_source(run.model_checkpoint(), run.tokenizer)
+
+
+def load_checkpoint_source(
+    checkpoint: Path, tokenizer_path: Path, *, model_config: ModelConfig | None = None
+) -> Source:
+    """Load a checkpoint and a tokenizer given one by one.
+
+    Args:
+        checkpoint: a ``.ckpt`` file that training wrote.
+        tokenizer_path: the tokenizer's folder, or any file in it.
+        model_config: what the caller believes the model to be.
+
+    Raises:
+        UserError: a file is missing or damaged, they do not belong together, or a weight is no number.
+    """
+    loaded = load_checkpoint_model(checkpoint, config=model_config)
+    tokenizer = load_tokenizer(tokenizer_path)
+    if tokenizer.hash != loaded.tokenizer_hash:
+        raise UserError(f"{tokenizer_path}: is not the tokenizer that {checkpoint} was trained with")
+    if tokenizer.vocab_size > loaded.config.vocab_size:
+        raise UserError(
+            f"{tokenizer_path}: has {tokenizer.vocab_size} tokens, but the model of {checkpoint} only "
+            f"{loaded.config.vocab_size}"
+        )
+    for name, weight in loaded.model.state_dict().items():
+        if not bool(torch.isfinite(weight).all()):
+            raise UserError(f"{checkpoint}: {name} holds NaN or infinity; export an earlier checkpoint (step-*.ckpt)")
+    run = Run(checkpoint.resolve().parent.parent)
+    in_run = run.record.is_file()
+    name = run.name if in_run else checkpoint.stem
+    record = run.read_record() if in_run else {}
+    model = loaded.model.float()
+    return Source(name, model, loaded.config, tokenizer, loaded.step, record, _validation(run, tokenizer))
+
+
+def _validation(run: Run, tokenizer: Tokenizer) -> Validation:
+    """Read the beginning of the run's validation stream; built-in stories stand in where it is gone."""
+    file = run.configs / "data.yaml"
+    try:
+        config = BinDataConfig.from_yaml(file)
+        stream = open_stream(config.val_path, config)
+        if stream.metadata.tokenizer_hash == tokenizer.hash:
+            dtype = {"uint16": "<u2", "uint32": "<u4"}[stream.metadata.dtype]
+            ids = np.fromfile(stream.files[0], dtype=dtype, count=_VALIDATION_TOKENS)
+            return Validation(ids.tolist(), f"validation text of the run ({stream.files[0]})")
+    except UserError:
+        pass  # the stream was moved or deleted, which does not hinder an export
+    stories = tokenizer.encode_batch(list(generate_stories(100, seed=1)), bos=True, eos=True)
+    return Validation(list(chain.from_iterable(stories)), "built-in stories (the run's validation text is not there)")

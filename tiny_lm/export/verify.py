@@ -1,0 +1,282 @@
+"""The proof that an export is the same model: token ids, log-probabilities, and what is said."""
+
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tiny_lm import __version__
+from tiny_lm.errors import UserError
+from tiny_lm.export.source import Source
+from tiny_lm.files import write_json
+
+REPORT_FILE = "verification.json"
+
+PROMPTS = ("Once upon a time", "One day, a girl named Lily", "The little dog was sad because")
+GREEDY_TOKENS = 64
+WINDOWS = 4
+PERPLEXITY_WINDOWS = 16
+
+_CHARACTERS = [chr(i) for i in (*range(0xD800), *range(0xE000, 0x110000)) if i < 0x180 or i % 1009 == 0]
+HARD_STRINGS: tuple[str, ...] = (
+    "",
+    *(f"a{character}b" for character in _CHARACTERS[:256]),  # every byte below 0x80, and two-byte characters
+    "".join(_CHARACTERS),  # leading and following bytes of every kind
+    " ",
+    "  two  three   four    ",
+    "\n",
+    "\n\n\n",
+    "line\nline\n\nline\r\nline \n \n\t end\n ",
+    "tabs\tand\t\ttabs",
+    " " * 40 + "x" + " " * 7,
+    "it's I'LL we'Re they've 'twas don''t you'd o'clock",
+    "1 12 123 1234 12345 1234567890 3.14 1,000,000 12:45 2nd ½ Ⅷ ٣٤٥",
+    "!?... --- (a) [b] {c} \"d\" 'e' a.b,c;d:e/f\\g|h <i> #j @k",
+    "😀 👨‍👩‍👧‍👦 🇯🇵 ✌🏽 e\u0301 ñ ß ﬁ naïve Zoë",
+    "漢字かな交じり文、한국어 العربية עברית हिन्दी ไทย Ελληνικά кириллица",
+    "\u200b \u2028 \u3000 \ufeff \ufffd \ue000",
+    "<pad <eos < bos> <|endoftext <unk/> <0x41> [PAD] <s </s [INST",
+    "ab" * 200,
+    "    def f(x):\n        return x  # done\n\n\n",
+    'Once upon a time, there was a little bear. "Hello!" he said.\n\nThe end.',
+)
+"""Texts on which tokenizers are known to differ."""
+
+
+class Engine(Protocol):
+    """A program that runs the exported model."""
+
+    name: str
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text: no special token is added, and none is read in it."""
+
+    def encode_beginning(self, text: str) -> list[int]:
+        """Return the ids of a text as the program begins one by itself."""
+
+    def log_probabilities(self, ids: Sequence[int]) -> Tensor:
+        """Return the log-probability of each token after each of ``ids``: float32 [T, V]."""
+
+    def greedy(self, ids: Sequence[int], count: int) -> list[int]:
+        """Return the likeliest continuation of ``ids``: up to ``count`` tokens, without the eos that ends it."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report.
+
+    Attributes:
+        name: what was compared.
+        value: what came out, as a number: texts that differ, a difference, a share of equal tokens, a perplexity.
+        result: the same in words.
+        limit: what may come out; empty where the line only informs.
+        passed: whether it did.
+    """
+
+    name: str
+    value: float
+    result: str
+    limit: str
+    passed: bool
+
+
+class OwnEngine:
+    """Our own model, in the plainest way: a full forward for each token."""
+
+    name = f"tiny-lm {__version__}"
+
+    def __init__(self, source: Source) -> None:
+        self._model, self._tokenizer = source.model, source.tokenizer
+        self._never = never_drawn(source)
+
+    def encode(self, text: str) -> list[int]:
+        """Encode with our tokenizer."""
+        return self._tokenizer.encode(text)
+
+    def encode_beginning(self, text: str) -> list[int]:
+        """Begin as the documents of the training stream do."""
+        return self._tokenizer.encode(text, bos=True)
+
+    @torch.no_grad()
+    def log_probabilities(self, ids: Sequence[int]) -> Tensor:
+        """Run the model over all ids at once."""
+        return F.log_softmax(self._model(torch.tensor([list(ids)]))[0].float(), dim=-1)
+
+    def greedy(self, ids: Sequence[int], count: int) -> list[int]:
+        """Take the likeliest token that our generator may draw."""
+        return take_likeliest(self, ids, count, never=self._never, eos_id=self._tokenizer.eos_id)
+
+
+def never_drawn(source: Source) -> list[int]:
+    """Return the ids that our generator never draws: control tokens but eos, and rows without a token."""
+    tokenizer = source.tokenizer
+    control = {token.id for token in tokenizer.specials if token.control} - {tokenizer.eos_id}
+    return sorted(control | set(range(tokenizer.vocab_size, source.config.vocab_size)))
+
+
+def take_likeliest(engine: Engine, ids: Sequence[int], count: int, *, never: Sequence[int], eos_id: int) -> list[int]:
+    """Continue ``ids`` by the likeliest token each time, until eos."""
+    text = list(ids)
+    for _ in range(count):
+        last = engine.log_probabilities(text)[-1]
+        last[list(never)] = float("-inf")
+        token = int(last.argmax())
+        if token == eos_id:
+            break
+        text.append(token)
+    return text[len(ids) :]
+
+
+# --- the checks ------------------------------------------------------------------------------------------------------
+
+
+def check_tokens(source: Source, own: Engine, engine: Engine) -> list[Check]:
+    """Compare ids on hard strings and on validation text, and how a text begins."""
+    documents = [source.tokenizer.decode(ids) for ids in split_documents(source)]
+    texts = {"hard strings": list(HARD_STRINGS), source.validation.origin: documents}
+    checks = []
+    for name, samples in texts.items():
+        wrong = [text for text in samples if engine.encode(text) != own.encode(text)]
+        result = f"{len(wrong)} of {len(samples)} texts differ"
+        if wrong:
+            result += f", such as {min(wrong, key=len)[:40]!r}"
+        checks.append(Check(f"token ids: {name}", len(wrong), result, "0 differ", not wrong))
+    begun = [engine.encode_beginning(prompt) for prompt in PROMPTS]
+    expected = [own.encode_beginning(prompt) for prompt in PROMPTS]
+    shown = f"begins with {source.tokenizer.token_text(begun[0][0])!r}" if begun[0] else "begins with nothing"
+    wrong_begun = sum(theirs != ours for theirs, ours in zip(begun, expected, strict=True))
+    checks.append(Check("beginning of a text", wrong_begun, shown, "as in training", wrong_begun == 0))
+    return checks
+
+
+def check_probabilities(source: Source, own: Engine, engine: Engine, tolerance: float) -> Check:
+    """Compare log-probabilities of every token at every place of several windows."""
+    windows = choose_windows(source, WINDOWS)
+    largest = 0.0
+    for window in windows:
+        difference = (engine.log_probabilities(window) - own.log_probabilities(window)).abs().max()
+        largest = max(largest, float(difference)) if math.isfinite(float(difference)) else math.inf
+    name = f"log-probabilities: {len(windows)} windows of {len(windows[0])} tokens"
+    return Check(name, largest, f"largest difference {largest:.2g}", f"{tolerance:g}", largest <= tolerance)
+
+
+def check_greedy(source: Source, own: Engine, engine: Engine, tolerance: float) -> Check:
+    """Compare greedy continuations.
+
+    Where the two likeliest tokens are nearer to one another than rounding may bring them, either may come out: there
+    both go on from ours, and the result says so.
+    """
+    same, compared, ties = 0, 0, 0
+    for prompt in PROMPTS:
+        begin = own.encode_beginning(prompt)[: max(1, source.config.context_length // 2)]
+        count = min(GREEDY_TOKENS, source.config.context_length - len(begin))
+        expected = [*own.greedy(begin, count), source.tokenizer.eos_id][:count]
+        compared += len(expected)
+        done = 0
+        while done < len(expected):
+            found = [*engine.greedy([*begin, *expected[:done]], count - done), source.tokenizer.eos_id][: count - done]
+            pairs = zip(found, expected[done:], strict=False)
+            equal = next((i for i, (theirs, ours) in enumerate(pairs) if theirs != ours), len(expected) - done)
+            same, done = same + equal, done + equal
+            if done == len(expected):
+                break
+            last = own.log_probabilities([*begin, *expected[:done]])[-1]
+            if float(last[expected[done]] - last[found[equal]]) > 2 * tolerance:
+                break
+            same, done, ties = same + 1, done + 1, ties + 1
+    result = f"{same} of {compared} tokens equal" + (f", {ties} of them a tie" if ties else "")
+    name = f"greedy continuation of {len(PROMPTS)} prompts"
+    return Check(name, same / compared, result, "all equal", same == compared)
+
+
+def perplexity(source: Source, engine: Engine) -> float:
+    """Return the perplexity over validation windows, each token but the first of a window counted."""
+    nats, tokens = 0.0, 0
+    for window in choose_windows(source, PERPLEXITY_WINDOWS):
+        found = engine.log_probabilities(window)[:-1].gather(1, torch.tensor(window[1:])[:, None])
+        nats, tokens = nats - float(found.double().sum()), tokens + len(window) - 1
+    return math.exp(min(nats / tokens, 700.0))
+
+
+def check_perplexity(source: Source, original: float, engine: Engine, *, limit: float | None) -> Check:
+    """Compare the perplexity with the original's; ``limit`` is how much worse it may become, as a share."""
+    theirs = perplexity(source, engine)
+    change = theirs / original - 1
+    result = f"{theirs:.4f} where the original has {original:.4f} ({change:+.2%})"
+    passed = math.isfinite(theirs) and (limit is None or change <= limit)
+    return Check("perplexity", theirs, result, "" if limit is None else f"at most {limit:+.1%}", passed)
+
+
+def split_documents(source: Source) -> list[list[int]]:
+    """Return the ids of the validation documents, without the special tokens around them."""
+    ends = {source.tokenizer.bos_id, source.tokenizer.eos_id}
+    documents: list[list[int]] = [[]]
+    for token in source.validation.ids:
+        if token in ends:
+            documents.append([])
+        else:
+            documents[-1].append(token)
+    return [document for document in documents[:-1] if document]  # the last may be cut inside a character
+
+
+def choose_windows(source: Source, count: int) -> list[list[int]]:
+    """Return up to ``count`` windows of validation text, spread over what there is of it."""
+    ids, length = source.validation.ids, source.config.context_length
+    starts = list(range(0, len(ids) - length + 1, length)) or [0]
+    chosen = starts[:: max(1, len(starts) // count)][:count]
+    return [ids[start : start + length] for start in chosen]
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def write_report(folder: Path, source: Source, form: str, files: dict[str, Any]) -> None:
+    """Write ``verification.json`` beside an export.
+
+    Args:
+        folder: of the export.
+        source: what was exported.
+        form: name of the format.
+        files: by the name of a file or folder, what is to be said of it; checks under ``checks``.
+    """
+    plain = {name: {**facts, "checks": [asdict(check) for check in facts["checks"]]} for name, facts in files.items()}
+    report = {
+        "format": form,
+        "source": source.name,
+        "step": source.step,
+        "tokenizer_hash": source.tokenizer.hash,
+        "tiny_lm": __version__,
+        "passed": all(check.passed for facts in files.values() for check in facts["checks"]),
+        "files": plain,
+    }
+    write_json(folder / REPORT_FILE, report)
+
+
+def show_table(title: str, checks: Iterable[Check]) -> None:
+    """Show the checks on standard error."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("check", "result", "limit", "", title=title, title_justify="left")
+    for check in checks:
+        table.add_row(check.name, check.result, check.limit, "ok" if check.passed else "FAILED")
+    Console(file=sys.stderr, markup=False, highlight=False).print(table, markup=False)
+
+
+def require(name: str, checks: Iterable[Check]) -> None:
+    """Stop where a check failed.
+
+    Raises:
+        UserError: naming the first one.
+    """
+    failed = [check for check in checks if not check.passed]
+    if failed:
+        raise UserError(
+            f"{name} is not the model that was trained ({failed[0].name}: {failed[0].result}); nothing was written"
+        )
