@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 
 CHROMIUM ?= $(firstword $(wildcard /usr/bin/chromium /usr/bin/chromium-browser /usr/bin/google-chrome) /usr/bin/chromium)
 
-.PHONY: quickstart test test-browser lint types wheel lock clean
+.PHONY: quickstart test test-browser test-llamacpp lint types wheel lock clean
 
 # The stamps are renewed whenever the project's declared dependencies or their pins change.
 $(VENV)/installed: pyproject.toml requirements.lock
@@ -32,6 +32,11 @@ test-browser: $(VENV)/installed-dev
 	@test -x $(CHROMIUM) || test "$$(id -u)" = 0 || { echo "install Chromium, or name it: make test-browser CHROMIUM=..."; exit 1; }
 	test -x $(CHROMIUM) || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
 	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest tests/browser
+
+# Compares GGUF files with the real llama.cpp, which pip builds from source: four to ten minutes on two cores.
+test-llamacpp: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[llamacpp]"
+	$(BIN)/python -m pytest -m llamacpp tests/export
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -18,10 +18,10 @@ from tiny_runs import model, training
 
 from tiny_lm.data import BinDataConfig
 from tiny_lm.errors import UserError
-from tiny_lm.runs import Run
+from tiny_lm.runs import Run, mean_over_time, read_metrics
 from tiny_lm.training import TrainingConfig
 from tiny_lm.training.fit import train
-from tiny_lm.training.trackers import Guarded, check_trackers, mean_over_time, read_metrics
+from tiny_lm.training.trackers import Guarded, check_trackers
 
 Fit = Callable[..., str]
 

@@ -1,7 +1,6 @@
 """llama.cpp as an engine, through llama-cpp-python: the GGUF file, run by the program that it is for."""
 
 import ctypes
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,8 @@ class LlamaCppEngine:
         options.n_ctx = options.n_batch = options.n_ubatch = source.config.context_length
         options.type_k = options.type_v = library.GGML_TYPE_F32
         options.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        options.n_threads = options.n_threads_batch = os.cpu_count() or 1
+        # Its threads spin while they wait, so more of them than there are free cores is slow beyond measure.
+        options.n_threads = options.n_threads_batch = torch.get_num_threads()
         self._context = library.llama_init_from_model(self._model, options)
         if not self._context:
             library.llama_model_free(self._model)
@@ -75,7 +75,7 @@ class LlamaCppEngine:
         self._library.llama_model_free(self._model)
 
     def _complaint(self) -> str:
-        return self._complaints[-1] if self._complaints else "it gives no reason"
+        return self._complaints[0] if self._complaints else "it gives no reason"
 
     def encode(self, text: str) -> list[int]:
         """Tokenize; special tokens written in the text are text."""
@@ -163,8 +163,8 @@ def quantize_file(source: Path, target: Path, file_type: int) -> None:
     complaints = _listen(library)
     options = library.llama_model_quantize_default_params()
     options.ftype = file_type
-    options.nthread = os.cpu_count() or 1
+    options.nthread = torch.get_num_threads()
     code = library.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(options))
     if code != 0:
-        reason = complaints[-1] if complaints else f"code {code}"
+        reason = complaints[0] if complaints else f"code {code}"
         raise UserError(f"{target}: llama.cpp could not quantize the model ({reason})")

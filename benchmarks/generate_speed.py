@@ -1,0 +1,170 @@
+"""How fast texts are generated, beside transformers and llama.cpp with the same weights.
+
+    python benchmarks/generate_speed.py RUN              # a run folder; three rounds, some two minutes
+    python benchmarks/generate_speed.py RUN --rounds 1 --json result.json
+
+Every contender runs in a process of its own, one after the other, and all of them in every round; the figure of a
+contender is the median of its rounds, a ratio that of the ratios within each round. All continue the same prompts by
+the same number of tokens in float32: transformers by `generate` on the export of the run, llama.cpp (where
+llama-cpp-python is installed) on its GGUF file. Loading is not timed; reading the prompt is.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+TOKENS = 128  # for each text
+PROMPT = "Once upon a time, there was a little"
+TEMPERATURES = {"greedy": 0.0, "temperature 0.8": 0.8}
+BATCHES = (1, 32)
+
+Rates = dict[str, float]
+
+
+def timed(generate: Callable[[int, float], None], batches: tuple[int, ...] = BATCHES) -> Rates:
+    """Return tokens per second of each kind of work, the best of three after a warm-up."""
+    rates = {}
+    for batch in batches:
+        for name, temperature in TEMPERATURES.items():
+            seconds = []
+            for _ in range(4):
+                started = time.perf_counter()
+                generate(batch, temperature)
+                seconds.append(time.perf_counter() - started)
+            rates[f"{batch} text{'s' * (batch > 1)}, {name}"] = batch * TOKENS / min(seconds[1:])
+    return rates
+
+
+def ours(run: Path, exports: Path) -> Rates:
+    from tiny_lm.inference import Request, Sampling, TextGenerator
+
+    generator = TextGenerator.from_run(run)
+
+    def generate(batch: int, temperature: float) -> None:
+        request = Request(TOKENS, TOKENS, Sampling(temperature))
+        texts = generator.generate_batch([PROMPT] * batch, request, seed=list(range(batch)))
+        assert all(len(text.ids) == TOKENS for text in texts)
+
+    return timed(generate)
+
+
+def transformers(run: Path, exports: Path) -> Rates:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(exports / "huggingface").eval()
+    inputs = AutoTokenizer.from_pretrained(exports / "huggingface")([PROMPT], return_tensors="pt")
+
+    def generate(batch: int, temperature: float) -> None:
+        ids = inputs["input_ids"].repeat(batch, 1)
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        texts = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, min_new_tokens=TOKENS, **sampling
+        )
+        assert texts.shape == (batch, ids.shape[1] + TOKENS)
+
+    return timed(generate)
+
+
+def llama_cpp(run: Path, exports: Path) -> Rates:
+    from llama_cpp import Llama
+
+    model = Llama(str(exports / "model.gguf"), n_ctx=256, n_threads=os.cpu_count(), verbose=False)
+    prompt = model.tokenize(PROMPT.encode())
+
+    def generate(batch: int, temperature: float) -> None:
+        options = {"temp": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
+        tokens = model.generate(prompt, reset=True, **options)  # goes on beyond the end of the text
+        for _ in range(TOKENS):
+            next(tokens)
+
+    return timed(generate, (1,))
+
+
+OURS, TRANSFORMERS, LLAMA_CPP = "tiny-lm", "transformers generate", "llama.cpp"
+CONTENDERS: dict[str, Callable[[Path, Path], Rates]] = {
+    TRANSFORMERS: transformers,
+    LLAMA_CPP: llama_cpp,
+    OURS: ours,
+}
+
+
+def export(run: Path, folder: Path) -> None:
+    from tiny_lm.export.gguf_file import write_gguf
+    from tiny_lm.export.gguf_vocabulary import to_gguf_vocabulary
+    from tiny_lm.export.huggingface import write_huggingface
+    from tiny_lm.export.source import load_source
+
+    source = load_source(run)
+    (folder / "huggingface").mkdir()
+    write_huggingface(source, folder / "huggingface")
+    write_gguf(source, to_gguf_vocabulary(source.tokenizer, source.config.vocab_size), folder / "model.gguf", "F32")
+
+
+def run_in_child(contender: str, run: Path, exports: Path) -> Rates:
+    """Run one contender in a process of its own; it prints its figures in its last line."""
+    command = [sys.executable, __file__, str(run), "--contender", contender, "--exports", str(exports)]
+    child = subprocess.run(command, capture_output=True, text=True)
+    if child.returncode:
+        sys.exit(f"{contender} failed:\n{child.stderr[-3000:]}")
+    rates: Rates = json.loads(child.stdout.splitlines()[-1])
+    return rates
+
+
+def installed(contender: str) -> bool:
+    from importlib.util import find_spec
+
+    return contender != LLAMA_CPP or find_spec("llama_cpp") is not None
+
+
+def race(run: Path, rounds: int) -> dict[str, list[Rates]]:
+    names = [name for name in CONTENDERS if installed(name)]
+    results: dict[str, list[Rates]] = {name: [] for name in names}
+    with TemporaryDirectory() as folder:
+        export(run, Path(folder))
+        for _ in range(rounds):
+            for name in names:
+                results[name].append(run_in_child(name, run, Path(folder)))
+    return results
+
+
+def print_table(results: dict[str, list[Rates]]) -> None:
+    for work in results[OURS][0]:
+        print(f"\n{work}")
+        for name, rounds in results.items():
+            if work not in rounds[0]:
+                continue
+            ratio = median(own[work] / theirs[work] for own, theirs in zip(results[OURS], rounds, strict=True))
+            compared = "" if name == OURS else f"   tiny-lm: {ratio:.2f} x"
+            print(f"  {name:<24} {median(rates[work] for rates in rounds):>8,.0f} tokens/s{compared}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="a run folder")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, help="write all figures here, too")
+    parser.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
+    parser.add_argument("--exports", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.contender:
+        print(json.dumps(CONTENDERS[arguments.contender](arguments.run, arguments.exports)))
+        return
+    import torch
+
+    print(f"CPU, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}", flush=True)
+    results = race(arguments.run, arguments.rounds)
+    print_table(results)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
