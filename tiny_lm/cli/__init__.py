@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 
 from tiny_lm import __version__
 from tiny_lm.cli.data import data_app, tokenize
-from tiny_lm.cli.export import convert_to_huggingface, export_app
+from tiny_lm.cli.export import convert_to_huggingface, export_app, import_model
 from tiny_lm.cli.generate import generate, generate_from_checkpoint
 from tiny_lm.cli.memory import estimate, find_batch_size
 from tiny_lm.cli.params import params
@@ -45,6 +45,7 @@ app.command()(find_batch_size)
 app.command()(generate)
 app.command(hidden=True)(generate_from_checkpoint)  # scripts/inference/generate_from_ckpt.py
 app.add_typer(export_app, name="export")
+app.command("import")(import_model)
 app.command(hidden=True)(convert_to_huggingface)  # scripts/export/convert_to_hf_gpt2.py
 
 
