@@ -51,7 +51,7 @@ wheel: $(VENV)/installed-dev
 # Pins for every platform and Python >= 3.10. What torch brings for GPUs is left to torch, whose wheels differ by platform.
 lock: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --quiet --group dev --group browser --universal --python-version 3.10 --no-header --no-annotate \
+	$(BIN)/uv pip compile pyproject.toml --quiet --group dev --group browser --extra llamacpp --universal --python-version 3.10 --no-header --no-annotate \
 	  --no-emit-index-url --no-emit-find-links --color never --output-file $(VENV)/resolved
 	grep --invert-match --extended-regexp '^(nvidia-|cuda-|triton|torch==|pip==|setuptools==)' $(VENV)/resolved \
 	  > requirements.lock

@@ -15,7 +15,7 @@ from typer.exceptions import TyperException
 from tiny_lm import __version__
 from tiny_lm.cli.data import data_app, tokenize
 from tiny_lm.cli.evaluate import EvalCommand, evaluate
-from tiny_lm.cli.export import convert_to_huggingface, export_app
+from tiny_lm.cli.export import convert_to_huggingface, export_app, import_model
 from tiny_lm.cli.generate import generate
 from tiny_lm.cli.harness import harness
 from tiny_lm.cli.memory import estimate, find_batch_size
@@ -50,6 +50,7 @@ app.command("eval", cls=EvalCommand)(evaluate)
 app.command()(harness)
 app.command()(report)
 app.add_typer(export_app, name="export")
+app.command("import")(import_model)
 app.command(hidden=True)(convert_to_huggingface)  # scripts/export/convert_to_hf_gpt2.py
 
 

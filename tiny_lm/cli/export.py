@@ -64,6 +64,19 @@ def export_gguf(
     print(output_dir / "verification.json")
 
 
+def import_model(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A Hugging Face folder, or a run folder.")],
+    output_dir: Annotated[Path | None, typer.Option(help="The run folder to write; by default runs/NAME.")] = None,
+) -> None:
+    """Make a run of ours from a model in Hugging Face's layout: GPT-2, Llama, Starcoder2 or Qwen3."""
+    from tiny_lm.export import importing
+    from tiny_lm.runs import RUNS_FOLDER
+
+    run = importing.import_model(folder, output_dir or RUNS_FOLDER / f"{folder.resolve().name}-imported")
+    print(run.folder)
+    print(f"next: tiny-lm generate {run.folder} --prompt 'Once upon a time'", file=sys.stderr)
+
+
 def convert_to_huggingface(
     checkpoint: Annotated[Path, typer.Option(help="A .ckpt file.")],
     output_dir: OutputDir,

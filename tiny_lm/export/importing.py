@@ -1,0 +1,59 @@
+"""The way back: a run folder out of a model in Hugging Face's layout, or out of another run."""
+
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from tiny_lm.errors import UserError
+from tiny_lm.export.source import load_source
+from tiny_lm.files import atomic_folder, atomic_path
+from tiny_lm.model import num_parameters
+from tiny_lm.model.checkpoint import CHECKPOINT_KEY
+from tiny_lm.model.huggingface_folder import load_huggingface_model
+from tiny_lm.runs import Run, environment
+from tiny_lm.tokenizer.huggingface_import import load_huggingface_tokenizer
+
+
+def import_model(folder: Path, output_dir: Path) -> Run:
+    """Write a run folder that holds a model, its config and its tokenizer, at step 0 and without an optimizer.
+
+    Args:
+        folder: a Hugging Face folder of one of our four classes, or a run folder of ours.
+        output_dir: the run folder to write.
+
+    Returns:
+        the run: ``tiny-lm generate``, every export and ``load_checkpoint_model`` take it.
+
+    Raises:
+        UserError: the model or its tokenizer is not what tiny-lm can express, or the folder cannot be written.
+    """
+    if (folder / "run.json").is_file():
+        source = load_source(folder)
+        model, config, tokenizer = source.model, source.config, source.tokenizer
+    else:
+        model, config = load_huggingface_model(folder)
+        tokenizer = load_huggingface_tokenizer(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, but its model only {config.vocab_size}"
+        )
+    checkpoint = {
+        "state_dict": {f"model.{name}": weight for name, weight in model.state_dict().items()},
+        "global_step": 0,
+        CHECKPOINT_KEY: {"model": config.to_dict(), "tokenizer_hash": tokenizer.hash},
+    }
+    with atomic_folder(output_dir) as temporary:
+        run = Run(temporary)
+        config.save(run.configs / "model.yaml")
+        tokenizer.save(run.tokenizer)
+        with atomic_path(run.last_checkpoint) as file:
+            torch.save(checkpoint, file)
+        run.update_record(
+            status="imported",
+            imported_from=str(folder),
+            imported=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            environment=environment(),
+            parameters=num_parameters(config),
+        )
+    return Run(output_dir)
