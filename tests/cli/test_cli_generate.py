@@ -8,11 +8,11 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import Cli
 
 from tiny_lm.data import BinDataConfig
 from tiny_lm.inference import TextGenerator
@@ -20,6 +20,8 @@ from tiny_lm.model import model_config_from_dict
 from tiny_lm.runs import Run
 from tiny_lm.training import TrainingConfig
 from tiny_lm.training.fit import train
+
+Cli = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
