@@ -13,7 +13,7 @@ from tiny_lm.model import load_model_config, num_parameters
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
-GROUPS = ("data", "tokenizer")
+GROUPS = ("data", "export", "tokenizer")
 
 
 def commands() -> list[str]:

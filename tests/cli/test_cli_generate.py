@@ -47,6 +47,20 @@ def test_prompt_and_continuation_and_nothing_more(cli: Cli, run_folder: Path) ->
     assert (result.code, result.stdout, result.stderr) == (0, expected + "\n", "")
 
 
+def test_an_export_tells_what_the_run_tells(cli: Cli, run_folder: Path, tmp_path: Path) -> None:
+    assert cli("export", "huggingface", run_folder, "--output-dir", tmp_path / "hf").code == 0
+    options = ["--prompt", "One day", "--max-new-tokens", "12", "--seed", "1"]
+    told = [
+        cli("generate", *model, *options).stdout
+        for model in (
+            [run_folder],
+            [tmp_path / "hf"],
+            ["--checkpoint", tmp_path / "hf" / "model.safetensors", "--tokenizer", run_folder / "tokenizer"],
+        )
+    ]
+    assert told[0].startswith("One day") and told[0] == told[1] == told[2]
+
+
 def test_several_samples_of_several_prompts(cli: Cli, run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("A bear\n\nOne day\\nhe went\n")
     options = ["--prompt", "The fox", "--num-samples", "2", "--seed", "7", "--max-tokens", "9"]

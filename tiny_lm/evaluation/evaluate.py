@@ -24,8 +24,6 @@ from tiny_lm.model.checkpoint import load_checkpoint_model
 from tiny_lm.runs import Run, open_run
 from tiny_lm.tokenizer import load_tokenizer
 
-EVALUATION_FILE = "evaluation.json"
-
 _MOST_LOGITS = 2**26  # numbers of one batch of logits, 256 MB of them
 
 
@@ -129,9 +127,8 @@ class Evaluation:
         Raises:
             UserError: it cannot be written.
         """
-        path = run.folder / EVALUATION_FILE
-        write_json(path, self.to_dict())
-        return path
+        write_json(run.evaluation, self.to_dict())
+        return run.evaluation
 
 
 @dataclass(frozen=True)
