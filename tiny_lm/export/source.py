@@ -6,11 +6,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from tiny_lm.data import BinDataConfig
-from tiny_lm.data.bin import open_stream
+from tiny_lm.data.bin import open_stream, read_in_order
 from tiny_lm.dataset.stories import generate_stories
 from tiny_lm.errors import UserError
 from tiny_lm.model import ModelConfig, Transformer
@@ -120,8 +119,7 @@ def _validation(run: Run, tokenizer: Tokenizer) -> Validation:
         config = BinDataConfig.from_yaml(file)
         stream = open_stream(config.val_path, config)
         if stream.metadata.tokenizer_hash == tokenizer.hash:
-            dtype = {"uint16": "<u2", "uint32": "<u4"}[stream.metadata.dtype]
-            ids = np.fromfile(stream.files[0], dtype=dtype, count=_VALIDATION_TOKENS)
+            ids = next(read_in_order(stream, _VALIDATION_TOKENS))
             return Validation(ids.tolist(), f"validation text of the run ({stream.files[0]})")
     except UserError:
         pass  # the stream was moved or deleted, which does not hinder an export
