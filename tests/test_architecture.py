@@ -38,6 +38,10 @@ CONFINED = {
     "safetensors": ("model/huggingface_folder.py", "export/"),
     "gguf": ("export/gguf_file.py",),
     "llama_cpp": ("export/llamacpp_engine.py",),
+    "onnx": ("export/onnx_graph.py",),
+    "onnxscript": ("export/onnx_graph.py",),
+    "onnxruntime": ("export/onnx_graph.py", "export/onnx_engine.py", "export/onnx_generate.py"),
+    "tokenizers": ("export/onnx_graph.py", "export/onnx_generate.py"),
     "trackio": ("training/trackers.py",),
     "wandb": ("training/trackers.py",),
     "datasets": ("dataset/huggingface.py",),
@@ -48,7 +52,7 @@ CONFINED = {
 }
 # Imported inside functions only: they are slow to load, and most commands do not need them.
 LAZY = {"datasets", "tiktoken", "rustbpe", "sentencepiece", "matplotlib", "pyarrow", "trackio", "wandb"}
-LAZY |= {"transformers", "safetensors", "httpx", "jinja2", "gguf", "llama_cpp"}
+LAZY |= {"transformers", "safetensors", "httpx", "jinja2", "gguf", "llama_cpp", "onnx", "onnxscript"}
 
 
 def room_of(path: Path) -> str:

@@ -12,10 +12,24 @@ from tiny_lm.model.huggingface import ARCHITECTURES
 _FAMILIES = {"gpt2": "GPT-2", "llama3": "Llama 3", "smalllm": "SmallLM (Starcoder2)", "qwen3": "Qwen3"}
 
 
-def model_card(source: Source) -> str:
-    """Return the model card in Markdown, with the front matter that the Hub reads."""
+_TRANSFORMERS = """```python
+from transformers import pipeline
+
+generate = pipeline("text-generation", model="path/of/this/folder")
+print(generate("Once upon a time", max_new_tokens=200)[0]["generated_text"])
+```"""
+
+
+def model_card(source: Source, *, library: str = "transformers", use: str = _TRANSFORMERS) -> str:
+    """Return the model card in Markdown, with the front matter that the Hub reads.
+
+    Args:
+        source: what was exported.
+        library: that loads the folder, as the Hub names it.
+        use: how, in Markdown.
+    """
     tags = ["tiny-lm", "text-generation", source.config.architecture]
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    front = {"library_name": library, "pipeline_tag": "text-generation", "tags": tags}
     metadata = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures(source).items())
     return f"""---
@@ -32,12 +46,7 @@ A small language model, trained from scratch with tiny-lm {__version__}.
 
 ## Use
 
-```python
-from transformers import pipeline
-
-generate = pipeline("text-generation", model="path/of/this/folder")
-print(generate("Once upon a time", max_new_tokens=200)[0]["generated_text"])
-```
+{use}
 
 Every text begins with the token `{_bos(source)}`, as in training: the tokenizer adds it. The model sees at most
 {source.config.context_length:,} tokens. It knows what its training text taught it and nothing else: it is no assistant
