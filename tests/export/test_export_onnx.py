@@ -1,5 +1,6 @@
 """Exports to ONNX of trained runs, run by the real ONNX Runtime; and the program that stands beside them."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -260,6 +261,14 @@ def test_a_model_too_large_for_one_file(
     monkeypatch.setattr(onnx_export, "_LARGEST_FILE", 1000)
     with pytest.raises(UserError, match="an ONNX file holds at most"):
         export_onnx(load_source(trained_run().folder), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_context_of_one_token(trained_run: TrainedRun, tmp_path: Path) -> None:
+    source = load_source(trained_run().folder)
+    short = dataclasses.replace(source, config=dataclasses.replace(source.config, context_length=1))
+    with pytest.raises(UserError, match="sees one token at a time"):
+        export_onnx(short, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -26,7 +26,7 @@ from tiny_lm.export.verify import (
     write_report,
 )
 from tiny_lm.files import atomic_folder, check_free, read_text, write_text
-from tiny_lm.model import num_parameters
+from tiny_lm.model import ModelConfig, num_parameters
 
 CACHED, PLAIN, QUANTIZED = "onnx/model.onnx", "onnx/model_no_cache.onnx", "onnx/model_quantized.onnx"
 """The graphs of a folder; the first and the last are named as transformers.js looks for them."""
@@ -72,7 +72,7 @@ def export_onnx(source: Source, folder: Path, *, force: bool = False) -> list[On
     replaceable = REPORT_FILE if force else None
     check_free(folder, replaceable=replaceable)
     import_onnx()
-    check_size(source)
+    check_model(source.config)
     check_space(folder, 3 * 4 * num_parameters(source.config))
     with atomic_folder(folder, replaceable=replaceable) as temporary:
         write_onnx(source, temporary)
@@ -88,13 +88,15 @@ def export_onnx(source: Source, folder: Path, *, force: bool = False) -> list[On
     return files
 
 
-def check_size(source: Source) -> None:
-    """Check that the weights fit into one file.
+def check_model(config: ModelConfig) -> None:
+    """Check that the model can be a graph: its lengths are free, and its weights fit into one file.
 
     Raises:
-        UserError: they do not.
+        UserError: it cannot.
     """
-    size = 4 * num_parameters(source.config)
+    if config.context_length < 2:
+        raise UserError("a model that sees one token at a time has no lengths to be free: export huggingface or gguf")
+    size = 4 * num_parameters(config)
     if size > _LARGEST_FILE:
         raise UserError(
             f"an ONNX file holds at most {_LARGEST_FILE / 1e9:.0f} GB, but the weights are {size / 1e9:.1f} GB; "
