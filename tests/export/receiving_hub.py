@@ -48,9 +48,9 @@ class ReceivingHub(HubHandler):
                 self.refuse(401, "Invalid credentials in Authorization header")
             else:
                 self.answer_json({"type": "user", "name": user})
-        elif parts[:2] == ["api", "models"] and "/".join(parts[2:4]) in self.repositories:
-            repository = self.repositories["/".join(parts[2:4])]
-            self.answer_json({"id": "/".join(parts[2:4]), "sha": "a" * 40, "private": repository.private})
+        elif parts[:2] == ["api", "models"] and "/".join(parts[2:]) in self.repositories:
+            repository = self.repositories["/".join(parts[2:])]
+            self.answer_json({"id": "/".join(parts[2:]), "sha": "a" * 40, "private": repository.private})
         else:
             self.refuse(404, "Repository not found", "RepoNotFound")
 

@@ -43,9 +43,7 @@ def upload_checkpoint(
     repo_id: RepoId,
     checkpoint: Annotated[Path, typer.Option(help="A .ckpt file.")],
     model_config: Annotated[str | None, typer.Option(help="Must be the config that the checkpoint carries.")] = None,
-    training_config: Annotated[
-        str | None, typer.Option(help="Is checked to be one.")
-    ] = None,
+    training_config: Annotated[str | None, typer.Option(help="Is checked to be one.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, or any file in it.")] = None,
     tokenizer_config: Annotated[str | None, typer.Option(help="Must name the kind of the tokenizer folder.")] = None,
     private: Private = False,

@@ -93,7 +93,7 @@ class Target:
             raise UserError(f"--repo-id {self.repo_id}: must name the owner, too, as in user/{self.repo_id}")
         if not sound or len(parts) != 2:
             raise UserError(
-                f"--repo-id {self.repo_id}: is no name on the Hub; in user/name both have letters, digits, '-', '_' and "
+                f"--repo-id {self.repo_id}: is no name on the Hub; in user/name both have letters, digits, '-', '_' or "
                 "'.' (at most 96), and no '-' or '.' at an end or twice in a row"
             )
 
@@ -155,6 +155,7 @@ def send(files: Sequence[Path], target: Target, message: str) -> str:
                 f"{target.repo_id}: is there already, and public, which --private does not change; make it private in "
                 f"its settings ({target.url}/settings) or choose another --repo-id"
             )
+        _choose_transfer(target)
         commit = api.create_commit(
             target.repo_id,
             [CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=file) for file in files],
@@ -163,37 +164,45 @@ def send(files: Sequence[Path], target: Target, message: str) -> str:
     return str(commit.commit_url)
 
 
+def _choose_transfer(target: Target) -> None:
+    """Send large files in the plain way (Git LFS) to a Hub without Xet, for which the client would try for minutes."""
+    from huggingface_hub import constants, get_session, get_token
+
+    place = f"{constants.ENDPOINT}/api/models/{target.repo_id}/xet-write-token/main"
+    if get_session().get(place, headers={"Authorization": f"Bearer {get_token()}"}).status_code == 404:
+        constants.HF_HUB_DISABLE_XET = True  # what the variable of this name sets
+
+
 @contextmanager
 def _told(target: Target) -> Iterator[None]:
     """Turn whatever the client raises into one line."""
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # no common base: classes of the client, of the HTTP library and of Xet, ValueError
-        reason = error.__cause__ if isinstance(error.__cause__, Exception) else error
-        if isinstance(error, OfflineModeIsEnabled):
-            raise UserError(f"{target.repo_id}: HF_HUB_OFFLINE is set, so nothing can be sent; unset it") from None
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status is None and (is_network_error(error) or is_network_error(reason)):
-            raise UserError(
-                f"{target.url}: the Hugging Face Hub cannot be reached; check the network and run the command again"
-            ) from error
-        raise UserError(f"{target.repo_id}: {_refusal(error, status)}") from error
+        raise UserError(_explain(error, target)) from error
 
 
-def _refusal(error: Exception, status: int | None) -> str:
-    """Say what the Hub refused, and what to do."""
+def _explain(error: Exception, target: Target) -> str:
+    """Say in one line what went wrong, and what to do."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     said: Any = getattr(error, "server_message", None) or str(error)
     reason = " ".join(str(said).split())[:300] or type(error).__name__
-    if status == 401:
-        return f"the Hub does not know the token; log in again with `hf auth login`, or mend HF_TOKEN ({reason})"
-    if status == 403:
-        return f"the token may not write there; give it the right to write, or name a user of yours ({reason})"
-    if status == 404:
-        return f"the Hub has no model of this name; is it a data set or a Space? choose another --repo-id ({reason})"
-    if "xet" in f"{type(error).__module__} {reason}".lower():
-        return f"the Hub's storage refused ({reason}); set HF_HUB_DISABLE_XET=1 to send the files in the plain way"
-    return f"the Hub refused ({reason}); nothing was committed"
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"{target.repo_id}: HF_HUB_OFFLINE is set, so nothing can be sent; unset it"
+    if type(error) is ConnectionError:  # as Xet has it, whose storage stands elsewhere than the Hub
+        instead = "set HF_HUB_DISABLE_XET=1 to send the files in the plain way"
+        return f"{target.repo_id}: the Hub's storage of large files cannot be reached ({reason}); {instead}"
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # it names the file
+        return f"{reason} {_explain(error.__cause__, target)}"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is None and is_network_error(error):
+        return f"{target.url}: the Hugging Face Hub cannot be reached; check the network and run the command again"
+    told = {
+        401: "the Hub does not know the token; log in again with `hf auth login`, or mend HF_TOKEN",
+        403: "the Hub does not let you write this; give the token the right to write, or name a user of yours",
+        404: "the Hub has no model of this name; is it a data set or a Space? choose another --repo-id",
+    }.get(status or 0, "the Hub refused, and nothing was committed")
+    return f"{target.repo_id}: {told} ({reason})"
