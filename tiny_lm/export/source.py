@@ -12,7 +12,7 @@ from tiny_lm.data import BinDataConfig
 from tiny_lm.data.bin import open_stream, read_in_order
 from tiny_lm.dataset.stories import generate_stories
 from tiny_lm.errors import UserError
-from tiny_lm.model import ModelConfig, Transformer
+from tiny_lm.model import ModelConfig, Transformer, load_model_config
 from tiny_lm.model.checkpoint import load_checkpoint_model
 from tiny_lm.runs import Run, open_run, read_metrics
 from tiny_lm.tokenizer import Tokenizer, load_tokenizer
@@ -75,10 +75,20 @@ def load_source(path: str | Path) -> Source:
     """
     path = Path(path)
     if path.suffix == ".ckpt":
-        return load_checkpoint_source(path, Run(path.parent.parent).tokenizer)
+        run = Run(path.parent.parent)
+        return load_checkpoint_source(path, run.tokenizer, model_config=_config_of(run))
+    if path.is_file():
+        raise UserError(f"{path}: is neither a run folder nor a .ckpt file")
+    if (path / "config.json").is_file() and not (path / "run.json").is_file():
+        raise UserError(f"{path}: is a model in Hugging Face's layout; make a run of it first: tiny-lm import {path}")
     run = open_run(path)
     with run.claim():
-        return load_checkpoint_source(run.model_checkpoint(), run.tokenizer)
+        return load_checkpoint_source(run.model_checkpoint(), run.tokenizer, model_config=_config_of(run))
+
+
+def _config_of(run: Run) -> ModelConfig | None:
+    file = run.configs / "model.yaml"
+    return load_model_config(file) if file.is_file() else None
 
 
 def load_checkpoint_source(
