@@ -1,5 +1,6 @@
 """Runs pushed by the real huggingface_hub to a Hub of our own, and read back; what is refused, here and there."""
 
+import hashlib
 import json
 import pickle
 import subprocess
@@ -219,6 +220,24 @@ def test_what_the_hub_refuses_is_one_line(hub: type[ReceivingHub], address: str,
     assert "'model.safetensors'" in too_large
     assert "File is larger than allowed" in too_large
     assert len(hub.repositories["me/new"].commits) == 2
+
+
+def test_large_files_go_to_xet_where_the_hub_has_it(hub: type[ReceivingHub], address: str, folder: Path) -> None:
+    weights = (folder / "model.safetensors").read_bytes()
+    hub.xet = "full"
+    (sent,) = send(folder, address, ("me/new", False), **WRITER)
+    assert sent == f"{address}/me/new/commit/{'b' * 40}"
+    digest = hashlib.sha256(weights).hexdigest()
+    assert hub.repositories["me/new"].files["model.safetensors"] == f"xet {digest} {len(weights)}".encode()
+    assert hub.repositories["me/new"].files["config.json"] == b"{}"
+    assert not [request for request in hub.requests if "lfs" in request]
+    hub.xet = "closed"
+    save_file({"x": torch.ones(3)}, folder / "model.safetensors")
+    (refused,) = send(folder, address, ("me/new", False), **WRITER)
+    assert refused.startswith("me/new: ")
+    assert "set HF_HUB_DISABLE_XET=1 to send the files in the plain way" in refused
+    assert len(hub.repositories["me/new"].commits) == 1
+    assert send(folder, address, ("me/new", False), **WRITER, HF_HUB_DISABLE_XET="1") == [sent]
 
 
 def test_tokens(hub: type[ReceivingHub], address: str, folder: Path) -> None:
