@@ -152,6 +152,14 @@ def test_a_pickle_under_another_name_is_refused(folder: Path) -> None:
             with pytest.raises(UserError, match=f"{name}: does not hold what its name says"):
                 admitted_files(folder)
         (folder / name).unlink() if kept is None else (folder / name).write_bytes(kept)
+    (folder / "more.json").write_bytes(pickle.dumps(["x"], protocol=0))  # which is text
+    with pytest.raises(UserError, match=r"more\.json: does not hold what its name says"):
+        admitted_files(folder)
+    (folder / "more.json").unlink()
+    save_file({"x.exp_avg": torch.zeros(3)}, folder / "state.safetensors")
+    with pytest.raises(UserError, match=r"state\.safetensors: does not hold what its name says"):
+        admitted_files(folder)
+    (folder / "state.safetensors").unlink()
     (folder / "more.json").symlink_to("/etc/hostname")
     with pytest.raises(UserError, match=r"more\.json: is not sent"):
         admitted_files(folder)

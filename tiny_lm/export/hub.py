@@ -1,6 +1,7 @@
 """The Hugging Face Hub: the files of a proven export, in one commit, and nothing else."""
 
 import fnmatch
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,10 @@ from tiny_lm.export.model_card import CARD_FILE
 # --- what may go -----------------------------------------------------------------------------------------------------
 
 
+_OPTIMIZER = re.compile(r"optimizer|exp_avg|momentum_buffer")
+_HEADER_LIMIT = 100_000_000  # bytes, as in the format's own library
+
+
 def _is_text(file: Path) -> bool:
     try:
         return "\0" not in file.read_text(encoding="utf-8")
@@ -22,11 +27,25 @@ def _is_text(file: Path) -> bool:
         return False
 
 
-def _is_safetensors(file: Path) -> bool:
-    """Whether a file begins as safetensors do: the length of the header in 8 bytes, and the header, which is JSON."""
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _is_weights(file: Path) -> bool:
+    """Whether a file begins as safetensors do, with the length of a header and that, and holds no optimizer's state."""
     with file.open("rb") as opened:
-        length, begin = int.from_bytes(opened.read(8), "little"), opened.read(1)
-    return begin == b"{" and 8 + length <= file.stat().st_size
+        length = int.from_bytes(opened.read(8), "little")
+        if length > min(_HEADER_LIMIT, file.stat().st_size):
+            return False
+        try:
+            names = json.loads(opened.read(length))
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(names, dict) and not any(_OPTIMIZER.search(name) for name in names)
 
 
 def _begins_with(magic: bytes) -> Callable[[Path], bool]:
@@ -38,9 +57,9 @@ def _begins_with(magic: bytes) -> Callable[[Path], bool]:
 
 
 ADMITTED: Mapping[str, Callable[[Path], bool]] = {
-    "*.safetensors": _is_safetensors,
+    "*.safetensors": _is_weights,
     "*.gguf": _begins_with(b"GGUF"),
-    "*.json": _is_text,
+    "*.json": _is_json,
     CARD_FILE: _is_text,
     "tokenizer.model": _begins_with(b"\n"),  # SentencePiece: the first field of its protocol buffer, a piece
 }
