@@ -12,21 +12,34 @@ is the median of its rounds. Loading is not timed; reading the prompt is.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
-from generate_speed import PROMPT, TEMPERATURES, TOKENS, Generate, Rates, llama_cpp, machine, ours, run_in_child, timed
+from generate_speed import (
+    FLOAT32,
+    INT8,
+    LLAMA_CPP,
+    ONNX,
+    TEMPERATURES,
+    Generate,
+    Rates,
+    installed,
+    llama_cpp,
+    machine,
+    onnx_runtime,
+    ours,
+    run_in_child,
+    timed,
+)
 from generate_speed import transformers as transformers_generate
 
 GGUF_TYPES = ("F32", "F16", "Q8_0", "Q4_0", "Q4_K_M")
-ONNX_FILES = {"onnx/model.onnx": "float32", "onnx/model_quantized.onnx": "int8"}
+ONNX_FILES = {FLOAT32: "float32", INT8: "int8"}
 GREEDY = {"greedy": TEMPERATURES["greedy"]}
 
 
@@ -64,11 +77,11 @@ def write_formats(run: Path, folder: Path) -> list[Row]:
     export(run, folder, "huggingface")
     size = (folder / "huggingface" / "model.safetensors").stat().st_size
     rows.append(Row("safetensors, float32", "transformers", "huggingface", size, 8 * size / parameters))
-    if find_spec("llama_cpp"):
+    if installed(LLAMA_CPP):
         files = export(run, folder, "gguf", "--outtype", "f32", "--quantize", ",".join(GGUF_TYPES[1:]))
         for kind, (name, facts) in zip(GGUF_TYPES, files.items(), strict=True):
             rows.append(Row(f"GGUF {kind}", "llama.cpp", f"gguf/{name}", int(facts["bytes"]), facts["bits_per_weight"]))
-    if find_spec("tiny_lm.export.onnx") and find_spec("onnxruntime"):
+    if installed(ONNX):
         files = export(run, folder, "onnx")
         for name, kind in ONNX_FILES.items():
             facts = files[name]
@@ -81,25 +94,12 @@ def write_formats(run: Path, folder: Path) -> list[Row]:
 # --- one format, in a process of its own -----------------------------------------------------------------------------
 
 
-def onnx_generate(folder: Path, file: str) -> Generate:
-    from tiny_lm.export.onnx_generate import OnnxModel
-
-    model = OnnxModel(folder, file, threads=os.cpu_count())
-    model.settings["eos_token_id"] = None  # goes on beyond the end of the text
-    prompt = model.tokenizer.encode(PROMPT).ids
-
-    def generate(batch: int, temperature: float) -> None:
-        assert len(list(model.stream(prompt, TOKENS, temperature=temperature))) == TOKENS
-
-    return generate
-
-
 def speed(row: Row, run: Path, exports: Path) -> Rates:
     programs: dict[str, Callable[[], Generate]] = {
         "tiny-lm": lambda: ours(run),
         "transformers": lambda: transformers_generate(exports / row.file),
         "llama.cpp": lambda: llama_cpp(exports / row.file),
-        "onnxruntime": lambda: onnx_generate(exports / "onnx", row.file.removeprefix("onnx/")),
+        "onnxruntime": lambda: onnx_runtime(exports / "onnx", row.file.removeprefix("onnx/")),
     }
     return timed(programs[row.program](), (1,), GREEDY)
 

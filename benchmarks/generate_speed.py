@@ -1,4 +1,4 @@
-"""How fast texts are generated, beside transformers and llama.cpp with the same weights.
+"""How fast texts are generated, beside transformers, llama.cpp and ONNX Runtime with the same weights.
 
     python benchmarks/generate_speed.py RUN              # a run folder; three rounds, some two minutes
     python benchmarks/generate_speed.py RUN --rounds 1 --json result.json
@@ -6,7 +6,8 @@
 Every contender runs in a process of its own, one after the other, and all of them in every round; the figure of a
 contender is the median of its rounds, a ratio that of the ratios within each round. All continue the same prompts by
 the same number of tokens in float32: transformers by `generate` on the export of the run, llama.cpp (where
-llama-cpp-python is installed) on its GGUF file. Loading is not timed; reading the prompt is.
+llama-cpp-python is installed) on its GGUF file, ONNX Runtime (where the extra `onnx` is installed) by the program that
+stands beside its graphs, and once more with weights of eight bits. Loading is not timed; reading the prompt is.
 """
 
 import argparse
@@ -94,10 +95,28 @@ def llama_cpp(file: Path) -> Generate:
     return generate
 
 
+def onnx_runtime(folder: Path, file: str) -> Generate:
+    from tiny_lm.export.onnx_generate import OnnxModel
+
+    model = OnnxModel(folder, file, threads=os.cpu_count() or 1)
+    model.settings["eos_token_id"] = -1  # goes on beyond the end of the text
+    prompt = model.tokenizer.encode(PROMPT).ids
+
+    def generate(batch: int, temperature: float) -> None:
+        assert batch == 1
+        assert sum(1 for _ in model.stream(prompt, TOKENS, temperature=temperature, seed=0)) == TOKENS
+
+    return generate
+
+
 OURS, TRANSFORMERS, LLAMA_CPP = "tiny-lm", "transformers generate", "llama.cpp"
+FLOAT32, INT8 = "onnx/model.onnx", "onnx/model_quantized.onnx"
+ONNX, ONNX_QUANTIZED = "ONNX Runtime", "ONNX Runtime, int8"
 CONTENDERS: dict[str, Callable[[Path, Path], Rates]] = {
     TRANSFORMERS: lambda run, exports: timed(transformers(exports / "huggingface")),
     LLAMA_CPP: lambda run, exports: timed(llama_cpp(exports / "model.gguf"), (1,)),
+    ONNX: lambda run, exports: timed(onnx_runtime(exports / "onnx", FLOAT32), (1,)),
+    ONNX_QUANTIZED: lambda run, exports: timed(onnx_runtime(exports / "onnx", INT8), (1,)),
     OURS: lambda run, exports: timed(ours(run)),
 }
 
@@ -106,12 +125,16 @@ def export(run: Path, folder: Path) -> None:
     from tiny_lm.export.gguf_file import write_gguf
     from tiny_lm.export.gguf_vocabulary import to_gguf_vocabulary
     from tiny_lm.export.huggingface import write_huggingface
+    from tiny_lm.export.onnx import write_onnx
     from tiny_lm.export.source import load_source
 
     source = load_source(run)
     (folder / "huggingface").mkdir()
     write_huggingface(source, folder / "huggingface")
     write_gguf(source, to_gguf_vocabulary(source.tokenizer, source.config.vocab_size), folder / "model.gguf", "F32")
+    if installed(ONNX):
+        (folder / "onnx").mkdir()
+        write_onnx(source, folder / "onnx")
 
 
 def run_in_child(script: str, *words: str | Path) -> Rates:
@@ -124,7 +147,8 @@ def run_in_child(script: str, *words: str | Path) -> Rates:
 
 
 def installed(contender: str) -> bool:
-    return contender != LLAMA_CPP or find_spec("llama_cpp") is not None
+    needed = {LLAMA_CPP: "llama_cpp", ONNX: "onnxscript", ONNX_QUANTIZED: "onnxscript"}
+    return contender not in needed or find_spec(needed[contender]) is not None
 
 
 def machine() -> str:

@@ -18,8 +18,10 @@ from tiny_lm.model import load_model_config
 from tiny_lm.model.checkpoint import CHECKPOINT_KEY
 from tiny_lm.runs import Run
 
-EXPORTS = (["export", "huggingface"], ["export", "gguf"])
-COMMANDS = [*(f"{' '.join(words)} RUN --output-dir out" for words in EXPORTS), "push RUN --repo-id me/tiny --dry-run"]
+HUGGINGFACE, GGUF, ONNX = (f"export {form} RUN --output-dir out" for form in ("huggingface", "gguf", "onnx"))
+PUSH = "push RUN --repo-id me/tiny --dry-run"
+EXPORTS = [HUGGINGFACE, GGUF, ONNX]
+COMMANDS = [*EXPORTS, PUSH]
 
 Refused = Callable[..., str]
 
@@ -138,7 +140,7 @@ def test_a_weight_that_is_no_number_and_a_damaged_file(command: str, refused: Re
 # --- the place -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", COMMANDS[:-1])
+@pytest.mark.parametrize("command", EXPORTS)
 def test_an_output_folder_that_cannot_be_written(
     command: str, refused: Refused, copied: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +163,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
 
 
 @pytest.mark.usefixtures("full_disk")
-@pytest.mark.parametrize("command", [COMMANDS[0], COMMANDS[-1]])
+@pytest.mark.parametrize("command", [HUGGINGFACE, ONNX, PUSH])
 def test_a_full_disk(command: str, refused: Refused, copied: Run) -> None:
     assert "but the disk has only 0 MB free" in refused(command)
 
@@ -169,7 +171,7 @@ def test_a_full_disk(command: str, refused: Refused, copied: Run) -> None:
 @pytest.mark.llamacpp
 @pytest.mark.usefixtures("full_disk")
 def test_a_full_disk_for_gguf(refused: Refused, copied: Run) -> None:
-    assert "but the disk has only 0 MB free" in refused(COMMANDS[1])
+    assert "but the disk has only 0 MB free" in refused(GGUF)
 
 
 FILL = """
@@ -209,10 +211,11 @@ def test_a_disk_that_fills_while_it_is_written(refused: Refused, copied: Run) ->
 @pytest.mark.parametrize(
     ("command", "library", "extra"),
     [
-        (COMMANDS[0], "transformers", "export"),
-        (COMMANDS[1], "gguf", "export"),
-        (COMMANDS[1], "llama_cpp", "llamacpp"),
-        (COMMANDS[2], "transformers", "export"),
+        (HUGGINGFACE, "transformers", "export"),
+        (GGUF, "gguf", "export"),
+        (GGUF, "llama_cpp", "llamacpp"),
+        (ONNX, "onnxruntime", "onnx"),
+        (PUSH, "transformers", "export"),
     ],
 )
 def test_a_missing_extra_is_named(

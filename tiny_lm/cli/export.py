@@ -64,6 +64,22 @@ def export_gguf(
     print(output_dir / "verification.json")
 
 
+@export_app.command("onnx")
+def export_onnx(run: RunArgument, output_dir: OutputDir, force: Force = False) -> None:
+    """Write a folder that ONNX Runtime and transformers.js run."""
+    from tiny_lm.export import onnx
+    from tiny_lm.export.source import load_source
+    from tiny_lm.export.verify import show_table
+
+    source = load_source(run)
+    for file in onnx.export_onnx(source, output_dir, force=force):
+        show_table(f"{file.name} of {source.name} in ONNX Runtime", file.checks)
+        bits = f"{file.facts.bits_per_weight:.2f} bits per weight"
+        print(f"{output_dir / file.name}  {file.facts.bytes:,} bytes, {bits}, opset {file.facts.opset}")
+    print(output_dir / "verification.json")
+    print(f"next: python {output_dir / onnx.PROGRAM} --prompt 'Once upon a time'", file=sys.stderr)
+
+
 def import_model(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A Hugging Face folder, or a run folder.")],
     output_dir: Annotated[Path | None, typer.Option(help="The run folder to write; by default runs/NAME.")] = None,

@@ -20,16 +20,33 @@ _SCORES = {
 }
 
 
-def model_card(source: Source, license_name: str | None = None, repo_id: str = "path/of/this/folder") -> str:
+_TRANSFORMERS = """```python
+from transformers import pipeline
+
+generate = pipeline("text-generation", model="path/of/this/folder")
+print(generate("Once upon a time", max_new_tokens=200)[0]["generated_text"])
+```"""
+
+
+def model_card(
+    source: Source,
+    *,
+    library: str = "transformers",
+    use: str = _TRANSFORMERS,
+    place: str = "path/of/this/folder",
+    license_name: str | None = None,
+) -> str:
     """Return the model card in Markdown, with the front matter that the Hub reads.
 
     Args:
         source: what is exported.
+        library: that loads the folder, as the Hub names it.
+        use: how, in Markdown.
+        place: where it is loaded from, which stands in ``use`` in place of ``path/of/this/folder``.
         license_name: identifier of the license of the weights, as the Hub has them.
-        repo_id: by which the model is loaded.
     """
     front = {
-        "library_name": "transformers",
+        "library_name": library,
         "pipeline_tag": "text-generation",
         "tags": ["tiny-lm", "text-generation", source.config.architecture],
         "license": license_name,
@@ -51,12 +68,7 @@ A small language model, trained from scratch with tiny-lm {__version__}.
 
 ## Use
 
-```python
-from transformers import pipeline
-
-generate = pipeline("text-generation", model="{repo_id}")
-print(generate("Once upon a time", max_new_tokens=200)[0]["generated_text"])
-```
+{use.replace("path/of/this/folder", place)}
 
 Every text begins with the token `{_bos(source)}`, as in training: the tokenizer adds it. The model sees at most
 {source.config.context_length:,} tokens. It knows what its training text taught it and nothing else: it is no assistant
