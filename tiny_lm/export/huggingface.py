@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tiny_lm.errors import UserError
-from tiny_lm.export.model_card import model_card
+from tiny_lm.export.model_card import CARD_FILE, model_card
 from tiny_lm.export.source import Source
 from tiny_lm.export.verify import (
     REPORT_FILE,
@@ -74,6 +74,18 @@ def export_huggingface(source: Source, folder: Path, *, dtype: Dtype = "float32"
     return checks
 
 
+def check_dtype(name: str) -> Dtype:
+    """Return the type of this name.
+
+    Raises:
+        UserError: weights are not written in it.
+    """
+    if name not in DTYPES:
+        raise UserError(f"--dtype {name}: unknown; there are: {', '.join(DTYPES)}")
+    chosen: Dtype = name  # type: ignore[assignment]  # just checked
+    return chosen
+
+
 def check_space(folder: Path, size: int) -> None:
     """Check that the disk has room for ``size`` bytes of weights and a little more.
 
@@ -106,7 +118,7 @@ def write_huggingface(source: Source, folder: Path, *, dtype: Dtype = "float32")
     """
     write_settings(source, folder, dtype=dtype)
     _write_weights(source, folder / WEIGHTS_FILE, DTYPES[dtype])
-    write_text(folder / "README.md", model_card(source))
+    write_text(folder / CARD_FILE, model_card(source))
 
 
 def write_settings(source: Source, folder: Path, *, dtype: Dtype = "float32") -> None:
