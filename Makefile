@@ -38,7 +38,7 @@ test-llamacpp: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[llamacpp]"
 	$(BIN)/python -m pytest -m llamacpp tests/export
 
-# Compares with llama.cpp's own server and converter, built under build/ (about six minutes on two cores) and kept there.
+# llama.cpp's own server and converter, built under build/ (about six minutes on two cores) and kept; and other servers.
 test-llama-server: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --group llama-server --editable ".[llamacpp]"
 	tests/engines/build_llama_server.sh $(BIN)/python build/llama.cpp
