@@ -213,6 +213,8 @@ def test_llama_server_serves_a_run(run: Run, source: Source, tmp_path: Path) -> 
         check_answers(url, "llama3-BPE-F16", source)
         applied = httpx.post(f"{url}/apply-template", json={"messages": CHAT}, trust_env=False).json()
         assert applied["prompt"].removeprefix("<bos>") == CHAT_AS_STORY
+        foreign = httpx.get(f"{url}/v1/models", headers={"Origin": "http://example.com"}, trust_env=False)
+        assert foreign.headers.get("access-control-allow-origin") not in ("*", "http://example.com")
         assert engine.stop(signal.SIGINT) == 0
     assert list((tmp_path / "tmp").iterdir()) == []
 

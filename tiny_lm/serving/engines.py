@@ -224,7 +224,8 @@ def llama_server(program: str, file: Path, place: Place) -> Command:
     words += ["-np", str(SLOTS), "-c", str(SLOTS * facts.context_length), "--offline"]
     if not facts.has_template:
         words += ["--chat-template", STORY_TEMPLATE]
-    return Command(words, file.stem)
+    # Pages of other sites may not call it. As a variable, since older versions do not know the option.
+    return Command(words, file.stem, environment={"LLAMA_ARG_CORS_ORIGINS": "localhost"})
 
 
 def llama_cpp_server(file: Path, place: Place, folder: Path) -> Command:
