@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 
 CHROMIUM ?= $(firstword $(wildcard /usr/bin/chromium /usr/bin/chromium-browser /usr/bin/google-chrome) /usr/bin/chromium)
 
-.PHONY: quickstart test test-browser test-llamacpp test-transformers4 test-transformersjs lint types wheel lock clean
+.PHONY: quickstart test test-browser test-llamacpp test-llama-server test-transformers4 test-transformersjs lint types wheel lock clean
 
 # The stamps are renewed whenever the project's declared dependencies or their pins change.
 $(VENV)/installed: pyproject.toml requirements.lock
@@ -37,6 +37,12 @@ test-browser: $(VENV)/installed-dev
 test-llamacpp: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[llamacpp]"
 	$(BIN)/python -m pytest -m llamacpp tests/export
+
+# llama.cpp's own server and converter, built under build/ (about six minutes on two cores) and kept; and other servers.
+test-llama-server: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --group llama-server --editable ".[llamacpp]"
+	tests/engines/build_llama_server.sh $(BIN)/python build/llama.cpp
+	$(BIN)/python -m pytest -m llama_server tests/engines
 
 # Exports in transformers 4, which is laid over our environment: these three packages are all that differs.
 .venv-transformers4/installed: $(VENV)/installed-dev
@@ -72,7 +78,7 @@ wheel: $(VENV)/installed-dev
 # Pins for every platform and Python >= 3.10. What torch brings for GPUs is left to torch, whose wheels differ by platform.
 lock: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --quiet --group dev --group browser --extra llamacpp --universal --python-version 3.10 --no-header --no-annotate \
+	$(BIN)/uv pip compile pyproject.toml --quiet --group dev --group browser --group llama-server --extra llamacpp --universal --python-version 3.10 --no-header --no-annotate \
 	  --no-emit-index-url --no-emit-find-links --color never --output-file $(VENV)/resolved
 	grep --invert-match --extended-regexp '^(nvidia-|cuda-|triton|torch==|pip==|setuptools==)' $(VENV)/resolved \
 	  > requirements.lock

@@ -24,6 +24,7 @@ LINES = [
     ["inference"],
     ["training", "evaluation"],
     ["export"],
+    ["serving"],
     ["cli"],
 ]
 LEVEL = {room: number for number, line in enumerate(LINES) for room in line}
@@ -48,7 +49,7 @@ CONFINED = {
     "datasets": ("dataset/huggingface.py",),
     "typer": ("cli/",),
     "lm_eval": ("evaluation/harness.py", "evaluation/harness_model.py"),
-    "httpx": ("evaluation/judge.py",),
+    "httpx": ("evaluation/judge.py", "serving/engines.py"),
     "jinja2": ("evaluation/report/",),
 }
 # Imported inside functions only: they are slow to load, and most commands do not need them.

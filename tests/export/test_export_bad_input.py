@@ -18,9 +18,11 @@ from tiny_lm.model import load_model_config
 from tiny_lm.model.checkpoint import CHECKPOINT_KEY
 from tiny_lm.runs import Run
 
-HUGGINGFACE, GGUF, ONNX = (f"export {form} RUN --output-dir out" for form in ("huggingface", "gguf", "onnx"))
+HUGGINGFACE, GGUF, OLLAMA, ONNX = (
+    f"export {form} RUN --output-dir out" for form in ("huggingface", "gguf", "ollama", "onnx")
+)
 PUSH = "push RUN --repo-id me/tiny --dry-run"
-EXPORTS = [HUGGINGFACE, GGUF, ONNX]
+EXPORTS = [HUGGINGFACE, GGUF, OLLAMA, ONNX]
 COMMANDS = [*EXPORTS, PUSH]
 
 Refused = Callable[..., str]

@@ -1,5 +1,6 @@
 """Commands that write a trained model in the formats of other programs."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,6 +10,7 @@ import typer
 from tiny_lm.errors import UserError
 
 if TYPE_CHECKING:
+    from tiny_lm.export.gguf import GGUFFile
     from tiny_lm.export.source import Source
 
 export_app = typer.Typer(
@@ -20,6 +22,7 @@ export_app = typer.Typer(
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint inside one.")]
 OutputDir = Annotated[Path, typer.Option(help="The folder to write.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", metavar="float32|float16|bfloat16", help="Of the weights.")]
+Quantize = Annotated[str, typer.Option(metavar="TYPE,...", help="Further files, such as Q4_K_M,Q5_K_M,Q6_K.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an earlier export.")]
 
 
@@ -40,28 +43,85 @@ def export_gguf(
     outtype: Annotated[
         str, typer.Option(metavar="f32|f16|bf16|q8_0|q4_0|q4_1|q5_0|q5_1", help="Of the file that is always written.")
     ] = "f16",
-    quantize: Annotated[str, typer.Option(metavar="TYPE,...", help="Further files, such as Q4_K_M,Q5_K_M,Q6_K.")] = "",
+    quantize: Quantize = "",
     force: Force = False,
 ) -> None:
     """Write GGUF files, which llama.cpp and Ollama run."""
     from tiny_lm.export import gguf
-    from tiny_lm.export.gguf_file import BLOCKS
     from tiny_lm.export.source import load_source
+
+    kinds = _gguf_kinds(outtype, quantize)
+    source = load_source(run)
+    files = gguf.export_gguf(source, output_dir, kinds, force=force, tell=_tell)
+    _show_gguf(source, output_dir, files)
+
+
+@export_app.command("ollama")
+def export_ollama(
+    run: RunArgument,
+    output_dir: OutputDir,
+    outtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="f32|f16|bf16|q8_0|q4_0|q4_1|q5_0|q5_1",
+            help="Of the GGUF file; by default f16, or what --quantize names.",
+        ),
+    ] = None,
+    quantize: Quantize = "",
+    name: Annotated[str | None, typer.Option(help="Of the model in Ollama; by default the run's.")] = None,
+    license_: Annotated[
+        str | None, typer.Option("--license", metavar="NAME|FILE", help="Of the model, such as MIT, or a file.")
+    ] = None,
+    create: Annotated[bool, typer.Option("--create", help="Make the model in the Ollama that is installed.")] = False,
+    force: Force = False,
+) -> None:
+    """Write a folder that Ollama makes a model from: GGUF files, each with a Modelfile."""
+    from tiny_lm.export import ollama
+    from tiny_lm.export.source import load_source
+
+    kinds = _gguf_kinds(outtype or ("" if quantize else "f16"), quantize)
+    license_text = ollama.read_license(license_)
+    if create:
+        ollama.find_ollama()
+    source = load_source(run)
+    files, models = ollama.export_ollama(
+        source, output_dir, kinds, name=name, license_text=license_text, force=force, tell=_tell
+    )
+    _show_gguf(source, output_dir, files)
+    for model in models:
+        print(model.modelfile)
+        if create:
+            print(f"{model.name} in Ollama: {model.commands[1][-1]}{ollama.create_model(source, model)}")
+    if not license_:
+        _tell("The Modelfile says that no license was chosen; name one with --license: MIT, or a file of yours.")
+    for command in [] if create else [shlex.join(words) for model in models for words in model.commands]:
+        _tell(f"next: {command}")
+
+
+def _gguf_kinds(outtype: str, quantize: str) -> list[str]:
+    from tiny_lm.export import gguf
+    from tiny_lm.export.gguf_file import BLOCKS
+
+    if outtype and gguf.check_kinds([outtype])[0] not in BLOCKS:
+        raise UserError(f"--outtype {outtype}: is made by quantizing; use --quantize {outtype.upper()}")
+    return gguf.check_kinds([outtype, *quantize.replace(" ", "").split(",")])
+
+
+def _show_gguf(source: "Source", folder: Path, files: "list[GGUFFile]") -> None:
     from tiny_lm.export.verify import show_table
 
-    kinds = gguf.check_kinds([outtype, *quantize.replace(" ", "").split(",")])
-    if kinds[0] not in BLOCKS:
-        raise UserError(f"--outtype {outtype}: is made by quantizing; use --quantize {outtype.upper()}")
-    source = load_source(run)
-    files = gguf.export_gguf(source, output_dir, kinds, force=force, tell=lambda line: print(line, file=sys.stderr))
     show_table(f"float32 GGUF of {source.name} in llama.cpp", files[0].checks)
     for file in files:
-        if (output_dir / file.name).is_file():
+        if (folder / file.name).is_file():
             types = ", ".join(f"{count} {name}" for name, count in file.facts.types.items())
-            print(f"{output_dir / file.name}  {file.facts.bytes:,} bytes")
+            print(f"{folder / file.name}  {file.facts.bytes:,} bytes")
             print(f"    {file.facts.bits_per_weight:.2f} bits per weight ({types})")
             print(f"    perplexity {file.checks[-1].result}")
-    print(output_dir / "verification.json")
+    print(folder / "verification.json")
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 @export_app.command("onnx")

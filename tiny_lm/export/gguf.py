@@ -1,7 +1,7 @@
 """GGUF files for llama.cpp and what is built on it (Ollama, LM Studio, llama-server)."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tiny_lm.export.verify import (
     require,
     write_report,
 )
-from tiny_lm.files import atomic_folder, check_free
+from tiny_lm.files import atomic_folder, check_free, write_text
 from tiny_lm.model import ModelConfig, num_parameters
 
 TOLERANCES = {"llama3": 1e-4, "qwen3": 1e-4, "gpt2": 5e-3, "smalllm": 5e-3}
@@ -86,6 +86,8 @@ def export_gguf(
     folder: Path,
     kinds: Sequence[str],
     *,
+    form: str = "gguf",
+    beside: Mapping[str, str] | None = None,
     force: bool = False,
     tell: Callable[[str], None] = lambda line: None,
 ) -> list[GGUFFile]:
@@ -98,6 +100,8 @@ def export_gguf(
         source: what to export.
         folder: to write.
         kinds: types, such as ``F16`` or ``Q4_K_M``.
+        form: name of the format in the report.
+        beside: text files to write beside them, by name.
         force: replace an earlier export.
         tell: gets lines on what is about to happen.
 
@@ -120,7 +124,9 @@ def export_gguf(
         tell(line)
     with atomic_folder(folder, replaceable=replaceable) as temporary:
         files = _write_files(source, vocabulary, temporary, kinds)
-        write_report(temporary, source, "gguf", {file.name: _describe(file) for file in files})
+        for name, text in (beside or {}).items():
+            write_text(temporary / name, text)
+        write_report(temporary, source, form, {file.name: _describe(file) for file in files})
     return files
 
 

@@ -28,6 +28,7 @@ from tiny_lm.model import num_parameters
 from tiny_lm.model.huggingface import Dtype, to_huggingface_config, to_huggingface_state
 from tiny_lm.model.huggingface_folder import WEIGHTS_FILE
 from tiny_lm.tokenizer import Tokenizer
+from tiny_lm.tokenizer.sentencepiece import SentencePieceTokenizer
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -182,7 +183,15 @@ def _tokenizer_config(source: Source) -> dict[str, Any]:
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": source.config.context_length,
+        **(_for_converters(source.tokenizer) if isinstance(source.tokenizer, SentencePieceTokenizer) else {}),
     }
+
+
+def _for_converters(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return what llama.cpp's converter looks for beside ``tokenizer.model``, which lacks the special tokens."""
+    tokens = {str(token["id"]): token for token in tokenizer.added_tokens()}
+    without_id = {i: {key: value for key, value in token.items() if key != "id"} for i, token in tokens.items()}
+    return {"add_prefix_space": False, "added_tokens_decoder": without_id}
 
 
 def _generation_config(source: Source) -> dict[str, Any]:

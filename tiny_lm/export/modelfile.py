@@ -1,0 +1,70 @@
+"""Ollama's Modelfile: how a GGUF file is to be run, as text in Ollama's own grammar.
+
+A command is a word and a value. The value is the rest of the line, or stands in triple quotes and may then have many
+lines. There are no escapes: what the grammar would read differently is refused.
+"""
+
+from tiny_lm.errors import UserError
+from tiny_lm.export.source import Source
+
+PARAMETERS: dict[str, float] = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "repeat_penalty": 1.1}
+"""How tokens are drawn."""
+
+TEMPLATE = "{{ .Prompt }}"
+"""The prompt as it is, which the model continues.
+
+Ollama begins it with the beginning-of-story token, since the GGUF file says so, and in a chat puts the earlier turns
+before it: a story that goes on. Without a template, other versions of Ollama do other things, down to ChatML's markers,
+which a model of stories has never seen. This one leaves no place for a system message, so there is no SYSTEM.
+"""
+
+
+NO_LICENSE = "No license has been chosen for this model."
+
+
+def modelfile(source: Source, gguf_name: str, *, license_text: str = NO_LICENSE) -> str:
+    """Return the Modelfile of a model that tells stories.
+
+    Args:
+        source: what was exported.
+        gguf_name: name of the GGUF file, which lies in the same folder.
+        license_text: of the model; ``ollama show --license`` shows it.
+
+    Raises:
+        UserError: a value cannot be written in the grammar.
+    """
+    context = source.config.context_length
+    # `num_predict` ends the story of a model that never ends one; by itself, Ollama goes on for ten contexts.
+    numbers = {**PARAMETERS, "num_ctx": context, "num_predict": context}
+    lines = [
+        f"# {source.name}, step {source.step}: written by tiny-lm; verification.json says how it was checked.",
+        f"FROM {quote(f'./{gguf_name}')}",
+        f"TEMPLATE {quote(TEMPLATE)}",
+        *(f"PARAMETER {name} {value}" for name, value in numbers.items()),
+        *(f"PARAMETER stop {quote(text)}" for text in stop_strings(source)),
+        f"LICENSE {quote(_printable(license_text))}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def stop_strings(source: Source) -> list[str]:
+    """Return the texts of the tokens around a story: where one appears, the story is over."""
+    ends = {source.tokenizer.bos_id, source.tokenizer.eos_id}
+    return [token.text for token in source.tokenizer.specials if token.id in ends]
+
+
+def quote(value: str) -> str:
+    """Return a value as the grammar reads it: bare where one line is enough, else in triple quotes.
+
+    Raises:
+        UserError: it holds triple quotes, or characters that Ollama drops.
+    """
+    if '"""' in value or value != _printable(value):
+        raise UserError(f'a Modelfile cannot hold {value[:60]!r}: it has """ or characters that are not printed')
+    bare = value != "" and value == value.strip() and "\n" not in value and not value.startswith('"')
+    return value if bare else f'"""{value}"""'
+
+
+def _printable(text: str) -> str:
+    """Leave out what Ollama drops from a value: all that is not printed, but line breaks and tabs."""
+    return "".join(character for character in text if character.isprintable() or character in "\n\t")
