@@ -15,14 +15,14 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A room imports only rooms on earlier lines; rooms of one line do not know each other.
 LINES = [
     ["errors"],
-    ["files"],
+    ["files", "pages"],
     ["config"],
     ["profile", "runs"],
     ["dataset", "model"],
     ["tokenizer"],
     ["data"],
     ["inference"],
-    ["training", "evaluation"],
+    ["training", "evaluation", "serving"],
     ["export"],
     ["cli"],
 ]

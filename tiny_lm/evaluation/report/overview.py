@@ -8,8 +8,8 @@ from pathlib import Path
 
 from tiny_lm.errors import UserError
 from tiny_lm.evaluation.report.material import Material
-from tiny_lm.evaluation.report.text import duration, fixed, number, percent, short, spoken
 from tiny_lm.model import ModelConfig, model_config_from_dict, parameter_table
+from tiny_lm.pages.text import duration, fixed, number, percent, short, spoken
 from tiny_lm.runs import mean_over_time
 
 FAMILIES = {"gpt2": "GPT-2", "llama3": "Llama 3", "smalllm": "SmallLM", "qwen3": "Qwen3"}
