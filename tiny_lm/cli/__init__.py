@@ -14,6 +14,7 @@ from typer.exceptions import TyperException
 
 from tiny_lm import __version__
 from tiny_lm.cli.data import data_app, tokenize
+from tiny_lm.cli.demo import demo
 from tiny_lm.cli.evaluate import EvalCommand, evaluate
 from tiny_lm.cli.export import convert_to_huggingface, export_app, import_model
 from tiny_lm.cli.generate import generate
@@ -46,6 +47,7 @@ app.command()(params)
 app.command()(estimate)
 app.command()(find_batch_size)
 app.command()(generate)
+app.command()(demo)
 app.command("eval", cls=EvalCommand)(evaluate)
 app.command()(harness)
 app.command()(report)
