@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import gradio
 
 _FOLDER = Path(__file__).parent
-_NOBODY = "no other model"
+_NOBODY = "nobody"
 
 _PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 """Of every event: it is no API, and the page shows itself that a story is under way."""
@@ -57,7 +57,7 @@ def build_page(tellers: Storytellers) -> "gradio.Blocks":
                     again = gr.Button("Another", size="md", elem_id="again", min_width=0)
                     stop = gr.Button("Stop", variant="stop", size="md", elem_id="stop", min_width=0)
             with gr.Column(elem_id="telling"):
-                gr.Radio(["Story", "Tokens"], value="Story", label="Show", show_label=False, elem_id="view")
+                gr.Radio(["Story", "Tokens"], value="Story", label="Show", show_label=False, interactive=True, elem_id="view")
                 with gr.Column(elem_id="sheets"):
                     sheets = [_sheet("first"), _sheet("second")]
             with gr.Column(elem_id="settings"):

@@ -18,16 +18,11 @@ _ICON = Path(__file__).parent / "favicon.svg"
 _BODY_LIMIT = 64 * 2**10
 _OPEN = {
     "GET": (
-        "/assets/",
-        "/static/",
-        "/theme.css",
-        "/favicon.ico",
-        "/manifest.json",
-        "/gradio_api/queue/data",
-        "/gradio_api/heartbeat/",
+        "/assets/", "/static/", "/theme.css", "/favicon.ico", "/manifest.json",
+        "/gradio_api/queue/data", "/gradio_api/heartbeat/",
     ),
     "POST": ("/gradio_api/queue/join", "/gradio_api/run/predict"),
-}
+}  # fmt: skip
 """What the page asks for. Gradio has routes for much more: files, uploads, an API."""
 
 _POLICY = (
@@ -99,7 +94,7 @@ def build_app(tellers: Storytellers, port: int) -> Gate:
 
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     gr.mount_gradio_app(
-        app, build_page(tellers), "/", theme=build_theme(), css=page_style(), footer_links=[], run_history=False,
+        app, build_page(tellers), "/", theme=build_theme(), head=f"<style>{page_style()}</style>", footer_links=[], run_history=False,
         server_name=HOST, server_port=port, show_error=False, max_file_size=1, ssr_mode=False, pwa=False,
         enable_monitoring=False, mcp_server=False, favicon_path=str(_ICON),
     )  # fmt: skip
