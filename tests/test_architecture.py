@@ -45,10 +45,13 @@ CONFINED = {
     "lm_eval": ("evaluation/harness.py", "evaluation/harness_model.py"),
     "httpx": ("evaluation/judge.py",),
     "jinja2": ("evaluation/report/",),
+    "gradio": ("serving/demo/",),
+    "fastapi": ("serving/",),
+    "uvicorn": ("serving/",),
 }
 # Imported inside functions only: they are slow to load, and most commands do not need them.
 LAZY = {"datasets", "tiktoken", "rustbpe", "sentencepiece", "matplotlib", "pyarrow", "trackio", "wandb"}
-LAZY |= {"transformers", "safetensors", "httpx", "jinja2", "gguf", "llama_cpp"}
+LAZY |= {"transformers", "safetensors", "httpx", "jinja2", "gguf", "llama_cpp", "gradio"}
 
 
 def room_of(path: Path) -> str:

@@ -57,7 +57,9 @@ def build_page(tellers: Storytellers) -> "gradio.Blocks":
                     again = gr.Button("Another", size="md", elem_id="again", min_width=0)
                     stop = gr.Button("Stop", variant="stop", size="md", elem_id="stop", min_width=0)
             with gr.Column(elem_id="telling"):
-                gr.Radio(["Story", "Tokens"], value="Story", label="Show", show_label=False, interactive=True, elem_id="view")
+                gr.Radio(
+                    ["Story", "Tokens"], value="Story", label="Show", show_label=False, interactive=True, elem_id="view"
+                )
                 with gr.Column(elem_id="sheets"):
                     sheets = [_sheet("first"), _sheet("second")]
             with gr.Column(elem_id="settings"):

@@ -1,5 +1,6 @@
 """The server behind the page: on this machine only, and no more of Gradio's routes than the page uses."""
 
+import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -71,7 +72,8 @@ class Gate:
         if headers.get(b"host", b"").decode("latin-1") not in self._hosts:
             return 421  # another name that leads here: a page elsewhere tries to reach us through it
         path, method = scope["path"], scope["method"].replace("HEAD", "GET")
-        if path != "/" and not path.startswith(_OPEN.get(method, ())):
+        is_page = path == "/" and method == "GET"
+        if not is_page and (".." in path or not path.startswith(_OPEN.get(method, ()))):
             return 404
         if method == "POST" and not _is_small(headers.get(b"content-length", b"")):
             return 413
@@ -94,9 +96,9 @@ def build_app(tellers: Storytellers, port: int) -> Gate:
 
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     gr.mount_gradio_app(
-        app, build_page(tellers), "/", theme=build_theme(), head=f"<style>{page_style()}</style>", footer_links=[], run_history=False,
-        server_name=HOST, server_port=port, show_error=False, max_file_size=1, ssr_mode=False, pwa=False,
-        enable_monitoring=False, mcp_server=False, favicon_path=str(_ICON),
+        app, build_page(tellers), "/", theme=build_theme(), head=f"<style>{page_style()}</style>",
+        favicon_path=str(_ICON), server_name=HOST, server_port=port, footer_links=[], show_error=False,
+        max_file_size=1, run_history=False, enable_monitoring=False, mcp_server=False, ssr_mode=False, pwa=False,
     )  # fmt: skip
     return Gate(app, frozenset(f"{name}:{port}" for name in (HOST, "localhost")))
 
@@ -125,8 +127,8 @@ def serve_demo(models: Mapping[str, TextGenerator], port: int, *, on_start: Call
 
     try:
         listening = socket.create_server((HOST, port))
-    except (OSError, OverflowError) as error:
-        raise UserError(f"port {port} cannot be used ({error}); choose another with --port") from None
+    except OSError as error:
+        raise UserError(f"port {port} cannot be used ({os.strerror(error.errno or 0)}); choose another with --port") from None
     with listening:
         address = listening.getsockname()
         tellers = Storytellers(models)

@@ -24,8 +24,8 @@ TEMPERATURES = (0.1, 2.0)
 SEEDS = 10_000
 
 _ALTERNATIVES = 5
-_SECONDS_BETWEEN_VIEWS = 0.06
-"""More often would cost the browser time and show nothing more to the eye."""
+_REFRESH_SECONDS = 0.06
+"""A story is shown anew so often; more often would cost the browser time and show nothing more to the eye."""
 
 _ENDINGS = {
     "telling": "telling …",
@@ -119,10 +119,12 @@ class Storytellers:
     def __init__(self, models: Mapping[str, TextGenerator]) -> None:
         self.names = list(models)
         self._models = dict(models)
-        self._loops = {name: ModelLoop(generator).start() for name, generator in models.items()}
+        self._loops = {name: ModelLoop(generator, refresh=_REFRESH_SECONDS) for name, generator in models.items()}
         self._tickets: defaultdict[str, set[Ticket]] = defaultdict(set)  # of each open page
         self._lock = threading.Lock()
         self._told = 0
+        for loop in self._loops.values():
+            loop.start()
 
     def describe(self, name: str) -> str:
         """Say in a line what a model is."""
@@ -149,17 +151,18 @@ class Storytellers:
             story = Story(self._told, name, wish.prompt, len(generator.dropped(wish.prompt)))
             ticket = self._loops[name].submit(wish.prompt, wish.request(), seed=wish.seed)
             self._tickets[listener].add(ticket)
-        began = shown = time.monotonic()
-        yield story.view()
+        began = time.monotonic()
         try:
+            yield story.view()
             for piece in ticket:
                 story.text += piece.text
-                if piece.drawn is not None:
-                    story.tokens.append(_view_token(generator, piece.drawn))
-                story.state = piece.finish_reason or "telling"
-                if time.monotonic() - shown >= _SECONDS_BETWEEN_VIEWS:
-                    shown = time.monotonic()
+                story.tokens += [_view_token(generator, drawn) for drawn in piece.drawn]
+                if piece.finish_reason is None:
                     yield story.view()
+                else:
+                    story.state = piece.finish_reason
+            if story.state == "telling":
+                story.state = "cancelled"
             story.seconds = time.monotonic() - began
             yield story.view()
         finally:
@@ -182,7 +185,7 @@ class Storytellers:
     def close(self) -> None:
         """End all stories and loops."""
         for loop in self._loops.values():
-            loop.close()
+            loop.stop(grace=0)
 
     def _forget(self, listener: str, ticket: Ticket) -> None:
         with self._lock:
