@@ -128,7 +128,8 @@ def serve_demo(models: Mapping[str, TextGenerator], port: int, *, on_start: Call
     try:
         listening = socket.create_server((HOST, port))
     except OSError as error:
-        raise UserError(f"port {port} cannot be used ({os.strerror(error.errno or 0)}); choose another with --port") from None
+        reason = os.strerror(error.errno or 0)
+        raise UserError(f"port {port} cannot be used ({reason}); choose another with --port") from None
     with listening:
         address = listening.getsockname()
         tellers = Storytellers(models)
