@@ -22,7 +22,7 @@ LINES = [
     ["tokenizer"],
     ["data"],
     ["inference"],
-    ["training", "evaluation"],
+    ["training", "evaluation", "serving"],
     ["export"],
     ["cli"],
 ]
