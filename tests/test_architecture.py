@@ -22,7 +22,7 @@ LINES = [
     ["tokenizer"],
     ["data"],
     ["inference"],
-    ["training", "evaluation"],
+    ["training", "evaluation", "serving"],
     ["export"],
     ["cli"],
 ]
@@ -44,7 +44,11 @@ CONFINED = {
     "typer": ("cli/",),
     "lm_eval": ("evaluation/harness.py", "evaluation/harness_model.py"),
     "httpx": ("evaluation/judge.py",),
-    "jinja2": ("evaluation/report/",),
+    "jinja2": ("evaluation/report/", "serving/chat.py"),
+    "fastapi": ("serving/",),
+    "starlette": ("serving/",),
+    "uvicorn": ("serving/",),
+    "prometheus_client": ("serving/",),
 }
 # Imported inside functions only: they are slow to load, and most commands do not need them.
 LAZY = {"datasets", "tiktoken", "rustbpe", "sentencepiece", "matplotlib", "pyarrow", "trackio", "wandb"}
