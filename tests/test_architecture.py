@@ -44,10 +44,12 @@ CONFINED = {
     "typer": ("cli/",),
     "lm_eval": ("evaluation/harness.py", "evaluation/harness_model.py"),
     "httpx": ("evaluation/judge.py",),
-    "jinja2": ("evaluation/report/",),
-    "gradio": ("serving/demo/",),
+    "jinja2": ("evaluation/report/", "serving/chat.py"),
     "fastapi": ("serving/",),
+    "starlette": ("serving/",),
     "uvicorn": ("serving/",),
+    "prometheus_client": ("serving/",),
+    "gradio": ("serving/demo/",),
 }
 # Imported inside functions only: they are slow to load, and most commands do not need them.
 LAZY = {"datasets", "tiktoken", "rustbpe", "sentencepiece", "matplotlib", "pyarrow", "trackio", "wandb"}

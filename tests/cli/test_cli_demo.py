@@ -94,7 +94,7 @@ def test_mistakes_end_in_one_line(cli: Cli, folder: Path, monkeypatch: pytest.Mo
         for words, message in (
             (["runs/elderbery"], "error: runs/elderbery: no such run folder; did you mean 'runs/elderberry'?\n"),
             (["runs/elderberry", "runs/elderberry"], "error: each model can be named once only\n"),
-            (["--port", port], f"error: port {port} cannot be used (Address already in use); choose another"),
+            (["--port", port], f"error: port {port} of 127.0.0.1 is in use: "),
         ):
             result = cli("demo", *words)
             assert (result.code, result.stdout) == (2, "")

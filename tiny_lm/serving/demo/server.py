@@ -1,6 +1,5 @@
 """The server behind the page: on this machine only, and no more of Gradio's routes than the page uses."""
 
-import os
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -123,18 +122,15 @@ def serve_demo(models: Mapping[str, TextGenerator], port: int, *, on_start: Call
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            on_start(f"http://{HOST}:{address[1]}")
+            on_start(url_of(listening))
 
-    try:
-        listening = socket.create_server((HOST, port))
-    except OSError as error:
-        reason = os.strerror(error.errno or 0)
-        raise UserError(f"port {port} cannot be used ({reason}); choose another with --port") from None
+    from tiny_lm.serving.server import listen, url_of
+
+    listening = listen(HOST, port)
     with listening:
-        address = listening.getsockname()
         tellers = Storytellers(models)
         try:
-            app: Any = build_app(tellers, address[1])
+            app: Any = build_app(tellers, listening.getsockname()[1])
             config = uvicorn.Config(
                 app, log_level="warning", ws="none", timeout_graceful_shutdown=2, limit_concurrency=200
             )
