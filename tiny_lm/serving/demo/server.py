@@ -118,16 +118,14 @@ def serve_demo(models: Mapping[str, TextGenerator], port: int, *, on_start: Call
         import uvicorn
     except ImportError:
         raise UserError("the demo needs Gradio: pip install 'tiny-lm[demo]'") from None
+    from tiny_lm.serving.server import listen, url_of
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             on_start(url_of(listening))
 
-    from tiny_lm.serving.server import listen, url_of
-
-    listening = listen(HOST, port)
-    with listening:
+    with listen(HOST, port) as listening:
         tellers = Storytellers(models)
         try:
             app: Any = build_app(tellers, listening.getsockname()[1])
