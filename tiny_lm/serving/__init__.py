@@ -1,4 +1,1 @@
-"""A trained model behind HTTP: the APIs of OpenAI and Ollama, and the loop that tells many stories at once.
-
-Only ``batching`` and ``models`` can be imported without the extra ``[serve]``.
-"""
+"""A trained model behind an address: for programs, and for people in a browser."""
