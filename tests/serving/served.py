@@ -1,6 +1,7 @@
 """What the tests of this folder share: `tiny-lm serve` in a process of its own."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ class Served:
     def metric(self, name: str) -> float:
         """Return a figure of /metrics, summed over its labels."""
         lines = self.client.get("/metrics").text.splitlines()
-        return sum(float(line.rpartition(" ")[2]) for line in lines if line.partition("{")[0] == name)
+        return sum(float(line.rpartition(" ")[2]) for line in lines if re.split("[{ ]", line)[0] == name)
 
 
 Serve = Callable[..., Served]

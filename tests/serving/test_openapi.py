@@ -39,8 +39,9 @@ def fitting(prompt: object) -> object:
         return prompt[:10] if len(prompt) < 1000 else prompt
     if isinstance(prompt, list):
         return [fitting(each) for each in prompt]
-    is_id = isinstance(prompt, int) and not isinstance(prompt, bool) and 0 <= prompt < 2**31
-    return prompt % 512 if is_id else prompt
+    if isinstance(prompt, int | float) and not isinstance(prompt, bool) and 0 <= prompt < 2**31:
+        return prompt % 512
+    return prompt
 
 
 @schema.parametrize()

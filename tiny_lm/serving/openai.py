@@ -69,7 +69,8 @@ def openai_router(catalogue: Catalogue) -> APIRouter:
 
 def _responses(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """Describe an answer that comes whole or in events."""
-    return {200: {"model": model, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    return {200: {"model": model, "content": {"text/event-stream": {"schema": event}}}}
 
 
 def _card(model: ServedModel) -> dict[str, Any]:
