@@ -66,10 +66,10 @@ class Continuation:
 
     Attributes:
         prompt: ids, at least one; of those beyond the context the last ones are read.
-        forbidden: mask ``[V]`` of tokens that are never drawn.
+        forbidden: mask ``[V]`` of tokens that are never drawn, but for ``ends``.
         sampling: temperature, truncation and penalties.
         seed: of the row's random numbers; None for others each time.
-        ends: tokens that are not drawn before ``min_new_tokens`` others.
+        ends: tokens that end the text, and are not drawn before ``min_new_tokens`` others.
         min_new_tokens: see ``ends``.
         logprobs: tell log-probabilities, and those of so many likeliest tokens.
     """
@@ -140,7 +140,8 @@ class BatchDecoder:
         self._masks = torch.zeros(rows, model.config.vocab_size, dtype=torch.bool, device=self._device)
         self._seen, self._counts = self._masks[:0], torch.zeros(0, device=self._device)  # made when a penalty is
         self._view: KVCache | None = None  # of the rows that draw; None when these have changed
-        self._groups: list[_Group] = []
+        self._groups: list[_Group] = []  # of the same rows; empty when they have changed
+        self._index = torch.empty(0, dtype=torch.int64)  # the rows as a tensor [B], as new as the groups
 
     @property
     def free(self) -> int:
@@ -158,8 +159,7 @@ class BatchDecoder:
         self._rows[row] = _Row(wanted, self._context)
         self._reading.append(row)
         self._masks[row] = wanted.forbidden
-        if wanted.min_new_tokens:
-            self._masks[row, list(wanted.ends)] = True
+        self._masks[row, list(wanted.ends)] = wanted.min_new_tokens > 0
         if wanted.sampling.looks_back:
             if not len(self._seen):
                 self._seen = torch.zeros_like(self._masks)
@@ -253,9 +253,11 @@ class BatchDecoder:
 
     def _draw(self, plain: Tensor) -> list[Drawn]:
         """Draw a token for each row from its logits, ``[B, V]``."""
-        self._groups = self._groups or self._grouped()
+        if not self._groups:
+            self._groups = self._grouped()
+            self._index = torch.tensor(self._drawing, device=self._device)
         rows = [self._rows[row] for row in self._drawing]
-        logits = plain.masked_fill(self._masks[self._drawing], -torch.inf)
+        logits = plain.masked_fill(self._masks.index_select(0, self._index), -torch.inf)
         uniform = torch.tensor([row.next_uniform() for row in rows], device=self._device)
         ids = [0] * len(rows)
         for group in self._groups:
@@ -265,7 +267,7 @@ class BatchDecoder:
             row.text.append(token)
             row.steps += 1
             if row.steps == row.wanted.min_new_tokens:
-                self._masks[number] = row.wanted.forbidden
+                self._masks[number, list(row.wanted.ends)] = False
         told = self._tell(plain, ids)
         return [
             Drawn(row, token, *told.get(place, ()))

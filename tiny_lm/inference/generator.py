@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from typing_extensions import Self
 
 from tiny_lm.errors import UserError
@@ -54,6 +53,7 @@ class TextGenerator:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self._packed = pack(self.model)
+        # Tokens that are no text [V]: control tokens, and rows beyond the tokenizer.
         no_text = torch.zeros(model.config.vocab_size, dtype=torch.bool)
         no_text[tokenizer.vocab_size :] = True
         no_text[[token.id for token in tokenizer.specials if token.control]] = True
@@ -270,7 +270,7 @@ class TextGenerator:
                 "beginning be left out"
             )
         wanted = Continuation(
-            ids, self._never_drawn(ends), request.sampling, seed, ends, request.min_new_tokens, request.logprobs
+            ids, self._no_text, request.sampling, seed, ends, request.min_new_tokens, request.logprobs
         )
         return GrowingText(self.tokenizer, prompt, wanted, request)
 
@@ -298,12 +298,6 @@ class TextGenerator:
             if text not in known:
                 raise UserError(f"{text!r} is no special token of this model; it has {', '.join(sorted(known))}")
         return [self.tokenizer.eos_id, *(known[text] for text in request.stop_tokens)]
-
-    def _never_drawn(self, ends: Sequence[int]) -> Tensor:
-        """Return a mask ``[V]`` of tokens that are no text: control tokens, and rows beyond the tokenizer."""
-        mask = self._no_text.clone()
-        mask[list(ends)] = False
-        return mask
 
 
 def choose_device(device: str | None) -> torch.device:

@@ -1,4 +1,4 @@
 """A trained model behind HTTP: the APIs of OpenAI and Ollama, the loop that tells many stories at once, and a page.
 
-Only ``batching`` and ``models`` can be imported without the extra ``[serve]``; the page needs ``[demo]``.
+Only ``batching`` and ``models`` can be imported without the extra ``[serve]``; ``demo`` needs ``[demo]``.
 """

@@ -2,13 +2,19 @@
 
 The loop is a thread that owns the batch and its cache. It never waits for those who read what it makes, and wakes them
 at most every few hundredths of a second, so that they do not take its time.
+
+A thread that has computed keeps a pool of OpenMP threads as long as it lives, and where all pools together have more
+threads than the machine has cores, the threads of GNU's OpenMP sleep between two products instead of spinning: half as
+many tokens a second. So a loop without work gives its thread up, and :func:`apart` does the computing of others.
 """
 
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from tiny_lm.inference import Request, TextGenerator
 from tiny_lm.inference.batch import TextBatch
@@ -24,13 +30,19 @@ __all__ = [
     "Piece",
     "QueueFull",
     "Ticket",
+    "apart",
 ]
+
+_T = TypeVar("_T")
 
 _PROMPT_TOKENS = 256
 """So many tokens of prompts are read in a step: running texts go on while a long prompt is read."""
 
 _REFRESH_SECONDS = 0.02
 """Readers are woken so often: as often as a screen shows something new."""
+
+_IDLE_SECONDS = 2.0
+"""After so long without work the thread of a loop ends, until there is work again."""
 
 
 class QueueFull(Exception):  # noqa: N818  # the name of the condition, as in the standard library's queue.Full
@@ -64,6 +76,12 @@ class LoopStats:
     cancelled: int = 0
 
 
+def apart(function: Callable[..., _T], /, *arguments: Any, **options: Any) -> _T:
+    """Call a function that computes, such as one that loads a model, in a thread that ends with it (see above)."""
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(function, *arguments, **options).result()
+
+
 class ModelLoop:
     """Continues the texts of all requests, in a thread of its own that owns model and cache."""
 
@@ -92,14 +110,18 @@ class ModelLoop:
         self._left: list[Ticket] = []  # cancelled, and not yet taken out
         self._deadline: float | None = None  # set when stopping
         self._error: BaseException | None = None
+        self._started = False
+        self._thread: threading.Thread | None = None
         # Only the loop's thread writes these.
+        self._batch: TextBatch | None = None
         self._running: dict[GrowingText, Ticket] = {}
         self._tokens = self._read = self._steps = self._finished = self._cancelled = 0
-        self._thread = threading.Thread(target=self._work, name="model-loop", daemon=True)
 
     def start(self) -> None:
         """Begin to work."""
-        self._thread.start()
+        with self._lock:
+            self._started = True
+            self._see_to_thread()
 
     @property
     def stats(self) -> LoopStats:
@@ -141,7 +163,7 @@ class ModelLoop:
             if len(self._waiting) >= self._queue + self._slots - len(self._running):
                 raise QueueFull(f"{self._queue} requests wait already")
             self._waiting.append(ticket)
-            self._lock.notify()
+            self._see_to_thread()
         return ticket
 
     def stop(self, *, grace: float) -> None:
@@ -150,27 +172,36 @@ class ModelLoop:
             if self._deadline is None:
                 self._deadline = time.monotonic() + grace
             self._lock.notify()
-        if self._thread.ident is None:  # never started
-            for ticket in list(self._waiting):
-                ticket.cancel()
-        else:
-            self._thread.join()
+            thread = self._thread
+            unheard = [] if thread else list(self._waiting)
+        for ticket in unheard:  # it was never started
+            ticket.cancel()
+        if thread:
+            thread.join()
 
     def _leave(self, ticket: Ticket) -> None:
         with self._lock:
             self._left.append(ticket)
             self._lock.notify()
 
+    def _see_to_thread(self) -> None:
+        """Wake the thread, or start one where there is work and none to do it."""
+        self._lock.notify()
+        if self._started and self._waiting and self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="model-loop", daemon=True)
+            self._thread.start()
+
     # --- the loop's thread -----------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         try:
-            batch = self._generator.new_batch(self._slots, prompt_tokens=self._prompt_tokens)
+            if self._batch is None:
+                self._batch = self._generator.new_batch(self._slots, prompt_tokens=self._prompt_tokens)
             shown = 0.0
-            while self._admit(batch):
+            while self._admit(self._batch):
                 now = time.monotonic()
                 everyone = now - shown >= self._refresh
-                self._advance(batch, everyone=everyone)
+                self._advance(self._batch, everyone=everyone)
                 shown = now if everyone else shown
         except BaseException as error:
             with self._lock:
@@ -181,7 +212,8 @@ class ModelLoop:
             wake([waiter for ticket in tickets for waiter in ticket.fail(error)])
 
     def _admit(self, batch: TextBatch) -> bool:
-        """Let texts leave and join; return whether there is a step to make, and wait for one if there is none yet."""
+        """Let texts leave and join; return whether there is a step to make, and wait a while for one."""
+        idle = False
         with self._lock:
             while True:
                 late = self._deadline is not None and time.monotonic() >= self._deadline
@@ -195,9 +227,10 @@ class ModelLoop:
                     self._read += ticket.prompt_tokens
                 if self._running:
                     return True
-                if self._deadline is not None:
+                if self._deadline is not None or idle:
+                    self._thread = None
                     return False
-                self._lock.wait()
+                idle = not self._lock.wait(_IDLE_SECONDS)
 
     def _take_out(self, batch: TextBatch) -> None:
         """Give the places of cancelled texts back."""

@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 
 from tiny_lm.errors import UserError
-from tiny_lm.serving.batching import QueueFull
+from tiny_lm.serving.batching import LoopStoppedError, QueueFull
 from tiny_lm.serving.generation import ClientGoneError, StoppedError, TimeIsUpError
 
 RETRY_SECONDS = 2
@@ -62,7 +62,7 @@ def describe(error: Exception) -> ApiError:
         return error
     if isinstance(error, TimeIsUpError):
         return ApiError(504, "the request took longer than this server allows", code="timeout")
-    if isinstance(error, StoppedError):
+    if isinstance(error, (StoppedError, LoopStoppedError)):
         return ApiError(503, "the server is stopping", code="stopping")
     if isinstance(error, QueueFull):
         return ApiError(429, "too many requests are waiting: try again in a moment", code="queue_full")
@@ -91,7 +91,7 @@ def install(app: FastAPI) -> None:
         return Response(status_code=499)  # as nginx notes a client that went away
 
     app.add_exception_handler(ClientGoneError, tell_nobody)
-    for kind in (ApiError, TimeIsUpError, StoppedError, QueueFull, UserError, Exception):
+    for kind in (ApiError, TimeIsUpError, StoppedError, LoopStoppedError, QueueFull, UserError, Exception):
         app.add_exception_handler(kind, tell)
     app.add_exception_handler(HTTPException, tell_http)
     app.add_exception_handler(RequestValidationError, tell_invalid)
@@ -102,8 +102,10 @@ def _first_problem(error: RequestValidationError) -> tuple[str, str | None]:
     problem = error.errors()[0]
     if problem["type"] == "json_invalid":
         return f"the body is no JSON ({problem['ctx']['error']}, character {problem['loc'][1]})", None
-    place = [str(part) for part in problem["loc"][1:]]
+    # Parts such as `list[str]` name a kind of value where there are several, and are no place in the body.
+    place = [str(part) for part in problem["loc"][1:] if str(part).isidentifier() or isinstance(part, int)]
     message = problem["msg"].removeprefix("Value error, ")
     if not place:
         return f"the body: {message} (is its content type application/json?)", None
-    return f"{'.'.join(place)}: {message}", place[0]
+    several = len(error.errors()) > 1 and len({each["loc"][:2] for each in error.errors()}) == 1
+    return f"{place[0] if several else '.'.join(place)}: {message}", place[0]

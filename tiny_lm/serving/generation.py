@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from tiny_lm.errors import UserError
 from tiny_lm.inference import Request
@@ -13,6 +13,9 @@ from tiny_lm.serving.batching import Piece, Ticket
 from tiny_lm.serving.chat import Message, story_beginning
 from tiny_lm.serving.limits import MOST_PROMPTS, Limits
 from tiny_lm.serving.models import ServedModel
+
+_SEEDS = 2**63
+"""Seeds are taken modulo this; those that a C integer holds (which all clients send) are left as they are."""
 
 
 class TimeIsUpError(Exception):
@@ -159,7 +162,7 @@ def begin(
         prompts: ids, one or more for each prompt.
         request: how to go on.
         n: texts for each prompt; text i of a prompt has ``seed + i``.
-        seed: None for another text each time.
+        seed: any integer; None for another text each time.
         limits: the time that all may take.
         on_first: is told the seconds until the first piece of text.
 
@@ -169,12 +172,11 @@ def begin(
     """
     if len(prompts) * n > MOST_PROMPTS:
         raise UserError(f"{len(prompts)} prompts with {n} texts each are too many: at most {MOST_PROMPTS} texts in all")
-    request = replace(request, max_new_tokens=min(request.max_new_tokens, limits.max_tokens))
     tickets: list[Ticket] = []
     try:
         for ids in prompts:
             for number in range(n):
-                tickets.append(model.loop.submit(ids, request, seed=None if seed is None else seed + number))
+                tickets.append(model.loop.submit(ids, request, seed=None if seed is None else seed % _SEEDS + number))
     except Exception:
         for ticket in tickets:
             ticket.cancel()

@@ -44,3 +44,7 @@ class Limits:
         ):
             if not least <= value <= most:
                 raise UserError(f"{name} must be between {least} and {most:,} (it is {value})")
+
+    def tokens(self, asked: int) -> int:
+        """Return the most tokens of a text for which ``asked`` were asked."""
+        return min(asked, self.max_tokens)

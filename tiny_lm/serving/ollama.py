@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from datetime import datetime, timezone
 from typing import Any
 
@@ -98,7 +97,8 @@ async def _answer(
 ) -> Response:
     """Send what is generated, in lines (as Ollama does unless it is told not to) or whole."""
     options = body.options or schema.Options()
-    asked = replace(_request(options, model), stop_tokens=stop_tokens)
+    most = options.num_predict if options.num_predict >= 0 else model.context_length
+    asked = _request(options, catalogue.limits.tokens(most), stop_tokens)
     generation = catalogue.begin(model, [prompt], asked, seed=options.seed if options.seed >= 0 else None)
     if body.stream is None or body.stream:
         return TextStream(_lines(model, generation, wrap), generation, "application/x-ndjson")
@@ -126,7 +126,7 @@ def _line(content: object) -> str:
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"
 
 
-def _request(options: schema.Options, model: ServedModel) -> Request:
+def _request(options: schema.Options, most: int, stop_tokens: tuple[str, ...]) -> Request:
     sampling = Sampling(
         temperature=options.temperature,
         top_k=max(options.top_k, 0),
@@ -136,8 +136,7 @@ def _request(options: schema.Options, model: ServedModel) -> Request:
         presence_penalty=options.presence_penalty,
         frequency_penalty=options.frequency_penalty,
     )
-    most = options.num_predict if options.num_predict >= 0 else model.context_length
-    return Request(most, sampling=sampling, stop=tuple(options.stop))
+    return Request(most, sampling=sampling, stop=tuple(options.stop), stop_tokens=stop_tokens)
 
 
 def _head(model: ServedModel) -> dict[str, Any]:

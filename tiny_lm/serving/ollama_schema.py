@@ -1,11 +1,11 @@
 """What requests to the API of Ollama hold, and what its answers do."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
 from tiny_lm.serving.limits import PROMPT_CHARACTERS
-from tiny_lm.serving.openai_schema import Seed, StopString, Strict
+from tiny_lm.serving.openai_schema import StopString, Strict
 
 _Text = Annotated[str, Field(max_length=PROMPT_CHARACTERS)]
 _Name = Annotated[str, Field(max_length=1024)]
@@ -25,7 +25,7 @@ class Options(Strict):
     repeat_penalty: float = Field(1.1, gt=0, le=100)
     presence_penalty: float = Field(0.0, ge=-100, le=100)
     frequency_penalty: float = Field(0.0, ge=-100, le=100)
-    seed: Seed = Field(-1, description="below 0: another text each time")
+    seed: int = Field(-1, description="below 0: another text each time")
     stop: list[StopString] = Field([], max_length=16)
 
 
@@ -41,7 +41,7 @@ class GeneratingRequest(ModelRequest):
     stream: bool | None = None
     options: Options | None = None
     format: Annotated[str, Field(max_length=0)] | None = Field(None, description="must be empty")
-    think: Annotated[bool, Field(json_schema_extra={"const": False})] | None = Field(None, description="must be false")
+    think: Literal[False] | None = None
 
 
 class GenerateRequest(GeneratingRequest):

@@ -42,9 +42,9 @@ def openai_router(catalogue: Catalogue) -> APIRouter:
     async def complete(body: schema.CompletionRequest, request: HttpRequest) -> Response:
         """Go on with a beginning, or with several."""
         model = catalogue.find(body.model)
-        _refuse_completion(body)
         prompts = await _prompts(model, body.prompt)
-        asked = _request(body, body.max_tokens, default=_COMPLETION_TOKENS, logprobs=body.logprobs)
+        most = catalogue.limits.tokens(_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens)
+        asked = _request(body, most, logprobs=body.logprobs)
         generation = catalogue.begin(model, prompts, asked, n=body.n or 1, seed=body.seed)
         echoes = [model.generator.tokenizer.decode(ids) if body.echo else "" for ids in prompts]
         answers = CompletionAnswers(model, body.n or 1, echoes, tells_logprobs=body.logprobs is not None)
@@ -54,15 +54,14 @@ def openai_router(catalogue: Catalogue) -> APIRouter:
     async def chat(body: schema.ChatRequest, request: HttpRequest) -> Response:
         """Answer messages; a model that was trained on stories alone goes on with their text."""
         model = catalogue.find(body.model)
-        _refuse(body)
-        if body.top_logprobs and not body.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs to be true", param="top_logprobs")
         prompt, stop_tokens = await prompt_of_messages(model, [_message(each) for each in body.messages])
         most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        logprobs = (body.top_logprobs or 0) if body.logprobs else None
-        asked = _request(body, most, default=model.context_length, logprobs=logprobs, stop_tokens=stop_tokens)
+        tells_logprobs = bool(body.top_logprobs) if body.logprobs is None else body.logprobs
+        logprobs = (body.top_logprobs or 0) if tells_logprobs else None
+        most = catalogue.limits.tokens(model.context_length if most is None else most)
+        asked = _request(body, most, logprobs=logprobs, stop_tokens=stop_tokens)
         generation = catalogue.begin(model, [prompt], asked, n=body.n or 1, seed=body.seed)
-        answers = ChatAnswers(model, body.n or 1, tells_logprobs=bool(body.logprobs))
+        answers = ChatAnswers(model, body.n or 1, tells_logprobs=tells_logprobs)
         return await _answer(body, request, generation, answers)
 
     return router
@@ -70,7 +69,8 @@ def openai_router(catalogue: Catalogue) -> APIRouter:
 
 def _responses(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
     """Describe an answer that comes whole or in events."""
-    return {200: {"model": model, "content": {"text/event-stream": {"schema": {"type": "string"}}}}}
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    return {200: {"model": model, "content": {"text/event-stream": {"schema": event}}}}
 
 
 def _card(model: ServedModel) -> dict[str, Any]:
@@ -92,26 +92,6 @@ async def _answer(
         return TextStream(answers.events(generation, tells_usage=tells_usage), generation, "text/event-stream")
     choices = await while_connected(request, generation, generation.choices())
     return JSONResponse(answers.whole(choices, generation))
-
-
-def _refuse(body: schema.SampledRequest) -> None:
-    """Refuse what would change the text and cannot be honoured.
-
-    Raises:
-        ApiError: naming the field.
-    """
-    if body.logit_bias:
-        raise ApiError(400, "logit_bias is not supported", param="logit_bias")
-    if body.stream_options and not body.stream:
-        raise ApiError(400, "stream_options are for streams: set stream to true", param="stream_options")
-
-
-def _refuse_completion(body: schema.CompletionRequest) -> None:
-    _refuse(body)
-    if body.best_of not in (None, body.n or 1):
-        raise ApiError(400, "best_of is not supported: it must be n", param="best_of")
-    if body.suffix:
-        raise ApiError(400, "suffix is not supported", param="suffix")
 
 
 async def _prompts(model: ServedModel, prompt: schema.Prompt | None) -> list[list[int]]:
@@ -149,15 +129,9 @@ def _message(message: schema.ChatMessage) -> Message:
 
 
 def _request(
-    body: schema.SampledRequest,
-    max_tokens: int | None,
-    *,
-    default: int,
-    logprobs: int | None,
-    stop_tokens: tuple[str, ...] = (),
+    body: schema.SampledRequest, most: int, *, logprobs: int | None, stop_tokens: tuple[str, ...] = ()
 ) -> Request:
-    """Return what is asked of the loop."""
-    most = default if max_tokens is None else max_tokens
+    """Return what is asked of the loop: ``most`` tokens."""
     sampling = Sampling(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=max(body.top_k or 0, 0),

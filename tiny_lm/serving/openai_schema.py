@@ -1,16 +1,14 @@
 """What requests to the API of OpenAI hold, and what its answers do.
 
 Fields that this server has no use for (``user``, ``metadata`` and so on) are passed over, as other servers do; those
-that would change the answer and cannot be honoured are refused in ``openai.py``.
+that would change the answer and cannot be honoured must be empty.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tiny_lm.serving.limits import MOST_CHOICES, MOST_LOGPROBS, MOST_PROMPTS, PROMPT_CHARACTERS
-
-_INT64 = 2**63
 
 PromptText = Annotated[str, Field(max_length=PROMPT_CHARACTERS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -22,13 +20,20 @@ Prompt = (
     | Annotated[list[PromptIds], Field(min_length=1, max_length=MOST_PROMPTS)]
 )
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
-Seed = Annotated[int, Field(ge=-_INT64, lt=_INT64)]
 
 
 class Strict(BaseModel):
     """A body whose types are taken by the letter: the string ``"3"`` is no number."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _take_whole_numbers_as_integers(cls, value: object) -> object:
+        """JSON knows one kind of numbers: 1.0 is an integer too, and some clients write it that way."""
+        if isinstance(value, list):
+            return [cls._take_whole_numbers_as_integers(each) for each in value]
+        return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class StreamOptions(Strict):
@@ -49,10 +54,10 @@ class SampledRequest(Strict):
     top_p: float | None = Field(None, ge=0, le=1)
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
-    seed: Seed | None = None
+    seed: int | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, float] | None = Field(None, description="must be empty")
+    logit_bias: dict[str, float] | None = Field(None, max_length=0, description="must be empty")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 or -1 for all tokens")
@@ -69,8 +74,8 @@ class CompletionRequest(SampledRequest):
     )
     echo: bool | None = Field(None, description="tell the prompt too")
     logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    best_of: int | None = Field(None, ge=1, le=MOST_CHOICES, description="must be n")
-    suffix: str | None = Field(None, description="must be empty")
+    best_of: int | None = Field(None, ge=1, le=1, description="must be 1")
+    suffix: str | None = Field(None, max_length=0, description="must be empty")
 
 
 class ContentPart(Strict):
@@ -99,7 +104,7 @@ class ChatRequest(SampledRequest):
     messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
     max_completion_tokens: int | None = Field(None, ge=0, lt=2**31, description="goes before max_tokens")
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, description="needs logprobs")
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, description="implies logprobs, if not false")
     response_format: ResponseFormat | None = None
     tools: list[Any] | None = Field(None, max_length=0)
 

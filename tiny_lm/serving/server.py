@@ -70,7 +70,7 @@ class Server(uvicorn.Server):
         self._gate.closed = True
         self._deadline = time.monotonic() + self._grace
         if self._gate.inside:
-            self._tell(f"stopping: {self._gate.inside} requests have {self._grace:g} s to end")
+            self._tell(f"stopping: what runs has {self._grace:g} s to end; again to stop at once")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End what still runs, so that its clients are told, and close."""
