@@ -26,7 +26,7 @@ from tiny_lm.training.acceleration import (
     compiled_loss,
     keep_freed_memory,
     next_token_loss,
-    prefers_reference_attention,
+    prefers_blocked_attention,
 )
 from tiny_lm.training.callbacks import MetricsWriter, Validation
 from tiny_lm.training.checkpoints import AtomicCheckpointIO, CheckpointWriter, GracefulStop
@@ -124,8 +124,8 @@ def train(
     finished = run.read_record().get("status") == "finished"
     resumed_step = 0 if resume_from is None else check_resume(resume_from, kept, console, finished=finished)
     module = _build_module(model_config, replace(training_config, precision=precision), kept, compiles=compiles)
-    if prefers_reference_attention(device, data_config.block_size):
-        module.model.use_reference_attention()
+    if prefers_blocked_attention(device, data_config.block_size):
+        module.model.use_blocked_attention()
     plan = _plan(identity, training_config, resumed_step, data.train_stream.tokens)
     agreement = Agreement(plan, training_config.seed)
     loggers = build_loggers(training_config.trackers, run, resumed_step, console)
