@@ -78,7 +78,8 @@ def build_page(tellers: Storytellers) -> "gradio.Blocks":
                 )
         stop.click(stop_stories, None, None, queue=False, **_PRIVATE)
         page.unload(stop_stories)
-    return page.queue(max_size=32, api_open=False)
+    page.queue(max_size=32, api_open=False)
+    return page
 
 
 def _heading(tellers: Storytellers) -> str:
