@@ -47,7 +47,8 @@ def build_page(tellers: Storytellers) -> "gradio.Blocks":
     import gradio as gr
 
     tell_story, stop_stories = _events(tellers)
-    with gr.Blocks(title="tiny-lm · stories", analytics_enabled=False, fill_width=True) as page:
+    page = gr.Blocks(title="tiny-lm · stories", analytics_enabled=False, fill_width=True)
+    with page:
         gr.HTML(_heading(tellers), elem_id="heading")
         with gr.Column(elem_id="desk"):
             with gr.Column(elem_id="asking"):
