@@ -4,10 +4,11 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+OPENWEBUI := .venv-openwebui
 
 CHROMIUM ?= $(firstword $(wildcard /usr/bin/chromium /usr/bin/chromium-browser /usr/bin/google-chrome) /usr/bin/chromium)
 
-.PHONY: quickstart test test-browser test-llamacpp test-llama-server test-transformers4 test-transformersjs lint types wheel lock clean
+.PHONY: quickstart test test-browser test-openwebui test-llamacpp test-llama-server test-transformers4 test-transformersjs lint types wheel lock clean
 
 # The stamps are renewed whenever the project's declared dependencies or their pins change.
 $(VENV)/installed: pyproject.toml requirements.lock
@@ -26,12 +27,24 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest
 
-# Opens the report in Chromium, which Debian's packages bring where we may install them.
-test-browser: $(VENV)/installed-dev
+# Opens the report and the demo in Chromium, which Debian's packages bring where we may install them.
+$(VENV)/installed-browser: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --group browser
 	@test -x $(CHROMIUM) || test "$$(id -u)" = 0 || { echo "install Chromium, or name it: make test-browser CHROMIUM=..."; exit 1; }
 	test -x $(CHROMIUM) || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
+	touch $@
+
+test-browser: $(VENV)/installed-browser
 	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest tests/browser
+
+# Opens Open WebUI, in an environment of its own (4 GB), before `tiny-lm serve`; it needs Python 3.11 or 3.12.
+$(OPENWEBUI)/installed: Makefile
+	$(PYTHON) -m venv $(OPENWEBUI)
+	$(OPENWEBUI)/bin/python -m pip install --quiet open-webui==0.12.4
+	touch $@
+
+test-openwebui: $(VENV)/installed-browser $(OPENWEBUI)/installed
+	CHROMIUM=$(CHROMIUM) OPENWEBUI=$(OPENWEBUI)/bin/open-webui $(BIN)/python -m pytest -m openwebui tests/browser
 
 # Compares GGUF files with the real llama.cpp, which pip builds from source: four to ten minutes on two cores.
 test-llamacpp: $(VENV)/installed-dev
@@ -85,4 +98,4 @@ lock: $(VENV)/installed
 	echo "torch==2.13.0" >> requirements.lock
 
 clean:
-	rm -rf $(VENV) .venv-transformers4 dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OPENWEBUI) .venv-transformers4 dist build .pytest_cache .mypy_cache .ruff_cache

@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A room imports only rooms on earlier lines; rooms of one line do not know each other.
 LINES = [
     ["errors"],
-    ["files"],
+    ["files", "pages"],
     ["config"],
     ["profile", "runs"],
     ["dataset", "model"],
@@ -50,11 +50,16 @@ CONFINED = {
     "typer": ("cli/",),
     "lm_eval": ("evaluation/harness.py", "evaluation/harness_model.py"),
     "httpx": ("evaluation/judge.py", "serving/engines.py"),
-    "jinja2": ("evaluation/report/",),
+    "jinja2": ("evaluation/report/", "serving/chat.py"),
+    "fastapi": ("serving/",),
+    "starlette": ("serving/",),
+    "uvicorn": ("serving/",),
+    "prometheus_client": ("serving/",),
+    "gradio": ("serving/demo/",),
 }
 # Imported inside functions only: they are slow to load, and most commands do not need them.
 LAZY = {"datasets", "tiktoken", "rustbpe", "sentencepiece", "matplotlib", "pyarrow", "trackio", "wandb"}
-LAZY |= {"transformers", "safetensors", "httpx", "jinja2", "gguf", "llama_cpp", "huggingface_hub"}
+LAZY |= {"transformers", "safetensors", "httpx", "jinja2", "gguf", "llama_cpp", "huggingface_hub", "gradio"}
 
 LAZY |= {"onnx", "onnxscript"}
 

@@ -193,15 +193,16 @@ def new_run_name(model: str, data: str) -> str:
     return f"{model}-{data}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
 
 
-def find_newest_run(names: Sequence[str]) -> Run | None:
-    """Return the newest run of the model, training and data configs of these names.
+def find_newest_run(names: Sequence[str] | None = None) -> Run | None:
+    """Return the newest run, or that of the model, training and data configs of these names.
 
     One that has a checkpoint comes before any that has none, since it was stopped before its first save.
     """
     ours = []
     for record in RUNS_FOLDER.glob("*/run.json"):
         with suppress(UserError):  # a damaged record belongs to some other run
-            if Run(record.parent).read_record().get("configs") == list(names):
+            configs = Run(record.parent).read_record().get("configs")
+            if names is None or configs == list(names):
                 ours.append(Run(record.parent))
     return max(ours, key=_last_saved, default=None)
 

@@ -1,22 +1,21 @@
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from report_runs import small_model
 
-from tiny_lm.evaluation import report
 from tiny_lm.evaluation.report.attention import describe_habit, map_attention, measure_spread, recording
 from tiny_lm.evaluation.report.charts import Line, Scale, draw, envelope
 from tiny_lm.evaluation.report.samples import Moment, ToldStory, choose_moments, read_moments
 from tiny_lm.evaluation.report.surprise import measure_tokens
-from tiny_lm.evaluation.report.text import duration, number, percent, short, spoken, visible
 from tiny_lm.model import build_model
+from tiny_lm.pages import shared_style
+from tiny_lm.pages.text import duration, number, percent, short, spoken, visible
 from tiny_lm.tokenizer import Tokenizer
 from tiny_lm.training.samples import _quote
 
-STYLE = (Path(report.__file__).parent / "templates" / "report.css").read_text(encoding="utf-8")
+STYLE = shared_style()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "smalllm", "llama3", "qwen3"])

@@ -29,10 +29,8 @@ def make(tokenizer: Tokenizer, family: str = "gpt2", **values: Any) -> TextGener
 
 
 def never_drawn(generator: TextGenerator) -> torch.Tensor:
-    """The mask of tokens that are never drawn, and eos."""
-    forbidden = generator._never_drawn(Request())
-    forbidden[generator.tokenizer.eos_id] = True
-    return forbidden
+    """The mask of tokens that are no text, eos among them."""
+    return generator._no_text.clone()
 
 
 def generated_ids(generator: TextGenerator, prompt: str, count: int) -> list[int]:

@@ -112,17 +112,15 @@ def test_rows_of_a_cache_have_lengths_of_their_own(family):
     torch.testing.assert_close(decoded, expected, rtol=1e-5, atol=1e-5 * max(1.0, full.std().item()))
     assert cache.lengths == [15, 10, 20]
 
-    kept = cache.keep([2, 0])
-    assert kept.lengths == [20, 15]
-    following = model(torch.stack([ids[2, 20:21], ids[0, 15:16]]), kept)
-    torch.testing.assert_close(following[0, 0], full[2, 20], rtol=1e-5, atol=1e-5 * max(1.0, full.std().item()))
-    torch.testing.assert_close(following[1, 0], full[0, 15], rtol=1e-5, atol=1e-5 * max(1.0, full.std().item()))
-
-    model(ids[:1, :7], cache.row(1))  # a row is read anew without the others
-    cache.lengths[1] = 7
-    again = model(torch.stack([ids[0, 15:16], ids[0, 7:8], ids[2, 20:21]]), cache)
-    torch.testing.assert_close(again[1, 0], full[0, 7], rtol=1e-5, atol=1e-5 * max(1.0, full.std().item()))
-    torch.testing.assert_close(again[[0, 2]], following[[1, 0]], rtol=1e-5, atol=1e-5 * max(1.0, full.std().item()))
+    last = cache.rows(1, 3, [0, 20])  # a row is read anew without the first one
+    model(torch.stack([ids[0, :4], ids[2, 20:24]]), last)
+    assert last.lengths == [4, 24] and cache.lengths == [15, 10, 20]
+    last.copy_row(0, 1, 3)  # and copied over its neighbour, but for a token
+    last.lengths = [4, 3]
+    again = model(torch.stack([ids[0, 4:6], ids[0, 3:5]]), last)
+    first = model(ids[:1, 15:16], cache.rows(0, 1, [15]))
+    for got, wanted in ((again[0], full[0, 4:6]), (again[1], full[0, 3:5]), (first[0], full[0, 15:16])):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5 * max(1.0, full.std().item()))
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from typer.exceptions import TyperException
 
 from tiny_lm import __version__
 from tiny_lm.cli.data import data_app, tokenize
+from tiny_lm.cli.demo import demo
 from tiny_lm.cli.evaluate import EvalCommand, evaluate
 from tiny_lm.cli.export import convert_to_huggingface, export_app, import_model
 from tiny_lm.cli.generate import generate
@@ -24,6 +25,7 @@ from tiny_lm.cli.profiles import profiles
 from tiny_lm.cli.push import push, upload_checkpoint
 from tiny_lm.cli.quickstart import quickstart
 from tiny_lm.cli.report import report
+from tiny_lm.cli.serve import serve
 from tiny_lm.cli.tokenizer import tokenizer_app
 from tiny_lm.cli.train import train
 from tiny_lm.errors import UserError
@@ -47,10 +49,12 @@ app.command()(params)
 app.command()(estimate)
 app.command()(find_batch_size)
 app.command()(generate)
+app.command()(demo)
 app.command("eval", cls=EvalCommand)(evaluate)
 app.command()(harness)
 app.command()(report)
 app.add_typer(export_app, name="export")
+app.command()(serve)
 app.command("import")(import_model)
 app.command()(push)
 app.command(hidden=True)(convert_to_huggingface)  # scripts/export/convert_to_hf_gpt2.py

@@ -3,12 +3,14 @@
 Shapes: B rows, T tokens of a prompt, D model width, V vocabulary.
 """
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from tiny_lm.errors import UserError
 from tiny_lm.inference.sampling import Sampling, penalize, sample
 from tiny_lm.model import KVCache, Transformer
 
@@ -17,23 +19,24 @@ _RANDOM_NUMBERS = 64
 
 
 def prefill(model: Transformer, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-    """Read prompts of any lengths into an empty cache.
+    """Read prompts of any lengths, each behind what its row of the cache holds.
 
     Args:
         model: on any device.
-        prompts: one or more ids for each row, at most as many as the cache has room for.
+        prompts: one or more ids for each row; the cache has room for the longest of them behind its longest row.
         cache: of as many rows.
 
     Returns:
         the logits ``[B, V]`` after the last token of each.
     """
     lengths = [len(prompt) for prompt in prompts]
+    held = cache.lengths
     ids = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)  # [B, T]; behind short prompts anything may stand
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
     device = cache.keys[0].device
     hidden = model.hidden_states(ids.to(device), cache)  # [B, T, D]
-    cache.lengths = lengths  # forgets what was read behind them
+    cache.lengths = [a + b for a, b in zip(held, lengths, strict=True)]  # forgets what was read behind them
     last = torch.tensor(lengths, device=device) - 1
     logits: Tensor = model.lm_head(hidden[torch.arange(len(prompts), device=device), last])
     return logits
@@ -57,124 +60,264 @@ class Drawn:
     """The likeliest tokens in its place, with their log-probabilities."""
 
 
+@dataclass(frozen=True, eq=False)
+class Continuation:
+    """What a row is to continue, and how.
+
+    Attributes:
+        prompt: ids, at least one; of those beyond the context the last ones are read.
+        forbidden: mask ``[V]`` of tokens that are never drawn, but for ``ends``.
+        sampling: temperature, truncation and penalties.
+        seed: of the row's random numbers; None for others each time.
+        ends: tokens that end the text, and are not drawn before ``min_new_tokens`` others.
+        min_new_tokens: see ``ends``.
+        logprobs: tell log-probabilities, and those of so many likeliest tokens.
+    """
+
+    prompt: Sequence[int]
+    forbidden: Tensor
+    sampling: Sampling = field(default_factory=Sampling)
+    seed: int | None = None
+    ends: Sequence[int] = ()
+    min_new_tokens: int = 0
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise UserError(f"a seed must be between -2^63 and 2^64 - 1 (it is {self.seed})")
+
+
+class _Row:
+    """A text in a row, and how far it has come."""
+
+    def __init__(self, wanted: Continuation, context: int) -> None:
+        self.wanted = wanted
+        self.text = list(wanted.prompt)
+        self.window = self.text[-context:]  # what is read before the next token is drawn
+        self.held = 0  # tokens of the text in the cache
+        self.steps = 0
+        self._random = _generator(wanted.seed)
+        self._uniform: list[float] = []
+
+    def next_uniform(self) -> float:
+        """Return the next random number of [0, 1), a float32."""
+        place = self.steps % _RANDOM_NUMBERS
+        if place == 0:
+            self._uniform = torch.rand(_RANDOM_NUMBERS, generator=self._random).tolist()
+        return self._uniform[place]
+
+
 class BatchDecoder:
     """Continues several texts at once, a token for each at every step.
 
-    A row draws what it would draw alone: its random numbers are its own, and rows do not see each other. A text that
-    outgrows the context goes on in a sliding window: its later half is read again, from position 0. So learned
-    positions and rotary ones are treated alike, and the oldest text is forgotten half a context at a time.
+    Texts join and leave between steps. A row draws what it would draw alone: its random numbers are its own, and rows
+    do not see each other. A text that outgrows the context goes on in a sliding window: its later half is read again,
+    from position 0. So learned positions and rotary ones are treated alike, and the oldest text is forgotten half a
+    context at a time.
 
-    Attributes:
-        active: the rows that are going on, in the order of the arguments.
+    The rows that draw lie side by side at the beginning of the cache, so that a step costs what its rows cost: where
+    one leaves, the last one moves. A prompt is read behind them; then its row is one of them.
     """
 
-    def __init__(
-        self,
-        model: Transformer,
-        prompts: Sequence[Sequence[int]],
-        sampling: Sampling,
-        seeds: Sequence[int | None],
-        *,
-        forbidden: Tensor,
-        ends: Sequence[int] = (),
-        min_new_tokens: int = 0,
-        logprobs: int | None = None,
-    ) -> None:
-        """Prepare to continue ``prompts``.
+    def __init__(self, model: Transformer, rows: int, *, prompt_tokens: int | None = None) -> None:
+        """Have room for texts.
 
         Args:
             model: on any device, in evaluation mode.
-            prompts: ids, at least one for each row; of those beyond the context the last ones are read.
-            sampling: temperature, truncation and penalties.
-            seeds: of each row's random numbers; None for others each time.
-            forbidden: mask ``[V]`` of tokens that are never drawn.
-            ends: tokens that are not drawn before ``min_new_tokens`` others.
-            min_new_tokens: see ``ends``.
-            logprobs: tell log-probabilities, and those of so many likeliest tokens.
+            rows: most texts at once.
+            prompt_tokens: at most so many tokens of prompts are read in a step, so that long ones do not keep the
+                other rows waiting; None for all there are.
         """
-        self._model, self._sampling, self._logprobs = model, sampling, logprobs
-        self._texts = [list(prompt) for prompt in prompts]
-        self._random = [_generator(seed) for seed in seeds]
-        self._uniform = torch.zeros(len(prompts), 0)
-        self._forbidden = forbidden
-        self._early = forbidden.clone()
-        self._early[list(ends)] = True
-        self._min_new_tokens = min_new_tokens
+        self._model = model
         self._context = model.config.context_length
-        self._cache = model.new_cache(len(prompts))
-        self._rows = list(range(len(prompts)))  # the text of each row of the cache
-        self._steps = 0
-        self._tokens = torch.empty(0)  # [rows of the cache], the last ones drawn
-        if sampling.looks_back:
-            size = (len(prompts), model.config.vocab_size)
-            self._counts = torch.zeros(size, device=forbidden.device)
-            self._seen = torch.zeros(size, dtype=torch.bool, device=forbidden.device)
-            for row, prompt in enumerate(prompts):
-                self._seen[row, list(prompt)] = True
-        self.active = list(range(len(prompts)))
+        self._prompt_tokens = rows * self._context if prompt_tokens is None else prompt_tokens
+        self._cache = model.new_cache(rows)
+        self._device = self._cache.keys[0].device
+        self._rows: dict[int, _Row] = {}
+        self._free = list(range(rows))[::-1]
+        self._drawing: list[int] = []  # the row at each place of the cache
+        self._reading: deque[int] = deque()  # rows whose window is not yet read, but for a part of the first one's
+        self._masks = torch.zeros(rows, model.config.vocab_size, dtype=torch.bool, device=self._device)
+        self._seen, self._counts = self._masks[:0], torch.zeros(0, device=self._device)  # made when a penalty is
+        self._view: KVCache | None = None  # of the rows that draw; None when these have changed
+        self._groups: list[_Group] = []  # of the same rows; empty when they have changed
+        self._index = torch.empty(0, dtype=torch.int64)  # the rows as a tensor [B], as new as the groups
 
+    @property
+    def free(self) -> int:
+        """Number of texts that can join."""
+        return len(self._free)
+
+    @torch.inference_mode()
+    def join(self, wanted: Continuation) -> int:
+        """Take a text in, whose first token is drawn as soon as its prompt is read; return its row.
+
+        Raises:
+            IndexError: there is no free row.
+        """
+        row = self._free.pop()
+        self._rows[row] = _Row(wanted, self._context)
+        self._reading.append(row)
+        self._masks[row] = wanted.forbidden
+        self._masks[row, list(wanted.ends)] = wanted.min_new_tokens > 0
+        if wanted.sampling.looks_back:
+            if not len(self._seen):
+                self._seen = torch.zeros_like(self._masks)
+                self._counts = torch.zeros_like(self._masks, dtype=torch.float32)
+            self._seen[row] = self._counts[row] = 0
+            self._seen[row, list(wanted.prompt)] = True
+        return row
+
+    @torch.inference_mode()
     def finish(self, row: int) -> None:
-        """Let a row end; its place is given back once half of all places have ended."""
-        self.active.remove(row)
-        if self.active and 2 * len(self.active) <= len(self._rows):
-            places = [self._rows.index(row) for row in self.active]
-            self._cache, self._tokens = self._cache.keep(places), self._tokens[places]
-            self._rows = list(self.active)
+        """Let a row end, and give its place back."""
+        if row in self._reading:
+            self._reading.remove(row)
+        else:
+            self._leave(row)
+        del self._rows[row]
+        self._free.append(row)
 
     @torch.inference_mode()
     def step(self) -> list[Drawn]:
-        """Draw one token for each active row."""
-        logits = self._next_logits().float()  # [B, V]
-        plain = logits
-        logits = logits.masked_fill(self._early if self._steps < self._min_new_tokens else self._forbidden, -torch.inf)
-        if self._sampling.looks_back:
-            logits = penalize(logits, self._seen[self._rows], self._counts[self._rows], self._sampling)
-        self._tokens = sample(logits, self._sampling, self._next_uniform())
-        if self._sampling.looks_back:
-            self._counts[self._rows, self._tokens] += 1
-            self._seen[self._rows, self._tokens] = True
-        self._steps += 1
-        ids = self._tokens.tolist()
-        for row, token in zip(self._rows, ids, strict=True):
-            self._texts[row].append(token)
-        told = self._tell(plain) if self._logprobs is not None else [(None, ())] * len(ids)
+        """Draw one token for each row, but for those whose prompt is still to be read."""
+        self._slide()
+        logits = [decode_step(self._model, *self._last_tokens())] if self._drawing else []
+        for row in self._drawing:
+            self._rows[row].held += 1
+        logits += self._read()
+        if not logits:
+            return []
+        return self._draw(torch.cat(logits).float() if len(logits) > 1 else logits[0].float())
+
+    def _last_tokens(self) -> tuple[Tensor, KVCache]:
+        """Return the last token of each row that draws, ``[B]``, and the part of the cache that these rows have."""
+        rows = [self._rows[row] for row in self._drawing]
+        if self._view is None:
+            self._view = self._cache.rows(0, len(rows), [row.held for row in rows])
+        return torch.tensor([row.text[-1] for row in rows], device=self._device), self._view
+
+    def _slide(self) -> None:
+        """Let rows whose context is full read the later half of their text again."""
+        for row in [row for row in self._drawing[::-1] if self._rows[row].held == self._context]:
+            self._leave(row)
+            state = self._rows[row]
+            state.window, state.held = state.text[-((self._context + 1) // 2) :], 0
+            self._reading.append(row)
+
+    def _leave(self, row: int) -> None:
+        """Take a row out of those that draw, and close the gap."""
+        place, last = self._drawing.index(row), len(self._drawing) - 1
+        if place != last:
+            self._drawing[place] = self._drawing[last]
+            self._cache.copy_row(last, place, self._rows[self._drawing[place]].held)
+        self._drawing.pop()
+        if self._reading and (held := self._rows[self._reading[0]].held):
+            self._cache.copy_row(last + 1, last, held)
+        self._changed()
+
+    def _changed(self) -> None:
+        self._view, self._groups = None, []
+
+    def _read(self) -> list[Tensor]:
+        """Read prompts, and let those rows draw that are ready; return their logits, ``[B, V]`` in some parts."""
+        left, logits = self._prompt_tokens, []
+        while self._reading and left > 0:
+            rows = [self._rows[row] for row in self._readable(left)]
+            parts = [row.window[row.held : row.held + left] for row in rows]
+            place = len(self._drawing)
+            cache = self._cache.rows(place, place + len(rows), [row.held for row in rows])
+            read = prefill(self._model, parts, cache)  # [B, V]
+            left -= len(parts) * max(map(len, parts))
+            for row, part in zip(rows, parts, strict=True):
+                row.held += len(part)
+            if rows[0].held < len(rows[0].window):
+                break
+            self._drawing += [self._reading.popleft() for _ in rows]
+            self._changed()
+            logits.append(read)
+        return logits
+
+    def _readable(self, most: int) -> list[int]:
+        """Return the rows that are read next: the first one, and those after it which ``most`` tokens have room for."""
+        first, *others = self._reading
+        chosen, longest = [first], len(self._rows[first].window)
+        if self._rows[first].held:
+            return chosen
+        for row in others:
+            longest = max(longest, len(self._rows[row].window))
+            if longest * (len(chosen) + 1) > most:
+                break
+            chosen.append(row)
+        return chosen
+
+    def _draw(self, plain: Tensor) -> list[Drawn]:
+        """Draw a token for each row from its logits, ``[B, V]``."""
+        if not self._groups:
+            self._groups = self._grouped()
+            self._index = torch.tensor(self._drawing, device=self._device)
+        rows = [self._rows[row] for row in self._drawing]
+        logits = plain.masked_fill(self._masks.index_select(0, self._index), -torch.inf)
+        uniform = torch.tensor([row.next_uniform() for row in rows], device=self._device)
+        ids = [0] * len(rows)
+        for group in self._groups:
+            for place, token in zip(group.places, self._sample(group, logits, uniform), strict=True):
+                ids[place] = token
+        for number, row, token in zip(self._drawing, rows, ids, strict=True):
+            row.text.append(token)
+            row.steps += 1
+            if row.steps == row.wanted.min_new_tokens:
+                self._masks[number, list(row.wanted.ends)] = False
+        told = self._tell(plain, ids)
         return [
-            Drawn(row, token, logprob, top)
-            for row, token, (logprob, top) in zip(self._rows, ids, told, strict=True)
-            if row in self.active
+            Drawn(row, token, *told.get(place, ()))
+            for place, (row, token) in enumerate(zip(self._drawing, ids, strict=True))
         ]
 
-    def _next_logits(self) -> Tensor:
-        """Return the logits ``[B, V]`` of the next token of each row of the cache."""
-        if self._steps == 0:
-            return prefill(self._model, [text[-self._context :] for text in self._texts], self._cache)
-        for place, length in enumerate(self._cache.lengths):
-            if length == self._context:
-                self._slide(place)
-        return decode_step(self._model, self._tokens, self._cache)
+    def _grouped(self) -> list["_Group"]:
+        """Return the places of rows that are sampled alike."""
+        alike: dict[Sampling, list[int]] = {}
+        for place, row in enumerate(self._drawing):
+            alike.setdefault(self._rows[row].wanted.sampling, []).append(place)
+        return [_Group(sampling, places) for sampling, places in alike.items()]
 
-    def _slide(self, place: int) -> None:
-        """Fill the row of the cache with the later half of its text, but for the last token, which is read next."""
-        half = (self._context + 1) // 2
-        known = self._texts[self._rows[place]][-half:-1]
-        if known:
-            prefill(self._model, [known], self._cache.row(place))
-        self._cache.lengths[place] = len(known)
+    def _sample(self, group: "_Group", logits: Tensor, uniform: Tensor) -> list[int]:
+        """Draw for the rows of one group."""
+        rows = [self._drawing[place] for place in group.places]
+        if len(rows) < len(self._drawing):
+            logits, uniform = logits[group.places], uniform[group.places]
+        if group.sampling.looks_back:
+            logits = penalize(logits, self._seen[rows], self._counts[rows], group.sampling)
+        tokens = sample(logits, group.sampling, uniform)
+        if group.sampling.looks_back:
+            self._counts[rows, tokens] += 1
+            self._seen[rows, tokens] = True
+        ids: list[int] = tokens.tolist()
+        return ids
 
-    def _next_uniform(self) -> Tensor:
-        """Return a random number for each row of the cache, ``[B]``."""
-        place = self._steps % _RANDOM_NUMBERS
-        if place == 0:
-            self._uniform = torch.stack([torch.rand(_RANDOM_NUMBERS, generator=each) for each in self._random])
-        return self._uniform[self._rows, place].to(self._forbidden.device)
+    def _tell(self, logits: Tensor, ids: list[int]) -> dict[int, tuple[float, tuple[tuple[int, float], ...]]]:
+        """Return, by place, log-probability and likeliest tokens for the rows that ask for them."""
+        wanted = [self._rows[row].wanted.logprobs for row in self._drawing]
+        places = [place for place, count in enumerate(wanted) if count is not None]
+        if not places:
+            return {}
+        logprobs = logits[places].log_softmax(dim=-1)  # [B, V]
+        drawn = logprobs.gather(-1, torch.tensor([[ids[place]] for place in places], device=self._device))
+        most = max(wanted[place] or 0 for place in places)
+        values, likeliest = (part.tolist() for part in logprobs.topk(min(most, logprobs.shape[-1]), dim=-1))
+        tops = [tuple(zip(*pair, strict=True)) for pair in zip(likeliest, values, strict=True)]
+        return {
+            place: (logprob, top[: wanted[place]])
+            for place, logprob, top in zip(places, drawn.squeeze(-1).tolist(), tops, strict=True)
+        }
 
-    def _tell(self, logits: Tensor) -> list[tuple[float | None, tuple[tuple[int, float], ...]]]:
-        """Return for each row of ``logits`` the log-probability of what was drawn, and the likeliest tokens."""
-        logprobs = logits.log_softmax(dim=-1)  # [B, V]
-        drawn = logprobs.gather(-1, self._tokens[:, None]).squeeze(-1)
-        values, ids = logprobs.topk(min(self._logprobs or 0, logits.shape[-1]), dim=-1)
-        tops = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
-        return list(zip(drawn.tolist(), tops, strict=True))
+
+@dataclass(frozen=True)
+class _Group:
+    """Rows that are sampled alike, by their places among those that draw."""
+
+    sampling: Sampling
+    places: list[int]
 
 
 def _generator(seed: int | None) -> torch.Generator:

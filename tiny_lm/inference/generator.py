@@ -2,15 +2,16 @@
 
 import math
 import random
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from typing_extensions import Self
 
 from tiny_lm.errors import UserError
-from tiny_lm.inference.decoding import BatchDecoder
+from tiny_lm.inference.batch import TextBatch
+from tiny_lm.inference.decoding import Continuation
 from tiny_lm.inference.packing import pack
 from tiny_lm.inference.request import Generated, GrowingText, Request
 from tiny_lm.inference.sampling import Sampling
@@ -52,6 +53,11 @@ class TextGenerator:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self._packed = pack(self.model)
+        # Tokens that are no text [V]: control tokens, and rows beyond the tokenizer.
+        no_text = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+        no_text[tokenizer.vocab_size :] = True
+        no_text[[token.id for token in tokenizer.specials if token.control]] = True
+        self._no_text = no_text.to(model.token_emb.weight.device)
 
     @classmethod
     def from_path(cls, path: str | Path, *, device: str | None = None) -> Self:
@@ -157,8 +163,7 @@ class TextGenerator:
             UserError: as :meth:`generate_batch`; at the call, not at the first piece.
         """
         request = request or Request()
-        texts = self._begin([prompt], request)
-        return (piece for _, piece in self._continue(texts, [seed], request))
+        return self._continue([self.begin(prompt, request, seed=seed)])
 
     def generate_batch(
         self, prompts: Sequence[str], request: Request | None = None, *, seed: int | Sequence[int] | None = None
@@ -178,11 +183,9 @@ class TextGenerator:
         seeds = [seed] * len(prompts) if seed is None or isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
             raise UserError(f"there are {len(seeds)} seeds for {len(prompts)} prompts")
-        texts = self._begin(prompts, request)
-        for start in range(0, len(texts), _ROWS):
-            rows = slice(start, start + _ROWS)
-            for text, piece in self._continue(texts[rows], seeds[rows], request):
-                text.pieces.append(piece)
+        texts = [self.begin(prompt, request, seed=own) for prompt, own in zip(prompts, seeds, strict=True)]
+        for _ in self._continue(texts):
+            pass
         return [text.result() for text in texts]
 
     def score(self, text: str, *, add_bos: bool = True, eos: bool = False) -> Score:
@@ -242,49 +245,47 @@ class TextGenerator:
         ids = self.tokenizer.encode(prompt, bos=add_bos)
         return self.tokenizer.decode(ids[: max(len(ids) - self.model.config.context_length, 0)])
 
-    def _begin(self, prompts: Sequence[str], request: Request) -> list[GrowingText]:
-        """Check and encode the prompts."""
+    def begin(self, prompt: str | Sequence[int], request: Request, *, seed: int | None = None) -> GrowingText:
+        """Check a prompt, and make it a text that a batch can take in.
+
+        Args:
+            prompt: text, or ids, which are taken as they are.
+            request: how to go on.
+            seed: None for another text each time.
+
+        Raises:
+            UserError: as :meth:`generate_batch`, or an id is none of the tokenizer's.
+        """
         ends = self._end_tokens(request)
         context = self.model.config.context_length
-        texts = []
-        for prompt in prompts:
+        if isinstance(prompt, str):
             ids = self.tokenizer.encode(prompt, bos=request.add_bos)
-            if not ids:
-                raise UserError("the prompt is empty: give a beginning, or let the text begin with the bos token")
-            if request.strict and len(ids) > context:
-                raise UserError(
-                    f"the prompt has {len(ids):,} tokens and the context {context:,}: shorten it, or let its "
-                    "beginning be left out"
-                )
-            texts.append(GrowingText(self.tokenizer, prompt, ids, ends, request))
-        return texts
-
-    def _continue(
-        self, texts: Sequence[GrowingText], seeds: Sequence[int | None], request: Request
-    ) -> Iterator[tuple[GrowingText, str]]:
-        """Yield piece after piece of all texts, each with the text that it belongs to."""
-        decoder = BatchDecoder(
-            self._packed,
-            [text.prompt_ids for text in texts],
-            request.sampling,
-            seeds,
-            forbidden=self._never_drawn(request),
-            ends=self._end_tokens(request),
-            min_new_tokens=request.min_new_tokens,
-            logprobs=request.logprobs,
+        else:
+            ids, prompt = list(prompt), self.tokenizer.decode(prompt)
+        if not ids:
+            raise UserError("the prompt is empty: give a beginning, or let the text begin with the bos token")
+        if request.strict and len(ids) > context:
+            raise UserError(
+                f"the prompt has {len(ids):,} tokens and the context {context:,}: shorten it, or let its "
+                "beginning be left out"
+            )
+        wanted = Continuation(
+            ids, self._no_text, request.sampling, seed, ends, request.min_new_tokens, request.logprobs
         )
-        for _ in range(request.max_new_tokens):
-            for drawn in decoder.step():
-                text = texts[drawn.row]
-                if piece := text.take(drawn):
-                    yield text, piece
-                if text.finish_reason == "stop":
-                    decoder.finish(drawn.row)
-            if not decoder.active:
-                break
-        for text in texts:
-            if rest := text.flush():
-                yield text, rest
+        return GrowingText(self.tokenizer, prompt, wanted, request)
+
+    def new_batch(self, rows: int, *, prompt_tokens: int | None = None) -> TextBatch:
+        """Return a place where texts that :meth:`begin` made are continued; the arguments are those of BatchDecoder."""
+        return TextBatch(self._packed, rows, prompt_tokens=prompt_tokens)
+
+    def _continue(self, texts: Sequence[GrowingText]) -> Iterator[str]:
+        """Continue texts to their ends, as many at once as there are rows, and yield piece after piece of all."""
+        waiting = deque(text for text in texts if text.finish_reason is None)
+        batch = self.new_batch(min(len(waiting), _ROWS))
+        while waiting or len(batch):
+            while waiting and batch.free:
+                batch.join(waiting.popleft())
+            yield from (piece for _, piece in batch.step() if piece)
 
     def _end_tokens(self, request: Request) -> list[int]:
         """Return the tokens that end a text.
@@ -297,15 +298,6 @@ class TextGenerator:
             if text not in known:
                 raise UserError(f"{text!r} is no special token of this model; it has {', '.join(sorted(known))}")
         return [self.tokenizer.eos_id, *(known[text] for text in request.stop_tokens)]
-
-    def _never_drawn(self, request: Request) -> Tensor:
-        """Return a mask ``[V]`` of tokens that are no text: control tokens, and rows beyond the tokenizer."""
-        tokenizer = self.tokenizer
-        mask = torch.zeros(self.model.config.vocab_size, dtype=torch.bool)
-        mask[tokenizer.vocab_size :] = True
-        mask[[token.id for token in tokenizer.specials if token.control]] = True
-        mask[self._end_tokens(request)] = False
-        return mask.to(self.model.token_emb.weight.device)
 
 
 def choose_device(device: str | None) -> torch.device:

@@ -1,11 +1,10 @@
 """What is asked of a generator, what it gives, and a text in the making."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from tiny_lm.errors import UserError
-from tiny_lm.inference.decoding import Drawn
+from tiny_lm.inference.decoding import Continuation, Drawn
 from tiny_lm.inference.sampling import Sampling
 from tiny_lm.inference.stopping import StopStrings
 from tiny_lm.tokenizer import Tokenizer
@@ -66,41 +65,49 @@ class Generated:
 
 
 class GrowingText:
-    """A text in the making: what becomes of the tokens that are drawn for it."""
+    """A text in the making: what becomes of the tokens that are drawn for it.
 
-    def __init__(
-        self, tokenizer: Tokenizer, prompt: str, prompt_ids: list[int], ends: Sequence[int], request: Request
-    ) -> None:
-        self.prompt, self.prompt_ids = prompt, prompt_ids
-        self.ids: list[int] = []
+    Attributes:
+        prompt: the beginning, as text.
+        wanted: what is asked of the decoder.
+        pieces: what each token made certain of the text.
+        drawn: the tokens with log-probabilities, if these were asked for.
+        tokens: number of tokens drawn, the one that ended the text included.
+        finish_reason: None while it goes on.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: str, wanted: Continuation, request: Request) -> None:
+        self.prompt, self.wanted = prompt, wanted
         self.pieces: list[str] = []
         self.drawn: list[Drawn] = []
-        self.finish_reason: FinishReason = "length"
-        self._ends = ends
-        self._tells = request.logprobs is not None
+        self.tokens = 0
+        self.finish_reason: FinishReason | None = None if request.max_new_tokens else "length"
+        self._ids: list[int] = []
+        self._most = request.max_new_tokens
         self._decoder = tokenizer.stream_decoder()
         self._stops = StopStrings(request.stop)
 
     def take(self, drawn: Drawn) -> str:
-        """Add a token and return the text that is now certain."""
-        if drawn.id in self._ends:
+        """Add a token and return the text that is now certain: all of it, once the text has ended."""
+        self.tokens += 1
+        piece = ""
+        if drawn.id in self.wanted.ends:
             self.finish_reason = "stop"
-            return ""
-        self.ids.append(drawn.id)
-        if self._tells:
-            self.drawn.append(drawn)
-        piece = self._stops.push(self._decoder.push(drawn.id))
+        else:
+            self._ids.append(drawn.id)
+            if self.wanted.logprobs is not None:
+                self.drawn.append(drawn)
+            piece = self._stops.push(self._decoder.push(drawn.id))
         if self._stops.found:
             self.finish_reason = "stop"
+        elif self.finish_reason or self.tokens == self._most:
+            piece += self._stops.push(self._decoder.flush())
+            piece += self._stops.flush()
+            self.finish_reason = "stop" if self._stops.found else self.finish_reason or "length"
+        self.pieces.append(piece)
         return piece
 
-    def flush(self) -> str:
-        """End the text and return what was not certain before."""
-        rest = self._stops.push(self._decoder.flush())
-        if self._stops.found:
-            self.finish_reason = "stop"
-        return rest + self._stops.flush()
-
     def result(self) -> Generated:
-        """Return the text as it is now."""
-        return Generated(self.prompt, "".join(self.pieces), self.ids, self.finish_reason, self.drawn)
+        """Return the text, which has ended."""
+        assert self.finish_reason is not None
+        return Generated(self.prompt, "".join(self.pieces), self._ids, self.finish_reason, self.drawn)

@@ -129,8 +129,7 @@ def min_p(probabilities: Tensor, share: float) -> Tensor:
 def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """Return for each row of ``[B, C]`` the first place at which the cumulative weight exceeds the random number's."""
     cumulative = weights.cumsum(dim=-1)
-    threshold = uniform[:, None].to(cumulative) * cumulative[:, -1:]  # [B, 1]
-    places = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)  # [B]
-    # Rounding can carry the threshold to the very sum: then the last token that has a weight.
-    last = cumulative.shape[-1] - 1 - (weights.flip(-1) > 0).int().argmax(dim=-1)
-    return torch.minimum(places, last)
+    total = cumulative[:, -1:]  # [B, 1]
+    # Rounding can carry the product to the very sum, which no cumulative weight exceeds.
+    threshold = torch.minimum(uniform[:, None].to(total) * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)  # [B]

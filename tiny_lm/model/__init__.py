@@ -3,6 +3,7 @@
 from tiny_lm.model.attention import MultiHeadAttention, attend, blocked_attention, reference_attention
 from tiny_lm.model.cache import KVCache
 from tiny_lm.model.config import (
+    FAMILY_NAMES,
     MODEL_CONFIGS,
     GPT2Config,
     Llama3Config,
@@ -19,6 +20,7 @@ from tiny_lm.model.layers import FeedForward, LayerNorm, LearnedPositionalEmbedd
 from tiny_lm.model.transformer import GPT2, Llama3, Qwen3, SmallLM, Transformer, build_model
 
 __all__ = [
+    "FAMILY_NAMES",
     "GPT2",
     "MODEL_CONFIGS",
     "FeedForward",

@@ -73,12 +73,12 @@ class KVCache:
         """Count ``count`` more tokens in each row, once all layers have stored them."""
         self.lengths = [length + count for length in self.lengths]
 
-    def row(self, row: int) -> "KVCache":
-        """Return one row as an empty cache, whose memory is that of the row."""
-        return KVCache([keys[row : row + 1] for keys in self.keys], [values[row : row + 1] for values in self.values])
+    def rows(self, start: int, stop: int, lengths: Sequence[int]) -> "KVCache":
+        """Return the rows from ``start`` to before ``stop`` as a cache of ``lengths``, which shares their memory."""
+        keys, values = ([layer[start:stop] for layer in layers] for layers in (self.keys, self.values))
+        return KVCache(keys, values, lengths)
 
-    def keep(self, rows: Sequence[int]) -> "KVCache":
-        """Return a cache with copies of ``rows``, in their order."""
-        chosen = torch.tensor(rows, device=self.keys[0].device)
-        keys, values = ([layer.index_select(0, chosen) for layer in layers] for layers in (self.keys, self.values))
-        return KVCache(keys, values, [self.lengths[row] for row in rows])
+    def copy_row(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` tokens of a row to another one; only the memory, not the row's length."""
+        for layer in (*self.keys, *self.values):
+            layer[target, :, :length] = layer[source, :, :length]

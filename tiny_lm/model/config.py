@@ -181,6 +181,8 @@ MODEL_CONFIGS: Mapping[str, type[ModelConfig]] = {
     "smalllm": SmallLMConfig,
     "qwen3": Qwen3Config,
 }
+FAMILY_NAMES: Mapping[str, str] = {"gpt2": "GPT-2", "llama3": "Llama 3", "smalllm": "SmallLM", "qwen3": "Qwen3"}
+"""The families as people read them."""
 
 
 def _check_sizes(config: ModelConfig) -> None:

@@ -1,4 +1,4 @@
-"""A trained model behind HTTP: the APIs of OpenAI and Ollama, and the loop that tells many stories at once.
+"""A trained model behind HTTP: the APIs of OpenAI and Ollama, the loop that tells many stories at once, and a page.
 
-Only ``batching``, ``engines`` and ``models`` can be imported without the extra ``[serve]``.
+Only ``batching``, ``engines`` and ``models`` can be imported without the extra ``[serve]``; ``demo`` needs ``[demo]``.
 """

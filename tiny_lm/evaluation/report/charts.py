@@ -11,7 +11,7 @@ from itertools import groupby
 from statistics import median
 from typing import Literal
 
-from tiny_lm.evaluation.report.text import number
+from tiny_lm.pages.text import number
 
 Curve = list[tuple[int, float]]
 

@@ -8,7 +8,7 @@ from typing import Any
 from tiny_lm.config import find_config, read_yaml, shipped_configs
 from tiny_lm.errors import UserError
 from tiny_lm.evaluation.report.material import SECTIONS, Material
-from tiny_lm.evaluation.report.text import number
+from tiny_lm.pages.text import number
 from tiny_lm.profile import Profile
 
 _FREE = {"run_name", "resume_from_checkpoint", "train_path", "val_path"}

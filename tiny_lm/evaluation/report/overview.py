@@ -8,11 +8,9 @@ from pathlib import Path
 
 from tiny_lm.errors import UserError
 from tiny_lm.evaluation.report.material import Material
-from tiny_lm.evaluation.report.text import duration, fixed, number, percent, short, spoken
-from tiny_lm.model import ModelConfig, model_config_from_dict, parameter_table
+from tiny_lm.model import FAMILY_NAMES, ModelConfig, model_config_from_dict, parameter_table
+from tiny_lm.pages.text import duration, fixed, number, percent, short, spoken
 from tiny_lm.runs import mean_over_time
-
-FAMILIES = {"gpt2": "GPT-2", "llama3": "Llama 3", "smalllm": "SmallLM", "qwen3": "Qwen3"}
 
 Rows = list[tuple[str, str]]
 
@@ -59,7 +57,7 @@ def view_model(material: Material) -> ModelView | None:
         ("Vocabulary", f"{config.vocab_size:,} tokens"),
         ("Positions", {"learned": "learned", "rope": "rotary (RoPE)"}[config.position]),
     ]
-    return ModelView(config, FAMILIES[config.architecture], parameters, parts, rows)
+    return ModelView(config, FAMILY_NAMES[config.architecture], parameters, parts, rows)
 
 
 def headline(material: Material, model: ModelView | None) -> str:

@@ -7,7 +7,6 @@ from statistics import fmean
 from typing import Any
 
 from tiny_lm.errors import UserError
-from tiny_lm.evaluation.report import text
 from tiny_lm.evaluation.report.attention import AttentionMaps, map_attention
 from tiny_lm.evaluation.report.charts import Chart, Line, draw
 from tiny_lm.evaluation.report.compare import compare_bits, find_profile
@@ -26,14 +25,14 @@ from tiny_lm.evaluation.report.overview import (
 )
 from tiny_lm.evaluation.report.results import Evaluation
 from tiny_lm.evaluation.report.samples import choose_moments, read_moments
-from tiny_lm.evaluation.report.surprise import LEVELS, TokenSurprise, measure_tokens
+from tiny_lm.evaluation.report.surprise import measure_tokens
 from tiny_lm.evaluation.report.vocabulary import view_tokenizer
 from tiny_lm.files import write_text
+from tiny_lm.pages import shared_script, shared_style, text
+from tiny_lm.pages.surprise import LEVELS, TokenSurprise
 from tiny_lm.runs import Run
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_OWN = {"style": "report.css", "script": "report.js"}
-"""Parts of the page that are no templates."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,10 @@ def _render(material: Material) -> str:
     environment.filters.update(
         number=text.number, fixed=text.fixed, short=text.short, percent=text.percent, visible=text.visible
     )
-    own = {name: (_TEMPLATES / file).read_text("utf-8") for name, file in _OWN.items()}
+    own = {
+        "style": shared_style() + (_TEMPLATES / "report.css").read_text("utf-8"),
+        "script": shared_script() + (_TEMPLATES / "report.js").read_text("utf-8"),
+    }
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "sort_keys": False}
     return environment.get_template("report.html").render(**_views(material), **own)
 
@@ -158,16 +160,7 @@ def _page_data(charts: list[Chart], story: ReadStory | None) -> dict[str, Any]:
     data: dict[str, Any] = {"charts": {chart.key: chart.data for chart in charts}, "tokens": [], "attention": None}
     if story is None:
         return data
-    data["tokens"] = [
-        {
-            "text": text.visible(token.text),
-            "bits": round(token.bits, 2),
-            "p": float(f"{token.probability:.3g}"),
-            "rank": token.rank,
-            "others": [[text.visible(other), float(f"{share:.3g}")] for other, share in token.alternatives],
-        }
-        for token in story.tokens or []
-    ]
+    data["tokens"] = [token.data() for token in story.tokens or []]
     data["attention"] = {
         "tokens": [text.visible(token) for token in story.attention_tokens],
         "clearest": story.attention.clearest,

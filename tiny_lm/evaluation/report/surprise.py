@@ -1,33 +1,14 @@
 """How surprised a model is by each token of a text, and what it would have said instead."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from tiny_lm.model import Transformer
+from tiny_lm.pages.surprise import TokenSurprise
 from tiny_lm.tokenizer import Tokenizer
 
-LEVELS = (0.5, 1.0, 2.0, 3.0, 4.5, 6.5, 9.0)
-"""Bits at which the colour of a token changes."""
-
 _ALTERNATIVES = 5
-
-
-@dataclass(frozen=True)
-class TokenSurprise:
-    """One token of a text, and what the model thought before it came."""
-
-    text: str
-    level: int
-    """Number of its colour: how many of ``LEVELS`` it reaches."""
-    bits: float
-    probability: float
-    rank: int
-    """1: the model's first guess."""
-    alternatives: list[tuple[str, float]]
-    """The likeliest tokens with their probabilities."""
 
 
 @torch.inference_mode()
@@ -47,18 +28,9 @@ def measure_tokens(model: Transformer, tokenizer: Tokenizer, ids: Sequence[int])
     best = log_probabilities.topk(min(_ALTERNATIVES, logits.shape[-1]), dim=-1)
     tokens = []
     for place, token in enumerate(targets.tolist()):
-        bits = -float(own[place]) / math.log(2)
         alternatives = zip(best.indices[place].tolist(), best.values[place].exp().tolist(), strict=True)
-        tokens.append(
-            TokenSurprise(
-                text=tokenizer.token_text(token),
-                level=sum(bits >= level for level in LEVELS),
-                bits=bits,
-                probability=2.0**-bits,
-                rank=int(ranks[place]),
-                alternatives=[(_token_text(tokenizer, other), share) for other, share in alternatives],
-            )
-        )
+        told = [(_token_text(tokenizer, other), share) for other, share in alternatives]
+        tokens.append(TokenSurprise.of(tokenizer.token_text(token), float(own[place]), int(ranks[place]), told))
     return tokens
 
 

@@ -1,17 +1,6 @@
-"use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const shown = (text) => text.replaceAll("\n", "↵") || "∅";
-  const quoted = (text) => "“" + shown(text).replace(/^ /, "·") + "”";
-  const percent = (p) => p >= 0.1 ? (100 * p).toFixed(0) + "%" : p >= 0.001 ? (100 * p).toPrecision(2) + "%" : "1 in " + Math.round(1 / p).toLocaleString("en");
-  const make = (tag, text, cls) => {
-    const element = document.createElement(tag);
-    if (text !== undefined) element.textContent = text;
-    if (cls) element.className = cls;
-    return element;
-  };
-  const arrows = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -1, ArrowDown: 1};
-  const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
+  const {make, quoted, clamp, arrows} = surprise;
 
   // --- charts: read values off -----------------------------------------------------------------------------------
   const svg = "http://www.w3.org/2000/svg";
@@ -57,31 +46,7 @@
 
   // --- surprise: what the model thought ---------------------------------------------------------------------------
   const heat = document.getElementById("heat");
-  if (heat) {
-    const note = document.getElementById("heat-note"), spans = heat.querySelectorAll(".t");
-    let at = -1;
-    const show = (index) => {
-      spans[at]?.classList.remove("on");
-      at = clamp(index, 0, spans.length - 1);
-      spans[at].classList.add("on");
-      const token = data.tokens[at], list = make("ol");
-      for (const [text, p] of token.others) {
-        const item = make("li", undefined, text === token.text ? "true" : ""), bar = make("i");
-        bar.style.width = 100 * p + "%";
-        item.append(bar, make("span", shown(text).replace(/^ /, "·")), make("span", percent(p)));
-        list.append(item);
-      }
-      const rank = token.rank === 1 ? "its first guess" : "its guess number " + token.rank.toLocaleString("en");
-      note.replaceChildren(make("p", quoted(token.text), "token"), make("p", percent(token.p) + " · " + token.bits.toFixed(1) + " bits · " + rank, "odds"), make("p", "It would have said:", "resting"), list);
-    };
-    for (const kind of ["pointerover", "click"]) heat.addEventListener(kind, (event) => { if (event.target.dataset.i) show(Number(event.target.dataset.i)); });
-    heat.addEventListener("focus", () => { if (at < 0) show(0); });
-    heat.addEventListener("keydown", (event) => {
-      if (!arrows[event.key]) return;
-      event.preventDefault();
-      show(at + arrows[event.key]);
-    });
-  }
+  if (heat) surprise.explain(heat, document.getElementById("heat-note"), (index) => data.tokens[index]);
 
   // --- attention --------------------------------------------------------------------------------------------------
   const view = document.getElementById("attention-view");

@@ -1,0 +1,102 @@
+"""`tiny-lm demo`: the newest run without any word, and what a user may do wrong."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tiny_lm.data import BinDataConfig
+from tiny_lm.model import model_config_from_dict
+from tiny_lm.runs import Run
+from tiny_lm.training import TrainingConfig
+from tiny_lm.training.fit import train
+
+Cli = Callable[..., Any]
+SCRIPT = Path(__file__).parents[2] / "scripts" / "demo" / "gradio_app.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, stream_folder: Path) -> Path:
+    """A working directory with two runs, of which `raspberry` is the newest."""
+    model = {"vocab_size": 512, "context_length": 32, "d_model": 32, "n_layers": 1, "n_heads": 2}
+    paths = {"train_path": str(stream_folder / "train.bin"), "val_path": str(stream_folder / "val.bin")}
+    data = BinDataConfig(**paths, block_size=32, batch_size=4)
+    folder = tmp_path_factory.mktemp("work")
+    run = Run(folder / "runs" / "elderberry")
+    training = TrainingConfig(max_steps=2, learning_rate=3e-3, precision="32-true", sample_tokens=0)
+    train(model_config_from_dict(model, source="test"), training, data, run)
+    shutil.copytree(run.folder, folder / "runs" / "raspberry")
+    os.utime(run.checkpoints, (1, 1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    """Where the documented script serves its page, without any word but for the port; it ends as it should."""
+    command = [sys.executable, SCRIPT, "--port", "0"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().strip()
+            assert re.fullmatch(r"http://127\.0\.0\.1:\d+", address), process.communicate(timeout=30)
+            yield address
+        finally:
+            process.send_signal(signal.SIGINT)
+            rest, complaints = process.communicate(timeout=30)
+    assert (rest, complaints, process.returncode) == ("", "", 130)  # as a shell says it of Ctrl-C
+
+
+def test_the_documented_script_shows_the_newest_run(address: str) -> None:
+    page = httpx.get(address, trust_env=False)
+    assert page.status_code == 200
+    assert "raspberry" in page.text
+    assert "elderberry" not in page.text
+
+
+def test_only_what_the_page_needs_is_served(address: str, folder: Path) -> None:
+    (folder / "secret.txt").write_text("secret")
+    with httpx.Client(base_url=address, trust_env=False) as client:
+        headers = client.get("/").headers
+        assert "default-src 'self'" in headers["content-security-policy"]
+        assert "access-control-allow-origin" not in headers
+        for path in (
+            "/config", "/docs", "/openapi.json", "/gradio_api/info", "/gradio_api/openapi.json", "/monitoring",
+            f"/gradio_api/file={folder / 'secret.txt'}", "/gradio_api/proxy=http://127.0.0.1:1/", "/runs",
+            "/login_check", "/file/x", "/assets/..%2fgradio_api/info", "/gradio_api/startup-events",
+        ):  # fmt: skip
+            assert client.get(path).status_code == 404, path
+        assert client.post("/gradio_api/upload", files={"files": b"x"}).status_code == 404
+        assert client.put("/").status_code == 404
+        assert client.post("/gradio_api/queue/join", content=b" " * 70_000).status_code == 413
+        assert client.post("/gradio_api/queue/join", content=iter([b"{}"])).status_code == 413  # says no length
+        assert client.get("/", headers={"host": "elsewhere.example"}).status_code == 421
+
+
+def test_without_a_run_it_says_what_to_do(cli: Cli, workplace: Path) -> None:
+    result = cli("demo")
+    assert (result.code, result.stdout) == (2, "")
+    assert result.stderr == "error: there is no run under runs/ yet: train one, or name one: tiny-lm demo RUN\n"
+
+
+def test_mistakes_end_in_one_line(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for words, message in (
+            (["runs/elderbery"], "error: runs/elderbery: no such run folder; did you mean 'runs/elderberry'?\n"),
+            (["runs/elderberry", "runs/elderberry"], "error: each model can be named once only\n"),
+            (["--port", port], f"error: port {port} of 127.0.0.1 is in use: "),
+        ):
+            result = cli("demo", *words)
+            assert (result.code, result.stdout) == (2, "")
+            assert result.stderr.startswith(message)
+            assert result.stderr.count("\n") == 1

@@ -1,0 +1,328 @@
+"""The model loop: real threads, and models that are small enough for a moment."""
+
+import asyncio
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "inference"))  # generators.py
+from generators import FAMILIES, GREEDY, make
+
+from tiny_lm.errors import UserError
+from tiny_lm.inference import Generated, Request, Sampling, TextGenerator
+from tiny_lm.inference.batch import TextBatch
+from tiny_lm.serving import batching
+from tiny_lm.serving.batching import (
+    CancelledError,
+    LoopDiedError,
+    LoopStoppedError,
+    ModelLoop,
+    QueueFull,
+    Ticket,
+    apart,
+)
+from tiny_lm.tokenizer import Tokenizer
+
+LONG = Request(100_000, 100_000, GREEDY)  # goes on until it is cancelled
+
+Start = Callable[..., ModelLoop]
+
+
+@pytest.fixture
+def generator(tokenizer: Tokenizer) -> TextGenerator:
+    return make(tokenizer)
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Start loops, and see that each of their threads ends."""
+    loops = []
+
+    def begin(generator: TextGenerator, **options: float) -> ModelLoop:
+        loops.append(ModelLoop(generator, **options))  # type: ignore[arg-type]
+        loops[-1].start()
+        return loops[-1]
+
+    yield begin
+    for loop in loops:
+        loop.stop(grace=0)
+        assert loop.stats.running == loop.stats.waiting == 0
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what another thread does; the bound is for tests that fail."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+REQUESTS = [
+    ("", Request(90, sampling=GREEDY), 5),
+    ("One day", Request(90, sampling=Sampling(1.0, top_p=0.9, repetition_penalty=1.2)), 6),
+    ("The bear and the fox went home. " * 20, Request(30, sampling=Sampling(1.0, frequency_penalty=0.5)), 7),
+    ("One day", Request(90, sampling=Sampling(1.0, top_p=0.9, repetition_penalty=1.2)), 6),
+    ("Once upon a time", Request(40, 40, Sampling(1.5, top_k=40)), 8),
+    ("Once upon a time", Request(60, sampling=Sampling(2.0), stop=("e", "o")), 9),
+    ("The fox", Request(0), 1),
+    ("One day", Request(25, sampling=Sampling(1.0, min_p=0.01), logprobs=2), 10),
+]
+
+
+@pytest.mark.parametrize("prompt_tokens", [7, 256])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_is_the_same_alone_and_among_others_that_join_and_leave(
+    family: str, prompt_tokens: int, tokenizer: Tokenizer, start: Start
+) -> None:
+    generator = make(tokenizer, family)
+    alone = [generator.generate_batch([prompt], request, seed=seed)[0] for prompt, request, seed in REQUESTS]
+    loop = start(generator, slots=3, prompt_tokens=prompt_tokens)
+    for begin in range(3):  # in other company each time
+        order = [*range(begin, len(REQUESTS)), *range(begin)]
+        other = loop.submit("A", LONG)
+        tickets = {i: loop.submit(REQUESTS[i][0], REQUESTS[i][1], seed=REQUESTS[i][2]) for i in order}
+        for i in order[:2]:
+            assert same(tickets.pop(i).result(), alone[i])
+        other.cancel()
+        for i, ticket in tickets.items():
+            assert same(ticket.result(), alone[i])
+    assert loop.stats.finished == 3 * (len(REQUESTS) - 1)
+
+
+def same(text: Generated, other: Generated) -> bool:
+    """Whether two texts are equal, with log-probabilities that differ by rounding."""
+    assert [drawn.logprob for drawn in text.drawn] == pytest.approx([d.logprob for d in other.drawn], abs=1e-4)
+    return (text.ids, text.text, text.finish_reason) == (other.ids, other.text, other.finish_reason)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_the_batch_reads_no_more_of_a_prompt_than_it_may(family: str, tokenizer: Tokenizer) -> None:
+    generator = make(tokenizer, family)
+    batch = generator.new_batch(3, prompt_tokens=10)
+    short = generator.begin("A", Request(60, 60, GREEDY))
+    long = generator.begin("The bear went home. " * 20, Request(8, 8, GREEDY))
+    batch.join(short)
+    batch.step()
+    batch.join(long)
+    for _ in range(6):  # 60 of the 64 tokens that fit
+        assert [text for text, _ in batch.step()] == [short]
+    assert [text for text, _ in batch.step()] == [short, long]
+    batch.leave(short)
+    while len(batch):
+        batch.step()
+    assert long.result() == generator.generate_batch([long.prompt], Request(8, 8, GREEDY))[0]
+
+
+def test_pieces_add_up_and_the_last_one_tells_how_the_text_ended(generator: TextGenerator, start: Start) -> None:
+    loop = start(generator, refresh=0)
+    request = Request(40, 40, Sampling(1.0), logprobs=1)
+    [expected] = generator.generate_batch(["One day"], request, seed=3)
+    ticket = loop.submit("One day", request, seed=3)
+    pieces = list(ticket)
+    assert "".join(piece.text for piece in pieces) == expected.text
+    assert [drawn.id for piece in pieces for drawn in piece.drawn] == expected.ids
+    assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
+    assert (ticket.prompt_tokens, ticket.completion_tokens) == (
+        len(generator.begin("One day", request).wanted.prompt),
+        40,
+    )
+    assert loop.stats.tokens == 40 and loop.stats.prompt_tokens == ticket.prompt_tokens
+    assert [(piece.text, piece.finish_reason) for piece in loop.submit("One day", Request(0))] == [("", "length")]
+
+
+def test_ids_are_a_prompt_as_they_are(generator: TextGenerator, start: Start) -> None:
+    loop = start(generator)
+    ids = generator.tokenizer.encode("One day", bos=True)
+    request = Request(20, 20, GREEDY)
+    assert loop.submit(ids, request).result().ids == loop.submit("One day", request).result().ids
+    with pytest.raises(UserError, match="100000 is no token id"):
+        loop.submit([1, 100_000], request)
+
+
+def test_what_the_user_can_mend_is_told_at_once_and_the_loop_goes_on(generator: TextGenerator, start: Start) -> None:
+    loop = start(generator)
+    with pytest.raises(UserError, match="the prompt is empty"):
+        loop.submit("", Request(add_bos=False))
+    with pytest.raises(UserError, match="is no special token"):
+        loop.submit("x", Request(stop_tokens=("<|end|>",)))
+    with pytest.raises(UserError, match="a seed must be between"):
+        loop.submit("x", Request(3), seed=2**64)
+    assert len(loop.submit("x", Request(3, 3), seed=-(2**63)).result().ids) == 3
+
+
+def test_a_cancelled_text_frees_its_slot_for_one_that_waits(generator: TextGenerator, start: Start) -> None:
+    loop = start(generator, slots=1)
+    first = loop.submit("One day", LONG)
+    until(lambda: loop.stats.tokens > 5)
+    second, third = loop.submit("One day", Request(5, 5)), loop.submit("One day", LONG)
+    third.cancel()  # it still waits
+    assert loop.stats.running == 1
+    first.cancel()
+    steps = loop.stats.steps
+    assert len(second.result().ids) == 5
+    assert loop.stats.steps <= steps + 1 + 5  # at most the step that was being made
+    assert list(first) == [] and list(third) == []
+    with pytest.raises(CancelledError):
+        third.result()
+    until(lambda: loop.stats.cancelled == 2)
+
+
+def test_who_breaks_off_reading_gives_the_text_up(generator: TextGenerator, start: Start) -> None:
+    loop = start(generator)
+    reader = iter(loop.submit("One day", LONG))
+    next(reader)
+    del reader
+
+    async def read() -> None:
+        async for _ in loop.submit("One day", LONG):
+            pass
+
+    async def go_away() -> None:
+        task = asyncio.create_task(read())
+        await asyncio.sleep(0.02)
+        task.cancel()
+
+    asyncio.run(go_away())
+    until(lambda: loop.stats.cancelled == 2 and loop.stats.running == 0)
+
+
+def test_the_queue_has_an_end(generator: TextGenerator, start: Start) -> None:
+    loop = start(generator, slots=2, queue=3)
+    tickets = [loop.submit("One day", LONG) for _ in range(5)]
+    with pytest.raises(QueueFull, match="3 requests wait already"):
+        loop.submit("One day", LONG)
+    until(lambda: loop.stats.running == 2)
+    assert loop.stats.waiting == 3
+    for ticket in tickets:
+        ticket.cancel()
+    until(lambda: loop.stats.waiting == loop.stats.running == 0)
+    assert len(loop.submit("One day", Request(5, 5)).result().ids) == 5
+
+
+def test_stopping_lets_texts_end_and_refuses_new_ones(generator: TextGenerator, start: Start) -> None:
+    loop = start(generator, slots=1)
+    tickets = [loop.submit("One day", Request(200, 200)) for _ in range(3)]
+    stopper = threading.Thread(target=loop.stop, kwargs={"grace": 60})
+    stopper.start()
+    until(lambda: loop._deadline is not None)
+    with pytest.raises(LoopStoppedError):
+        loop.submit("One day", Request(5))
+    assert [len(ticket.result().ids) for ticket in tickets] == [200] * 3
+    stopper.join()
+    loop.stop(grace=0)  # once more does no harm
+
+
+def test_stopping_ends_what_does_not_end(generator: TextGenerator, start: Start) -> None:
+    loop = start(generator, slots=1)
+    tickets = [loop.submit("One day", LONG) for _ in range(2)]
+    until(lambda: loop.stats.tokens > 0)
+    loop.stop(grace=0.05)
+    for ticket in tickets:
+        with pytest.raises(CancelledError):
+            ticket.result()
+    assert loop.stats.cancelled == 2
+
+    never_started = ModelLoop(generator)
+    ticket = never_started.submit("One day", LONG)
+    never_started.stop(grace=60)
+    assert list(ticket) == []
+
+
+def test_an_error_in_the_loop_reaches_all_who_wait(
+    generator: TextGenerator, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = TextBatch.step
+
+    def failing(batch: TextBatch) -> list[tuple[object, str]]:
+        if len(batch) == 2 and any(text.tokens > 3 for text in batch._texts.values()):
+            raise MemoryError("no room")
+        return step(batch)  # type: ignore[return-value]
+
+    monkeypatch.setattr(TextBatch, "step", failing)
+    loop = start(generator, slots=2)
+    tickets = [loop.submit("One day", LONG) for _ in range(4)]  # two of them wait
+
+    async def read(ticket: Ticket) -> None:
+        async for _ in ticket:
+            pass
+
+    for ticket in tickets[::2]:
+        with pytest.raises(LoopDiedError) as raised:
+            ticket.result()
+        assert str(raised.value.__cause__) == "no room"
+    for ticket in tickets[1::2]:
+        with pytest.raises(LoopDiedError):
+            asyncio.run(read(ticket))
+    with pytest.raises(LoopDiedError):
+        loop.submit("One day", Request(5))
+
+
+def test_who_reads_slowly_keeps_nobody_waiting(generator: TextGenerator, start: Start) -> None:
+    loop = start(generator, refresh=0)
+    request = Request(150, 150)
+
+    async def read() -> tuple[int, list[str], Generated]:
+        slow = loop.submit("One day", request, seed=1)
+        reading = slow.__aiter__()
+        pieces = [(await anext(reading)).text]
+        others = [loop.submit("One day", request, seed=seed) for seed in range(2, 6)]
+        for other in others:
+            await asyncio.to_thread(other.result)
+        await asyncio.to_thread(until, lambda: slow.completion_tokens == 150)  # told to its end while nobody read
+        pieces += [piece.text async for piece in reading]
+        return slow.completion_tokens, pieces, slow.text.result()
+
+    tokens, pieces, text = asyncio.run(read())
+    assert tokens == 150 and len(pieces) == 2 and "".join(pieces) == text.text
+
+
+def test_many_readers_of_one_event_loop(generator: TextGenerator, start: Start) -> None:
+    loop = start(generator, slots=8)
+    request = Request(30, 30, Sampling(1.0))
+
+    async def read(seed: int) -> str:
+        return "".join([piece.text async for piece in loop.submit("One day", request, seed=seed)])
+
+    async def read_all() -> list[str]:
+        return await asyncio.gather(*map(read, range(40)))
+
+    expected = generator.generate_batch(["One day"] * 40, request, seed=list(range(40)))
+    assert asyncio.run(read_all()) == [text.text for text in expected]
+
+
+def test_no_short_text_waits_for_a_longer_one_that_came_before(generator: TextGenerator, start: Start) -> None:
+    loop = start(generator, slots=4)
+    long = [loop.submit("One day", LONG) for _ in range(3)]
+    for _ in range(20):
+        loop.submit("One day", Request(5, 5)).result()
+    assert all(ticket.text.finish_reason is None for ticket in long)
+    assert min(ticket.completion_tokens for ticket in long) > 80  # which did not wait either, while 20 x 5 were told
+    for ticket in long:
+        ticket.cancel()
+
+
+def test_a_loop_without_work_gives_its_thread_up_and_goes_on_later(
+    generator: TextGenerator, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "_IDLE_SECONDS", 0.01)
+    loop = start(generator)
+    texts = []
+    for _ in range(3):
+        texts.append(loop.submit("One day", Request(5, 5, GREEDY)).result())
+        until(lambda: loop._thread is None)
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_what_is_done_apart_is_done_in_a_thread_that_ends() -> None:
+    def work(size: int) -> tuple[threading.Thread, int]:
+        return threading.current_thread(), len(torch.ones(size))
+
+    thread, size = apart(work, size=3)
+    assert size == 3 and not thread.is_alive()
+    with pytest.raises(ZeroDivisionError):
+        apart(lambda: 1 // 0)

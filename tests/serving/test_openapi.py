@@ -1,0 +1,50 @@
+"""The OpenAPI document, and requests made up from it: whatever they hold, the server answers as it says."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+import schemathesis
+from served import Served, start, stop
+
+from tiny_lm.serving.app import create_app
+
+EXAMPLES = 60
+
+schema = schemathesis.openapi.from_dict(create_app([]).openapi())
+
+
+@pytest.fixture(scope="module")
+def brief(run_folder: Path) -> Iterator[Served]:
+    """A server that tells short texts only."""
+    served = start(run_folder, "--max-tokens", "12")
+    yield served
+    told = stop(served)
+    assert told.count("\n") == 1, told
+
+
+@schema.hook
+def map_body(context: schemathesis.HookContext, body: object) -> object:
+    """Name the model that is served, and let prompts fit, so that what stands behind these checks is reached."""
+    if isinstance(body, dict):
+        name, prompt = body.get("model"), body.get("prompt")
+        body = {**body, "model": "fox"} if isinstance(name, str) and 1 < len(name) <= 1024 else body
+        body = {**body, "prompt": fitting(prompt)} if "prompt" in body else body
+    return body
+
+
+def fitting(prompt: object) -> object:
+    if isinstance(prompt, str):
+        return prompt[:10] if len(prompt) < 1000 else prompt
+    if isinstance(prompt, list):
+        return [fitting(each) for each in prompt]
+    if isinstance(prompt, int | float) and not isinstance(prompt, bool) and 0 <= prompt < 2**31:
+        return prompt % 512
+    return prompt
+
+
+@schema.parametrize()
+@hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
+def test_requests_of_every_shape_are_answered_as_documented(case: schemathesis.Case, brief: Served) -> None:
+    case.call_and_validate(base_url=brief.url)

@@ -1,0 +1,137 @@
+"""The server behind the page: on this machine only, and no more of Gradio's routes than the page uses."""
+
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tiny_lm.errors import UserError
+from tiny_lm.inference import TextGenerator
+from tiny_lm.serving.demo.page import build_page, page_style
+from tiny_lm.serving.demo.stories import Storytellers
+from tiny_lm.serving.demo.theme import build_theme
+
+HOST = "127.0.0.1"
+
+_ICON = Path(__file__).parent / "favicon.svg"
+
+_BODY_LIMIT = 64 * 2**10
+_OPEN = {
+    "GET": (
+        "/assets/", "/static/", "/theme.css", "/favicon.ico", "/manifest.json",
+        "/gradio_api/queue/data", "/gradio_api/heartbeat/",
+    ),
+    "POST": ("/gradio_api/queue/join", "/gradio_api/run/predict"),
+}  # fmt: skip
+"""What the page asks for. Gradio has routes for much more: files, uploads, an API."""
+
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data:; font-src 'self' data:; object-src 'none'; frame-ancestors 'none'; form-action 'none'"
+)
+"""The browser itself keeps the page from asking anything of other machines."""
+
+_HEADERS = [
+    (b"content-security-policy", _POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+]
+
+_Scope = dict[str, Any]
+_Receive = Callable[[], Awaitable[dict[str, Any]]]
+_Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class Gate:
+    """Lets through what the page itself asks for and refuses the rest, before Gradio sees it."""
+
+    def __init__(self, app: Any, hosts: frozenset[str]) -> None:
+        """Stand before ``app``, an ASGI application that is reached under the names ``hosts``."""
+        self._app, self._hosts = app, hosts
+
+    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+        """Answer one connection."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http" or (status := self._refusal(scope)):
+            await _refuse(send, status if scope["type"] == "http" else 403)
+            return
+
+        async def send_with_headers(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", []), *_HEADERS]
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
+
+    def _refusal(self, scope: _Scope) -> int:
+        """Return the status with which a request is refused; 0: it is not."""
+        headers = dict(scope["headers"])
+        if headers.get(b"host", b"").decode("latin-1") not in self._hosts:
+            return 421  # another name that leads here: a page elsewhere tries to reach us through it
+        path, method = scope["path"], scope["method"].replace("HEAD", "GET")
+        is_page = path == "/" and method == "GET"
+        if not is_page and (".." in path or not path.startswith(_OPEN.get(method, ()))):
+            return 404
+        if method == "POST" and not _is_small(headers.get(b"content-length", b"")):
+            return 413
+        return 0
+
+
+def _is_small(length: bytes) -> bool:
+    return length.isdigit() and int(length) <= _BODY_LIMIT
+
+
+async def _refuse(send: _Send, status: int) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def build_app(tellers: Storytellers, port: int) -> Gate:
+    """Return the page as an ASGI application for ``port`` of this machine."""
+    import fastapi
+    import gradio as gr
+
+    app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    gr.mount_gradio_app(
+        app, build_page(tellers), "/", theme=build_theme(), head=f"<style>{page_style()}</style>",
+        favicon_path=str(_ICON), server_name=HOST, server_port=port, footer_links=[], show_error=False,
+        max_file_size=1, run_history=False, enable_monitoring=False, mcp_server=False, ssr_mode=False, pwa=False,
+    )  # fmt: skip
+    return Gate(app, frozenset(f"{name}:{port}" for name in (HOST, "localhost")))
+
+
+def serve_demo(models: Mapping[str, TextGenerator], port: int, *, on_start: Callable[[str], None]) -> None:
+    """Serve the page on this machine until the process is interrupted.
+
+    Args:
+        models: who tells, by the names of the menu.
+        port: where; 0 for any that is free.
+        on_start: is given the address once the page can be opened.
+
+    Raises:
+        UserError: the port is taken, or Gradio is not installed.
+    """
+    try:
+        import gradio  # noqa: F401  (heavy: fails here, before models start)
+        import uvicorn
+    except ImportError:
+        raise UserError("the demo needs Gradio: pip install 'tiny-lm[demo]'") from None
+    from tiny_lm.serving.server import listen, url_of
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            on_start(url_of(listening))
+
+    with listen(HOST, port) as listening:
+        tellers = Storytellers(models)
+        try:
+            app: Any = build_app(tellers, listening.getsockname()[1])
+            config = uvicorn.Config(
+                app, log_level="warning", ws="none", timeout_graceful_shutdown=2, limit_concurrency=200
+            )
+            Server(config).run(sockets=[listening])
+        finally:
+            tellers.close()

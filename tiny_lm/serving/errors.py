@@ -1,0 +1,111 @@
+"""Errors as clients of the two APIs expect them."""
+
+from collections.abc import Mapping
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import Request as HttpRequest
+
+from tiny_lm.errors import UserError
+from tiny_lm.serving.batching import LoopStoppedError, QueueFull
+from tiny_lm.serving.generation import ClientGoneError, StoppedError, TimeIsUpError
+
+RETRY_SECONDS = 2
+"""What a client that is refused for now is told to wait."""
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """A request that is refused, with what its client is told.
+
+    Attributes:
+        status: of HTTP.
+        message: one line.
+        param: the field that is to blame.
+        code: a word for programs, such as ``model_not_found``.
+    """
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+
+def error_body(path: str, status: int, message: str, *, param: str | None = None, code: str | None = None) -> object:
+    """Return the JSON of an error: Ollama's below ``/api/``, OpenAI's everywhere else."""
+    if path.startswith("/api/"):
+        return {"error": message}
+    kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(
+    path: str,
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    """Return an error as a response."""
+    extra = {"retry-after": str(RETRY_SECONDS)} if status in (429, 503) else {}
+    body = error_body(path, status, message, param=param, code=code)
+    return JSONResponse(body, status, {**extra, **(headers or {})})
+
+
+def describe(error: Exception) -> ApiError:
+    """Tell what ended a text, for a client that has its beginning already."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, TimeIsUpError):
+        return ApiError(504, "the request took longer than this server allows", code="timeout")
+    if isinstance(error, (StoppedError, LoopStoppedError)):
+        return ApiError(503, "the server is stopping", code="stopping")
+    if isinstance(error, QueueFull):
+        return ApiError(429, "too many requests are waiting: try again in a moment", code="queue_full")
+    if isinstance(error, UserError):
+        return ApiError(400, str(error))
+    return ApiError(500, "the server failed; its log says why", code="internal_error")
+
+
+def install(app: FastAPI) -> None:
+    """Let ``app`` answer every error in the shape of its API."""
+
+    async def tell(request: HttpRequest, error: Exception) -> JSONResponse:
+        told = describe(error)
+        return error_response(request.url.path, told.status, told.message, param=told.param, code=told.code)
+
+    async def tell_http(request: HttpRequest, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        return error_response(request.url.path, error.status_code, str(error.detail), headers=error.headers)
+
+    async def tell_invalid(request: HttpRequest, error: Exception) -> JSONResponse:
+        assert isinstance(error, RequestValidationError)
+        message, param = _first_problem(error)
+        return error_response(request.url.path, 400, message, param=param)
+
+    async def tell_nobody(request: HttpRequest, error: Exception) -> Response:
+        return Response(status_code=499)  # as nginx notes a client that went away
+
+    app.add_exception_handler(ClientGoneError, tell_nobody)
+    for kind in (ApiError, TimeIsUpError, StoppedError, LoopStoppedError, QueueFull, UserError, Exception):
+        app.add_exception_handler(kind, tell)
+    app.add_exception_handler(HTTPException, tell_http)
+    app.add_exception_handler(RequestValidationError, tell_invalid)
+
+
+def _first_problem(error: RequestValidationError) -> tuple[str, str | None]:
+    """Return what is wrong with a body in one line, and the field at its top level."""
+    problem = error.errors()[0]
+    if problem["type"] == "json_invalid":
+        return f"the body is no JSON ({problem['ctx']['error']}, character {problem['loc'][1]})", None
+    # Parts such as `list[str]` name a kind of value where there are several, and are no place in the body.
+    place = [str(part) for part in problem["loc"][1:] if str(part).isidentifier() or isinstance(part, int)]
+    message = problem["msg"].removeprefix("Value error, ")
+    if not place:
+        return f"the body: {message} (is its content type application/json?)", None
+    several = len(error.errors()) > 1 and len({each["loc"][:2] for each in error.errors()}) == 1
+    return f"{place[0] if several else '.'.join(place)}: {message}", place[0]

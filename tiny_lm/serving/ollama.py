@@ -1,0 +1,214 @@
+"""The part of the API of Ollama that its clients use to list models and to generate."""
+
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from datetime import datetime, timezone
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+from starlette.requests import Request as HttpRequest
+
+from tiny_lm.inference import Request, Sampling
+from tiny_lm.serving import ollama_schema as schema
+from tiny_lm.serving.catalogue import Catalogue
+from tiny_lm.serving.chat import Message
+from tiny_lm.serving.errors import describe
+from tiny_lm.serving.generation import Generation, encode, prompt_of_messages
+from tiny_lm.serving.models import ServedModel
+from tiny_lm.serving.streaming import TextStream, while_connected
+
+API_VERSION = "0.12.0"
+"""The version of Ollama whose API this is part of; some clients refuse servers that they take for old ones."""
+
+_SMALLEST_TOP_P = 1e-9
+
+Wrap = Callable[[str], dict[str, Any]]
+"""Puts a piece of text where a route has it."""
+
+
+def ollama_router(catalogue: Catalogue) -> APIRouter:
+    """Return the routes below ``/api``."""
+    router = APIRouter(prefix="/api", tags=["Ollama"])
+
+    @router.get("/version", response_model=schema.Version)
+    async def version() -> Any:
+        """Tell the version of Ollama whose API this is part of."""
+        return {"version": API_VERSION}
+
+    @router.get("/tags", response_model=schema.Tags)
+    async def tags() -> Any:
+        """List the models that are served."""
+        return {"models": [{**_facts(model), "modified_at": _modified(model)} for model in catalogue.models]}
+
+    @router.get("/ps", response_model=schema.Running)
+    async def running() -> Any:
+        """List the models that are in memory, which are the same."""
+        return {"models": [_running(model) for model in catalogue.models]}
+
+    @router.post("/show", response_model=schema.Shown)
+    async def show(body: schema.ModelRequest) -> Any:
+        """Show one model."""
+        return _shown(catalogue.find(body.model))
+
+    @router.post("/generate", response_model=None, responses=_responses(schema.Generated))
+    async def generate(body: schema.GenerateRequest, request: HttpRequest) -> Response:
+        """Go on with a prompt."""
+        model = catalogue.find(body.model)
+        if not body.prompt:
+            return JSONResponse({**_head(model), "response": "", "done": True, "done_reason": "load"})
+        if body.raw or model.template is None:
+            # A template writes bos itself, so a prompt that is already rendered holds it.
+            prompt = await encode(model, body.prompt, bos=model.template is None)
+            stop_tokens: tuple[str, ...] = ()
+        else:
+            system = [Message("system", body.system)] if body.system else []
+            prompt, stop_tokens = await prompt_of_messages(model, [*system, Message("user", body.prompt)])
+        return await _answer(catalogue, model, prompt, stop_tokens, body, request, lambda text: {"response": text})
+
+    @router.post("/chat", response_model=None, responses=_responses(schema.Answered))
+    async def chat(body: schema.ChatRequest, request: HttpRequest) -> Response:
+        """Answer messages; a model that was trained on stories alone goes on with their text."""
+        model = catalogue.find(body.model)
+        if not body.messages:
+            return JSONResponse({**_head(model), **_said(""), "done": True, "done_reason": "load"})
+        messages = [Message(message.role, message.content or "") for message in body.messages]
+        prompt, stop_tokens = await prompt_of_messages(model, messages)
+        return await _answer(catalogue, model, prompt, stop_tokens, body, request, _said)
+
+    return router
+
+
+def _responses(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+    """Describe an answer that comes whole or in lines."""
+    return {200: {"model": model, "content": {"application/x-ndjson": {"schema": {"type": "string"}}}}}
+
+
+async def _answer(
+    catalogue: Catalogue,
+    model: ServedModel,
+    prompt: list[int],
+    stop_tokens: tuple[str, ...],
+    body: schema.GeneratingRequest,
+    request: HttpRequest,
+    wrap: Wrap,
+) -> Response:
+    """Send what is generated, in lines (as Ollama does unless it is told not to) or whole."""
+    options = body.options or schema.Options()
+    most = options.num_predict if options.num_predict >= 0 else model.context_length
+    asked = _request(options, catalogue.limits.tokens(most), stop_tokens)
+    generation = catalogue.begin(model, [prompt], asked, seed=options.seed if options.seed >= 0 else None)
+    if body.stream is None or body.stream:
+        return TextStream(_lines(model, generation, wrap), generation, "application/x-ndjson")
+    [choice] = await while_connected(request, generation, generation.choices())
+    return JSONResponse({**_head(model), **wrap(choice.text), **_statistics(generation, choice.finish_reason)})
+
+
+async def _lines(model: ServedModel, generation: Generation, wrap: Wrap) -> AsyncIterator[str]:
+    """Yield a line of JSON for each piece, and one with statistics."""
+    reason: str | None = None
+    try:
+        async for _, piece in generation.pieces():
+            reason = piece.finish_reason or reason
+            if piece.text:
+                yield _line({**_head(model), **wrap(piece.text), "done": False})
+        yield _line({**_head(model), **wrap(""), **_statistics(generation, reason)})
+    except Exception as error:
+        told = describe(error)
+        yield _line({"error": told.message})
+        if told.status == 500:
+            raise
+
+
+def _line(content: object) -> str:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"
+
+
+def _request(options: schema.Options, most: int, stop_tokens: tuple[str, ...]) -> Request:
+    sampling = Sampling(
+        temperature=options.temperature,
+        top_k=max(options.top_k, 0),
+        top_p=max(options.top_p, _SMALLEST_TOP_P),
+        min_p=options.min_p,
+        repetition_penalty=options.repeat_penalty,
+        presence_penalty=options.presence_penalty,
+        frequency_penalty=options.frequency_penalty,
+    )
+    return Request(most, sampling=sampling, stop=tuple(options.stop), stop_tokens=stop_tokens)
+
+
+def _head(model: ServedModel) -> dict[str, Any]:
+    return {"model": model.name, "created_at": _time(time.time())}
+
+
+def _said(text: str) -> dict[str, Any]:
+    return {"message": {"role": "assistant", "content": text}}
+
+
+def _statistics(generation: Generation, reason: str | None) -> dict[str, Any]:
+    now = time.monotonic()
+    first = generation.first or now
+    return {
+        "done": True,
+        "done_reason": reason,
+        "total_duration": _nanoseconds(now - generation.started),
+        "load_duration": 0,
+        "prompt_eval_count": generation.prompt_tokens,
+        "prompt_eval_duration": _nanoseconds(first - generation.started),
+        "eval_count": generation.completion_tokens,
+        "eval_duration": _nanoseconds(now - first),
+    }
+
+
+def _nanoseconds(seconds: float) -> int:
+    return round(seconds * 1e9)
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat().replace("+00:00", "Z")
+
+
+def _modified(model: ServedModel) -> str:
+    return _time(model.created)
+
+
+def _facts(model: ServedModel) -> dict[str, Any]:
+    """Return what all lists tell; names carry the tag that Ollama's clients expect."""
+    name = f"{model.name}:latest"
+    return {"name": name, "model": name, "size": model.bytes, "digest": model.digest, "details": _details(model)}
+
+
+def _details(model: ServedModel) -> dict[str, Any]:
+    return {
+        "parent_model": "",
+        "format": "safetensors",
+        "family": model.architecture,
+        "families": [model.architecture],
+        "parameter_size": f"{model.parameters / 1e6:.1f}M",
+        "quantization_level": "F32",
+    }
+
+
+def _running(model: ServedModel) -> dict[str, Any]:
+    never = "9999-12-31T23:59:59Z"
+    return {**_facts(model), "expires_at": never, "size_vram": 0, "context_length": model.context_length}
+
+
+def _shown(model: ServedModel) -> dict[str, Any]:
+    family = model.architecture
+    return {
+        "modelfile": f"FROM {model.name}",
+        "parameters": "",
+        "template": model.template.source if model.template else "{{ .Prompt }}",
+        "details": _details(model),
+        "model_info": {
+            "general.architecture": family,
+            "general.basename": model.name,
+            "general.parameter_count": model.parameters,
+            f"{family}.context_length": model.context_length,
+        },
+        "capabilities": ["completion"],
+        "modified_at": _modified(model),
+    }

@@ -1,0 +1,116 @@
+"""Running the application: the socket it listens at, and how it stops."""
+
+import asyncio
+import errno
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from tiny_lm.errors import UserError
+from tiny_lm.serving.guard import Gate
+
+_LAST_SECONDS = 5
+"""Time for the last bytes of answers to be sent, after the stories have ended."""
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at an address; port 0 takes a free one.
+
+    Raises:
+        UserError: the port is in use, or the address is none of this machine's.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(f"port {port} of {host} is in use: stop what runs there, or choose a --port") from None
+        if error.errno == errno.EACCES:
+            raise UserError(f"port {port} of {host} needs more rights: choose a --port above 1023") from None
+        raise UserError(f"--host {host}: cannot be listened at ({error.strerror or error})") from None
+
+
+def url_of(listening: socket.socket) -> str:
+    """Return the address of a server as clients write it."""
+    host, port = listening.getsockname()[:2]
+    if host in ("0.0.0.0", "::"):
+        host = "localhost"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """A server that, asked to stop, refuses new requests and lets the running ones end.
+
+    It goes on to listen meanwhile, so that clients and load balancers are told instead of turned away. A second signal
+    ends it at once.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        gate: Gate,
+        *,
+        grace: float,
+        end_stories: Callable[[], None],
+        tell: Callable[[str], None],
+    ) -> None:
+        super().__init__(config)
+        self._gate, self._grace, self._end_stories, self._tell = gate, grace, end_stories, tell
+        self._deadline = 0.0
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to stop."""
+        if self._gate.closed:
+            self.should_exit = self.force_exit = True
+            return
+        self._gate.closed = True
+        self._deadline = time.monotonic() + self._grace
+        if self._gate.inside:
+            self._tell(f"stopping: what runs has {self._grace:g} s to end; again to stop at once")
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End what still runs, so that its clients are told, and close."""
+        await asyncio.to_thread(self._end_stories)
+        await super().shutdown(sockets)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Exit when nothing runs any more, or the time for that has passed."""
+        if self._gate.closed and (not self._gate.inside or time.monotonic() >= self._deadline):
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def run(
+    app: FastAPI,
+    listening: socket.socket,
+    gate: Gate,
+    *,
+    grace: float,
+    end_stories: Callable[[], None],
+    tell: Callable[[str], None],
+) -> None:
+    """Serve ``app`` until a signal comes.
+
+    Args:
+        app: the application.
+        listening: where clients come in.
+        gate: that the application was built with.
+        grace: seconds that running requests have to end.
+        end_stories: ends what still runs after these.
+        tell: is given lines for the user.
+    """
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        ws="none",
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=_LAST_SECONDS,
+    )
+    server = Server(config, gate, grace=grace, end_stories=end_stories, tell=tell)
+    server.run(sockets=[listening])

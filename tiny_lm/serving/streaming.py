@@ -1,0 +1,58 @@
+"""Answers that are sent while they are made, and clients that go away."""
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from tiny_lm.serving.generation import ClientGoneError, Generation
+
+_T = TypeVar("_T")
+
+_SLOW_READER_SECONDS = 5
+"""So long after its time a request is dropped whose client does not even read that its time is up."""
+
+
+class TextStream(StreamingResponse):
+    """Sends what is made of a generation, which ends with the response, whatever ends that."""
+
+    def __init__(self, lines: AsyncIterator[str], generation: Generation, media_type: str) -> None:
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(lines, media_type=media_type, headers=headers)
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until all is said, the client is gone, or its time is up."""
+        try:
+            with suppress(asyncio.TimeoutError):
+                seconds = self._generation.seconds + _SLOW_READER_SECONDS
+                await asyncio.wait_for(super().__call__(scope, receive, send), seconds)
+        finally:
+            self._generation.cancel()
+
+
+async def while_connected(request: HttpRequest, generation: Generation, work: Coroutine[Any, Any, _T]) -> _T:
+    """Wait for ``work`` on ``generation``, but no longer than the client of ``request`` does.
+
+    Raises:
+        ClientGoneError: it went away.
+    """
+    answer, gone = asyncio.ensure_future(work), asyncio.ensure_future(_until_gone(request))
+    try:
+        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise ClientGoneError
+        return answer.result()
+    finally:
+        answer.cancel()
+        gone.cancel()
+        generation.cancel()
+
+
+async def _until_gone(request: HttpRequest) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
