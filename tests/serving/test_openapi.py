@@ -1,5 +1,6 @@
 """The OpenAPI document, and requests made up from it: whatever they hold, the server answers as it says."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,3 +49,13 @@ def fitting(prompt: object) -> object:
 @hypothesis.settings(max_examples=EXAMPLES, deadline=None, derandomize=True)
 def test_requests_of_every_shape_are_answered_as_documented(case: schemathesis.Case, brief: Served) -> None:
     case.call_and_validate(base_url=brief.url)
+
+
+def test_the_page_shows_every_route_and_loads_nothing(brief: Served) -> None:
+    response = brief.client.get("/docs")
+    assert response.headers["content-security-policy"].startswith("default-src 'none'")
+    for path, operations in brief.client.get("/openapi.json").json()["paths"].items():
+        for method in operations:
+            assert f"<h2>{method.upper()} {path}</h2>" in response.text
+    assert "<td>repetition_penalty</td><td>number &gt; 0 ≤ 100</td>" in response.text
+    assert not re.search(r"src=|<script|<link|//", response.text.replace("<!doctype", ""))
