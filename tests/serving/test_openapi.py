@@ -57,5 +57,5 @@ def test_the_page_shows_every_route_and_loads_nothing(brief: Served) -> None:
     for path, operations in brief.client.get("/openapi.json").json()["paths"].items():
         for method in operations:
             assert f"<h2>{method.upper()} {path}</h2>" in response.text
-    assert "<td>repetition_penalty</td><td>number &gt; 0 ≤ 100</td>" in response.text
+    assert "<td>repetition_penalty</td><td>number ≥ 0.01 ≤ 100</td>" in response.text
     assert not re.search(r"src=|<script|<link|//", response.text.replace("<!doctype", ""))
