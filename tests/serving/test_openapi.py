@@ -13,7 +13,10 @@ from tiny_lm.serving.app import create_app
 
 EXAMPLES = 60
 
-schema = schemathesis.openapi.from_dict(create_app([]).openapi())
+# A body may be too large before anything else is wrong with it.
+REFUSALS = [400, 404, 405, 413, 429]
+config = schemathesis.Config.from_dict({"checks": {"negative_data_rejection": {"expected-statuses": REFUSALS}}})
+schema = schemathesis.openapi.from_dict(create_app([]).openapi(), config=config)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +35,8 @@ def map_body(context: schemathesis.HookContext, body: object) -> object:
         name, prompt = body.get("model"), body.get("prompt")
         body = {**body, "model": "fox"} if isinstance(name, str) and 1 < len(name) <= 1024 else body
         body = {**body, "prompt": fitting(prompt)} if "prompt" in body else body
+        if isinstance(prompt, list) and len(prompt) > 4 and body.get("n") in range(1, 17):
+            body = {**body, "n": 1}  # 64 texts at most, which a schema cannot say
     return body
 
 
