@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 
 CHROMIUM ?= $(firstword $(wildcard /usr/bin/chromium /usr/bin/chromium-browser /usr/bin/google-chrome) /usr/bin/chromium)
 
-.PHONY: quickstart test test-browser test-llamacpp lint types wheel lock clean
+.PHONY: quickstart test test-browser test-llamacpp test-transformers4 test-transformersjs lint types wheel lock clean
 
 # The stamps are renewed whenever the project's declared dependencies or their pins change.
 $(VENV)/installed: pyproject.toml requirements.lock
@@ -38,6 +38,27 @@ test-llamacpp: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[llamacpp]"
 	$(BIN)/python -m pytest -m llamacpp tests/export
 
+# Exports in transformers 4, which is laid over our environment: these three packages are all that differs.
+.venv-transformers4/installed: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv-transformers4 \
+	  transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.0
+	touch $@
+
+test-transformers4: .venv-transformers4/installed
+	$(BIN)/python -m pytest -m transformers4 tests/engines
+
+# Runs ONNX exports in transformers.js. Its install script, which would fetch what GPUs need, does not run.
+TRANSFORMERS_JS := build/transformersjs
+$(TRANSFORMERS_JS)/installed: Makefile
+	@command -v npm > /dev/null || test "$$(id -u)" = 0 || { echo "install Node.js with npm, 18 or newer"; exit 1; }
+	command -v npm > /dev/null || { apt-get update && apt-get install --yes --no-install-recommends nodejs npm; }
+	mkdir -p $(@D)
+	npm install --prefix $(@D) --no-fund --no-audit --ignore-scripts --loglevel error @huggingface/transformers@4.2.0
+	touch $@
+
+test-transformersjs: $(VENV)/installed-dev $(TRANSFORMERS_JS)/installed
+	TRANSFORMERS_JS=$(TRANSFORMERS_JS) $(BIN)/python -m pytest -m transformersjs tests/export
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,4 +79,4 @@ lock: $(VENV)/installed
 	echo "torch==2.13.0" >> requirements.lock
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-transformers4 dist build .pytest_cache .mypy_cache .ruff_cache

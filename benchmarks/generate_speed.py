@@ -1,4 +1,4 @@
-"""How fast texts are generated, beside transformers and llama.cpp with the same weights.
+"""How fast texts are generated, beside transformers, llama.cpp and ONNX Runtime with the same weights.
 
     python benchmarks/generate_speed.py RUN              # a run folder; three rounds, some two minutes
     python benchmarks/generate_speed.py RUN --rounds 1 --json result.json
@@ -6,7 +6,8 @@
 Every contender runs in a process of its own, one after the other, and all of them in every round; the figure of a
 contender is the median of its rounds, a ratio that of the ratios within each round. All continue the same prompts by
 the same number of tokens in float32: transformers by `generate` on the export of the run, llama.cpp (where
-llama-cpp-python is installed) on its GGUF file. Loading is not timed; reading the prompt is.
+llama-cpp-python is installed) on its GGUF file, ONNX Runtime (where the extra `onnx` is installed) by the program that
+stands beside its graphs, and once more with weights of eight bits. Loading is not timed; reading the prompt is.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -26,13 +28,17 @@ TEMPERATURES = {"greedy": 0.0, "temperature 0.8": 0.8}
 BATCHES = (1, 32)
 
 Rates = dict[str, float]
+Generate = Callable[[int, float], None]
+"""Continues so many copies of the prompt by TOKENS tokens each, at a temperature."""
 
 
-def timed(generate: Callable[[int, float], None], batches: tuple[int, ...] = BATCHES) -> Rates:
+def timed(
+    generate: Generate, batches: tuple[int, ...] = BATCHES, temperatures: dict[str, float] = TEMPERATURES
+) -> Rates:
     """Return tokens per second of each kind of work, the best of three after a warm-up."""
     rates = {}
     for batch in batches:
-        for name, temperature in TEMPERATURES.items():
+        for name, temperature in temperatures.items():
             seconds = []
             for _ in range(4):
                 started = time.perf_counter()
@@ -42,7 +48,7 @@ def timed(generate: Callable[[int, float], None], batches: tuple[int, ...] = BAT
     return rates
 
 
-def ours(run: Path, exports: Path) -> Rates:
+def ours(run: Path) -> Generate:
     from tiny_lm.inference import Request, Sampling, TextGenerator
 
     generator = TextGenerator.from_run(run)
@@ -52,15 +58,15 @@ def ours(run: Path, exports: Path) -> Rates:
         texts = generator.generate_batch([PROMPT] * batch, request, seed=list(range(batch)))
         assert all(len(text.ids) == TOKENS for text in texts)
 
-    return timed(generate)
+    return generate
 
 
-def transformers(run: Path, exports: Path) -> Rates:
+def transformers(folder: Path) -> Generate:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(exports / "huggingface").eval()
-    inputs = AutoTokenizer.from_pretrained(exports / "huggingface")([PROMPT], return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    inputs = AutoTokenizer.from_pretrained(folder)([PROMPT], return_tensors="pt")
 
     def generate(batch: int, temperature: float) -> None:
         ids = inputs["input_ids"].repeat(batch, 1)
@@ -70,29 +76,48 @@ def transformers(run: Path, exports: Path) -> Rates:
         )
         assert texts.shape == (batch, ids.shape[1] + TOKENS)
 
-    return timed(generate)
+    return generate
 
 
-def llama_cpp(run: Path, exports: Path) -> Rates:
+def llama_cpp(file: Path) -> Generate:
     from llama_cpp import Llama
 
-    model = Llama(str(exports / "model.gguf"), n_ctx=256, n_threads=os.cpu_count(), verbose=False)
+    model = Llama(str(file), n_ctx=256, n_threads=os.cpu_count(), verbose=False)
     prompt = model.tokenize(PROMPT.encode())
 
     def generate(batch: int, temperature: float) -> None:
+        assert batch == 1
         options = {"temp": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
         tokens = model.generate(prompt, reset=True, **options)  # goes on beyond the end of the text
         for _ in range(TOKENS):
             next(tokens)
 
-    return timed(generate, (1,))
+    return generate
+
+
+def onnx_runtime(folder: Path, file: str) -> Generate:
+    from tiny_lm.export.onnx_generate import OnnxModel
+
+    model = OnnxModel(folder, file, threads=os.cpu_count() or 1)
+    model.settings["eos_token_id"] = -1  # goes on beyond the end of the text
+    prompt = model.tokenizer.encode(PROMPT).ids
+
+    def generate(batch: int, temperature: float) -> None:
+        assert batch == 1
+        assert sum(1 for _ in model.stream(prompt, TOKENS, temperature=temperature, seed=0)) == TOKENS
+
+    return generate
 
 
 OURS, TRANSFORMERS, LLAMA_CPP = "tiny-lm", "transformers generate", "llama.cpp"
+FLOAT32, INT8 = "onnx/model.onnx", "onnx/model_quantized.onnx"
+ONNX, ONNX_QUANTIZED = "ONNX Runtime", "ONNX Runtime, int8"
 CONTENDERS: dict[str, Callable[[Path, Path], Rates]] = {
-    TRANSFORMERS: transformers,
-    LLAMA_CPP: llama_cpp,
-    OURS: ours,
+    TRANSFORMERS: lambda run, exports: timed(transformers(exports / "huggingface")),
+    LLAMA_CPP: lambda run, exports: timed(llama_cpp(exports / "model.gguf"), (1,)),
+    ONNX: lambda run, exports: timed(onnx_runtime(exports / "onnx", FLOAT32), (1,)),
+    ONNX_QUANTIZED: lambda run, exports: timed(onnx_runtime(exports / "onnx", INT8), (1,)),
+    OURS: lambda run, exports: timed(ours(run)),
 }
 
 
@@ -100,28 +125,36 @@ def export(run: Path, folder: Path) -> None:
     from tiny_lm.export.gguf_file import write_gguf
     from tiny_lm.export.gguf_vocabulary import to_gguf_vocabulary
     from tiny_lm.export.huggingface import write_huggingface
+    from tiny_lm.export.onnx import write_onnx
     from tiny_lm.export.source import load_source
 
     source = load_source(run)
     (folder / "huggingface").mkdir()
     write_huggingface(source, folder / "huggingface")
     write_gguf(source, to_gguf_vocabulary(source.tokenizer, source.config.vocab_size), folder / "model.gguf", "F32")
+    if installed(ONNX):
+        (folder / "onnx").mkdir()
+        write_onnx(source, folder / "onnx")
 
 
-def run_in_child(contender: str, run: Path, exports: Path) -> Rates:
-    """Run one contender in a process of its own; it prints its figures in its last line."""
-    command = [sys.executable, __file__, str(run), "--contender", contender, "--exports", str(exports)]
-    child = subprocess.run(command, capture_output=True, text=True)
+def run_in_child(script: str, *words: str | Path) -> Rates:
+    """Run one contender of a script in a process of its own; it prints its figures in its last line."""
+    child = subprocess.run([sys.executable, script, *map(str, words)], capture_output=True, text=True)
     if child.returncode:
-        sys.exit(f"{contender} failed:\n{child.stderr[-3000:]}")
+        sys.exit(f"{' '.join(map(str, words))} failed:\n{child.stderr[-3000:]}")
     rates: Rates = json.loads(child.stdout.splitlines()[-1])
     return rates
 
 
 def installed(contender: str) -> bool:
-    from importlib.util import find_spec
+    needed = {LLAMA_CPP: "llama_cpp", ONNX: "onnxscript", ONNX_QUANTIZED: "onnxscript"}
+    return contender not in needed or find_spec(needed[contender]) is not None
 
-    return contender != LLAMA_CPP or find_spec("llama_cpp") is not None
+
+def machine() -> str:
+    import torch
+
+    return f"CPU, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
 
 
 def race(run: Path, rounds: int) -> dict[str, list[Rates]]:
@@ -131,7 +164,8 @@ def race(run: Path, rounds: int) -> dict[str, list[Rates]]:
         export(run, Path(folder))
         for _ in range(rounds):
             for name in names:
-                results[name].append(run_in_child(name, run, Path(folder)))
+                words = (run, "--contender", name, "--exports", folder)
+                results[name].append(run_in_child(__file__, *words))
     return results
 
 
@@ -157,9 +191,7 @@ def main() -> None:
     if arguments.contender:
         print(json.dumps(CONTENDERS[arguments.contender](arguments.run, arguments.exports)))
         return
-    import torch
-
-    print(f"CPU, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}", flush=True)
+    print(machine(), flush=True)
     results = race(arguments.run, arguments.rounds)
     print_table(results)
     if arguments.json:

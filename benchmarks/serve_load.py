@@ -26,6 +26,7 @@ from statistics import median, quantiles
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import aiohttp  # costs less than httpx, and the cores are the server's
 import httpx
 from generate_speed import export
 
@@ -102,8 +103,16 @@ def installed(name: str) -> bool:
     return name not in needed or find_spec(needed[name]) is not None
 
 
+@dataclass(frozen=True)
+class Served:
+    """A server that runs: its address, and the id of its process."""
+
+    url: str
+    process: int
+
+
 @contextmanager
-def serving(command: list[str], port: int) -> Iterator[str]:
+def serving(command: list[str], port: int) -> Iterator[Served]:
     """Start a server, wait until it answers, and end it."""
     url = f"http://127.0.0.1:{port}"
     with TemporaryDirectory() as folder:
@@ -116,7 +125,7 @@ def serving(command: list[str], port: int) -> Iterator[str]:
                 if server.poll() is not None or time.monotonic() > deadline:
                     sys.exit(f"{' '.join(command)} does not answer:\n{log.read_text()[-3000:]}")
                 time.sleep(0.2)
-            yield url
+            yield Served(url, server.pid)
         finally:
             server.terminate()
             try:
@@ -150,16 +159,16 @@ class Text:
     tokens: int
 
 
-async def tell(client: httpx.AsyncClient, model: str, prompt: str, seed: int) -> Text:
+async def tell(client: aiohttp.ClientSession, model: str, prompt: str, seed: int) -> Text:
     body = {"model": model, "prompt": prompt, "max_tokens": TOKENS, "temperature": TEMPERATURE, "seed": seed}
     body |= {"stream": True, "stream_options": {"include_usage": True}}
     started = time.perf_counter()
     first, tokens, chunks = 0.0, 0, 0
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        if response.status_code != 200:
-            sys.exit(f"HTTP {response.status_code}: {(await response.aread()).decode()[:500]}")
-        async for line in response.aiter_lines():
-            if not line.startswith("data: {"):
+    async with client.post("/v1/completions", json=body) as response:
+        if response.status != 200:
+            sys.exit(f"HTTP {response.status}: {(await response.text())[:500]}")
+        async for line in response.content:
+            if not line.startswith(b"data: {"):
                 continue
             event = json.loads(line[6:])
             if any(choice.get("text") for choice in event.get("choices") or []):
@@ -173,8 +182,8 @@ async def tell(client: httpx.AsyncClient, model: str, prompt: str, seed: int) ->
 async def load(url: str, model: str, clients: int) -> Figures:
     """Ask as long as a measurement takes; texts that are begun are told to their end."""
     texts: list[Text] = []
-    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+    connector, timeout = aiohttp.TCPConnector(limit=clients), aiohttp.ClientTimeout(120)
+    async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as client:
         await tell(client, model, BEGINNINGS[0], 0)  # warms up
         started = time.perf_counter()
 
@@ -222,9 +231,9 @@ def race(run: Path, names: list[str], rounds: int) -> dict[str, list[list[Figure
         for _ in range(rounds):
             for name in names:
                 port = free_port()
-                with serving(SERVERS[name](run, exports, port), port) as url:
+                with serving(SERVERS[name](run, exports, port), port) as server:
                     model = str(exports / "huggingface") if name == "transformers serve" else "story"
-                    results[name].append([load_in_child(url, model, clients) for clients in CLIENTS])
+                    results[name].append([load_in_child(server.url, model, clients) for clients in CLIENTS])
     return results
 
 

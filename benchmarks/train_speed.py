@@ -39,7 +39,7 @@ from tiny_lm.training import TrainingConfig
 from tiny_lm.training.acceleration import (
     compiled_loss,
     keep_freed_memory,
-    prefers_reference_attention,
+    prefers_blocked_attention,
 )
 from tiny_lm.training.device import choose_device
 from tiny_lm.training.optim import Schedule, build_optimizer
@@ -165,8 +165,8 @@ def our_loop(shape: str, stream: Path, steps: int) -> float:
         keep_freed_memory()
     config = model_config(shape)
     model = build_model(config).to(DEVICE)
-    if prefers_reference_attention(DEVICE, config.context_length):
-        model.use_reference_attention()
+    if prefers_blocked_attention(DEVICE, config.context_length):
+        model.use_blocked_attention()
     loss = compiled_loss()
     return bare_loop(model, lambda x, y: loss(model, x, y, -100), ready_batches(shape, stream), steps, "bf16-mixed")
 

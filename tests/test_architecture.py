@@ -36,8 +36,13 @@ CONFINED = {
     "lightning_utilities": ("training/",),
     "transformers": ("export/",),
     "safetensors": ("model/huggingface_folder.py", "export/"),
+    "huggingface_hub": ("dataset/huggingface.py", "export/hub.py"),
     "gguf": ("export/gguf_file.py",),
     "llama_cpp": ("export/llamacpp_engine.py",),
+    "onnx": ("export/onnx_graph.py",),
+    "onnxscript": ("export/onnx_graph.py",),
+    "onnxruntime": ("export/onnx_graph.py", "export/onnx_engine.py", "export/onnx_generate.py"),
+    "tokenizers": ("export/onnx_graph.py", "export/onnx_generate.py"),
     "trackio": ("training/trackers.py",),
     "wandb": ("training/trackers.py",),
     "datasets": ("dataset/huggingface.py",),
@@ -52,7 +57,9 @@ CONFINED = {
 }
 # Imported inside functions only: they are slow to load, and most commands do not need them.
 LAZY = {"datasets", "tiktoken", "rustbpe", "sentencepiece", "matplotlib", "pyarrow", "trackio", "wandb"}
-LAZY |= {"transformers", "safetensors", "httpx", "jinja2", "gguf", "llama_cpp"}
+LAZY |= {"transformers", "safetensors", "httpx", "jinja2", "gguf", "llama_cpp", "huggingface_hub"}
+
+LAZY |= {"onnx", "onnxscript"}
 
 
 def room_of(path: Path) -> str:

@@ -81,7 +81,8 @@ def check_free(folder: Path, *, replaceable: str | None = None) -> None:
         UserError: it is a file, or holds files that must not be lost.
     """
     if folder.resolve() == Path.cwd() or folder.resolve() in Path.cwd().parents:
-        raise UserError(f"{folder}: is where you are; name a folder of its own")
+        where = "is where you are" if folder.resolve() == Path.cwd() else "holds the folder where you are"
+        raise UserError(f"{folder}: {where}; name a folder of its own")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file, but a folder is to be written; choose another name")
     if folder.is_dir() and any(folder.iterdir()):

@@ -2,19 +2,16 @@
 
 import io
 import json
-import os
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+from small_hub import HubHandler, address_of_nobody, hub_environment, serving
 
 COMMIT = "a" * 40
 TEXTS = [f"story {number}\n" for number in range(150)]
@@ -33,20 +30,8 @@ FILES = {
 REFUSED = {"gated": (403, "GatedRepo"), "busy": (429, None), "broken": (503, None)}
 
 
-class SmallHub(BaseHTTPRequestHandler):
+class SmallHub(HubHandler):
     """Answers for the data set some/stories as the Hub does; knows a few that it refuses, and no others."""
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def answer(self, status: int, body: bytes = b"", **headers: str | None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            if value is not None:
-                self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
 
     def do_GET(self) -> None:
         parts = self.path.partition("?")[0].strip("/").split("/")
@@ -94,21 +79,13 @@ class SmallHub(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), SmallHub)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(SmallHub) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
 def nowhere() -> str:
-    """Return the address of a port on which nobody listens."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{unused.getsockname()[1]}"
+    return address_of_nobody()
 
 
 ASK = """
@@ -128,9 +105,8 @@ for case in json.loads(sys.argv[1]):
 
 
 def ask(endpoint: str, home: Path, *cases: dict, **environment: str) -> list:
-    """Read each case in one new process (the library takes the Hub's address when it is imported)."""
-    hidden = {name: "" for name in os.environ if name.startswith("HF_") or name.lower().endswith("_proxy")}
-    variables = {**os.environ, **hidden, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), **environment}
+    """Read each case in one new process."""
+    variables = hub_environment(endpoint, home, **environment)
     command = [sys.executable, "-c", ASK, json.dumps(cases)]
     result = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=60)
     assert result.returncode == 0, result.stderr

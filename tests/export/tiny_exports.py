@@ -1,7 +1,9 @@
-"""What the tests of this folder share: the families, small, and how their runs are trained."""
+"""What the tests of exports share: the families, small, and how their runs are trained."""
 
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from tiny_lm.data import BinDataConfig
 from tiny_lm.data.tokenize import tokenize_corpus
@@ -45,3 +47,22 @@ def train_run(family: str, unused_rows: int, tokenizer: Tokenizer, stories: list
         run,
     )
     return run
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory, stories: list[str], tokenizer: Tokenizer) -> TrainedRun:
+    """Return the run of a family and a kind of tokenizer; each is trained once."""
+    made: dict[tuple[str, str, int], Run] = {}
+
+    def get(family: str = "llama3", kind: str = "BPE", unused_rows: int = 0) -> Run:
+        key = (family, kind, unused_rows)
+        if key not in made:
+            made[key] = train_run(
+                family, unused_rows, make_tokenizer(kind, stories, tokenizer), stories, new_folder(key)
+            )
+        return made[key]
+
+    def new_folder(key: tuple[str, str, int]) -> Path:
+        return tmp_path_factory.mktemp("-".join(map(str, key)))
+
+    return get

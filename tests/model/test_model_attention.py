@@ -5,7 +5,7 @@ import torch
 from families import FAMILIES, family_model
 from reference import randomize
 
-from tiny_lm.model import RoPE, attend, reference_attention
+from tiny_lm.model import RoPE, attend, blocked_attention, reference_attention
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
@@ -22,6 +22,18 @@ def test_fused_attention_equals_the_reference_with_a_mask():
     q, k, v = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
     mask = torch.ones(3, 9, dtype=torch.bool).tril(6)
     torch.testing.assert_close(attend(q, k, v, mask), reference_attention(q, k, v), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 300), (128, 128), (129, 129), (300, 300), (200, 330)])
+def test_attention_in_blocks_equals_the_reference(lengths):
+    torch.manual_seed(0)
+    new, seen = lengths
+    q, k, v = (torch.randn(2, n, t, 8, requires_grad=True) for n, t in ((4, new), (2, seen), (2, seen)))
+    weight = torch.randn(2, 4, new, 8)
+    blocked, whole = blocked_attention(q, k, v), reference_attention(q, k, v)
+    torch.testing.assert_close(blocked, whole, rtol=0, atol=1e-5)
+    gradients = (torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (blocked, whole))
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-5)
 
 
 def test_gradients_of_fused_attention_equal_those_of_the_reference():

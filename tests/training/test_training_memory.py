@@ -15,14 +15,15 @@ from tiny_lm.training.optim import build_optimizer
 WINDOWS, BLOCK = 4, 32
 
 
-def setup(family: str = "gpt2", dropout: float = 0.0, **values: object) -> Setup:
-    return Setup(model(family, dropout=dropout), training(**values), WINDOWS, BLOCK, "cpu", "32-true")
+def setup(family: str = "gpt2", dropout: float = 0.0, block_size: int = BLOCK, **values: object) -> Setup:
+    shape = model(family, dropout=dropout, context_length=block_size)
+    return Setup(shape, training(**values), WINDOWS, block_size, "cpu", "32-true")
 
 
 def saved_bytes(made: Setup) -> int:
     """Count what the forward pass keeps, each storage once, without the parameters."""
     network = build_model(made.model)
-    network.use_reference_attention()
+    network.use_blocked_attention()
     own = {parameter.untyped_storage().data_ptr() for parameter in [*network.parameters(), *network.buffers()]}
     kept: dict[int, torch.UntypedStorage] = {}  # holding them keeps an address from being used twice
 
@@ -32,17 +33,18 @@ def saved_bytes(made: Setup) -> int:
             kept[storage.data_ptr()] = storage
         return tensor
 
-    ids = torch.zeros(WINDOWS, BLOCK, dtype=torch.int64)
+    ids = torch.zeros(WINDOWS, made.block_size, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         next_token_loss(network, ids, ids, -100)
     return sum(storage.nbytes() for storage in kept.values())
 
 
+@pytest.mark.parametrize("block_size", [BLOCK, 300])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_activations_are_what_torch_keeps(family: str) -> None:
-    made = setup(family)
+def test_activations_are_what_torch_keeps(family: str, block_size: int) -> None:
+    made = setup(family, block_size=block_size)
     estimate = estimate_memory(made)
-    log_probabilities = 4 * WINDOWS * BLOCK * made.model.vocab_size
+    log_probabilities = 4 * WINDOWS * block_size * made.model.vocab_size
     assert saved_bytes(made) == pytest.approx(estimate.activations + log_probabilities, rel=0.15)
 
 

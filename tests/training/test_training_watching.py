@@ -54,7 +54,7 @@ def test_each_validation_tells_the_stories_that_generate_would_tell(fit: Fit, ru
     last = {event["step"]: event for event in read_metrics(run.metrics)}[12]
     assert f"val loss {last['val_loss']:.4f}, {12 * 4 * 32:,} tokens seen" in text
     generator = TextGenerator.from_checkpoint(run.last_checkpoint, run.tokenizer)
-    generator.model.use_reference_attention()  # as training did
+    generator.model.use_blocked_attention()  # as training did
     final = text.split("## Step 12")[1]
     for prompt in prompts:
         story = generator.generate(prompt, 8, temperature=TEMPERATURE, seed=SEED)

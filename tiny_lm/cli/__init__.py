@@ -21,6 +21,7 @@ from tiny_lm.cli.harness import harness
 from tiny_lm.cli.memory import estimate, find_batch_size
 from tiny_lm.cli.params import params
 from tiny_lm.cli.profiles import profiles
+from tiny_lm.cli.push import push, upload_checkpoint
 from tiny_lm.cli.quickstart import quickstart
 from tiny_lm.cli.report import report
 from tiny_lm.cli.serve import serve
@@ -53,7 +54,9 @@ app.command()(report)
 app.add_typer(export_app, name="export")
 app.command()(serve)
 app.command("import")(import_model)
+app.command()(push)
 app.command(hidden=True)(convert_to_huggingface)  # scripts/export/convert_to_hf_gpt2.py
+app.command(hidden=True)(upload_checkpoint)  # scripts/hf_hub/upload_gpt2.py
 
 
 def _version(show: bool) -> None:

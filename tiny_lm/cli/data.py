@@ -62,6 +62,9 @@ def tokenize(
     config: Annotated[str, typer.Option(help="Tokenizer config: a YAML file or the name of a shipped one.")],
     seed: Annotated[int, typer.Option(min=0, help="Divides train and validation where the data set does not.")] = 0,
     errors: ReplaceErrors = "strict",
+    tokenizer_folder: Annotated[
+        Path | None, typer.Option("--tokenizer", help="Encode with this one, such as that of an imported run.")
+    ] = None,
     settings: Settings = None,
     dry_run: DryRun = False,
 ) -> None:
@@ -77,9 +80,10 @@ def tokenize(
     if dry_run:
         print_configs([("tokenizer", tokenizer_config), ("dataset", dataset_config)])
         return
-    tokenizer = load_tokenizer(tokenizer_config.output_dir)
+    tokenizer = load_tokenizer(tokenizer_folder or tokenizer_config.output_dir)
     texts = {token.role: token.text for token in tokenizer.specials}
-    if tokenizer.kind != tokenizer_config.type or texts != tokenizer_config.special_tokens:
+    trained_so = tokenizer.kind == tokenizer_config.type and texts == tokenizer_config.special_tokens
+    if tokenizer_folder is None and not trained_so:
         raise UserError(
             f"{tokenizer_config.output_dir}: was not trained with {config} as it is now (its type or special tokens "
             f"differ); train it again with `tiny-lm tokenizer train --config {config}`"

@@ -64,6 +64,22 @@ def export_gguf(
     print(output_dir / "verification.json")
 
 
+@export_app.command("onnx")
+def export_onnx(run: RunArgument, output_dir: OutputDir, force: Force = False) -> None:
+    """Write a folder that ONNX Runtime and transformers.js run."""
+    from tiny_lm.export import onnx
+    from tiny_lm.export.source import load_source
+    from tiny_lm.export.verify import show_table
+
+    source = load_source(run)
+    for file in onnx.export_onnx(source, output_dir, force=force):
+        show_table(f"{file.name} of {source.name} in ONNX Runtime", file.checks)
+        bits = f"{file.facts.bits_per_weight:.2f} bits per weight"
+        print(f"{output_dir / file.name}  {file.facts.bytes:,} bytes, {bits}, opset {file.facts.opset}")
+    print(output_dir / "verification.json")
+    print(f"next: python {output_dir / onnx.PROGRAM} --prompt 'Once upon a time'", file=sys.stderr)
+
+
 def import_model(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A Hugging Face folder, or a run folder.")],
     output_dir: Annotated[Path | None, typer.Option(help="The run folder to write; by default runs/NAME.")] = None,
@@ -87,6 +103,18 @@ def convert_to_huggingface(
     force: Force = False,
 ) -> None:
     """Write a Hugging Face folder from a checkpoint and a tokenizer given one by one."""
+    source = load_named_source(checkpoint, model_config, tokenizer, tokenizer_config)
+    _export_huggingface(source, output_dir, dtype, force)
+
+
+def load_named_source(
+    checkpoint: Path, model_config: str | None, tokenizer: Path | None, tokenizer_config: str | None
+) -> "Source":
+    """Load a checkpoint and a tokenizer, which must be what the config files say.
+
+    Raises:
+        UserError: a file is missing or damaged, or something is not what a config says.
+    """
     from tiny_lm.export.source import load_checkpoint_source
     from tiny_lm.model.config import load_model_config
     from tiny_lm.runs import Run
@@ -98,18 +126,14 @@ def convert_to_huggingface(
     source = load_checkpoint_source(checkpoint, folder, model_config=expected)
     if named and named.type != source.tokenizer.kind:
         raise UserError(f"{tokenizer_config}: is of type {named.type}, but {folder} holds {source.tokenizer.kind}")
-    _export_huggingface(source, output_dir, dtype, force)
+    return source
 
 
 def _export_huggingface(source: "Source", folder: Path, dtype: str, force: bool) -> None:
     from tiny_lm.export import huggingface
     from tiny_lm.export.verify import show_table
-    from tiny_lm.model.huggingface import Dtype
 
-    if dtype not in huggingface.DTYPES:
-        raise UserError(f"--dtype {dtype}: unknown; there are: {', '.join(huggingface.DTYPES)}")
-    chosen: Dtype = dtype  # type: ignore[assignment]  # just checked
-    checks = huggingface.export_huggingface(source, folder, dtype=chosen, force=force)
+    checks = huggingface.export_huggingface(source, folder, dtype=huggingface.check_dtype(dtype), force=force)
     show_table(f"{folder} beside {source.name}", checks)
     _print_files(folder)
     print(f"next: tiny-lm generate {folder} --prompt 'Once upon a time'", file=sys.stderr)

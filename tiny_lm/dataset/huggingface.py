@@ -85,7 +85,7 @@ def _on_hub(config: DatasetConfig) -> bool:
     except HFValidationError:
         raise UserError(f"{config.name}: is no name of a data set on the Hub, which has the form owner/name") from None
     except Exception as error:
-        if not _is_network(error):
+        if not is_network_error(error):
             raise
         return False
     return True
@@ -118,7 +118,7 @@ def _unreachable(place: str) -> UserError:
     )
 
 
-def _is_network(error: BaseException) -> bool:
+def is_network_error(error: BaseException) -> bool:
     """Tell whether ``error`` is a broken connection; the HTTP library under the Hub's differs by version."""
     return isinstance(error, ConnectionError | TimeoutError) or (
         type(error).__module__.partition(".")[0] in _NETWORK_LIBRARIES
@@ -133,7 +133,7 @@ def _told(place: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # it has no common base: its own classes, OSError, ValueError, Arrow's, HTTP's
-        if _is_network(error):
+        if is_network_error(error):
             raise _unreachable(place) from error
         problem = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{place}: {problem[:300]}") from error

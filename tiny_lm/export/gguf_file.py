@@ -84,6 +84,9 @@ def write_gguf(source: Source, vocabulary: Vocabulary, file: Path, kind: str) ->
         vocabulary: its tokens.
         file: to write.
         kind: one of ``BLOCKS``.
+
+    Raises:
+        UserError: the ``gguf`` package is not installed, or the file could not be written.
     """
     gguf = import_gguf()
     writer = gguf.GGUFWriter(file, ARCHITECTURES[source.config.architecture])
@@ -92,10 +95,13 @@ def write_gguf(source: Source, vocabulary: Vocabulary, file: Path, kind: str) ->
     for name, tensor in gguf_tensors(source.config, source.model.state_dict()):
         chosen = gguf.GGMLQuantizationType[tensor_type(name, tuple(tensor.shape), kind)]
         writer.add_tensor(name, gguf.quantize(tensor.numpy(), chosen), raw_dtype=chosen)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    except OSError as error:  # numpy writes the tensors, and says only how much of one was written
+        raise UserError(f"{file}: could not be written; is the disk full? ({error})") from error
 
 
 def tensor_type(name: str, shape: tuple[int, ...], kind: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tiny_lm.errors import UserError
-from tiny_lm.export.model_card import model_card
+from tiny_lm.export.model_card import CARD_FILE, model_card
 from tiny_lm.export.source import Source
 from tiny_lm.export.verify import (
     REPORT_FILE,
@@ -74,6 +74,18 @@ def export_huggingface(source: Source, folder: Path, *, dtype: Dtype = "float32"
     return checks
 
 
+def check_dtype(name: str) -> Dtype:
+    """Return the type of this name.
+
+    Raises:
+        UserError: weights are not written in it.
+    """
+    if name not in DTYPES:
+        raise UserError(f"--dtype {name}: unknown; there are: {', '.join(DTYPES)}")
+    chosen: Dtype = name  # type: ignore[assignment]  # just checked
+    return chosen
+
+
 def check_space(folder: Path, size: int) -> None:
     """Check that the disk has room for ``size`` bytes of weights and a little more.
 
@@ -104,16 +116,25 @@ def write_huggingface(source: Source, folder: Path, *, dtype: Dtype = "float32")
     Raises:
         UserError: the disk is full.
     """
+    write_settings(source, folder, dtype=dtype)
+    _write_weights(source, folder / WEIGHTS_FILE, DTYPES[dtype])
+    write_text(folder / CARD_FILE, model_card(source))
+
+
+def write_settings(source: Source, folder: Path, *, dtype: Dtype = "float32") -> None:
+    """Write what says how the model is built, how it reads text and how it draws tokens: all but weights and card.
+
+    Raises:
+        UserError: the disk is full.
+    """
     tokenizer = source.tokenizer
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     write_json(folder / "config.json", to_huggingface_config(source.config, **ids, dtype=dtype))
-    _write_weights(source, folder / WEIGHTS_FILE, DTYPES[dtype])
     tokenizer.save(folder)  # also what load_tokenizer needs to give the very same tokenizer
     write_json(folder / "tokenizer.json", {**tokenizer.to_json(), "post_processor": begin_with_bos(tokenizer)})
     write_json(folder / "tokenizer_config.json", _tokenizer_config(source))
     write_json(folder / "special_tokens_map.json", _special_tokens_map(tokenizer))
     write_json(folder / "generation_config.json", _generation_config(source))
-    write_text(folder / "README.md", model_card(source))
 
 
 def _write_weights(source: Source, file: Path, dtype: torch.dtype) -> None:

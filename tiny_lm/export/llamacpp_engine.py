@@ -167,4 +167,4 @@ def quantize_file(source: Path, target: Path, file_type: int) -> None:
     code = library.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(options))
     if code != 0:
         reason = complaints[0] if complaints else f"code {code}"
-        raise UserError(f"{target}: llama.cpp could not quantize the model ({reason})")
+        raise UserError(f"{target}: llama.cpp could not quantize the model; is the disk full? ({reason})")

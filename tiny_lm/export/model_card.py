@@ -9,14 +9,50 @@ from tiny_lm.export.source import Source
 from tiny_lm.model import num_parameters
 from tiny_lm.model.huggingface import ARCHITECTURES
 
+CARD_FILE = "README.md"
+
 _FAMILIES = {"gpt2": "GPT-2", "llama3": "Llama 3", "smalllm": "SmallLM (Starcoder2)", "qwen3": "Qwen3"}
 
+_SCORES = {
+    "val_loss": "validation loss",
+    "val_ppl": "validation perplexity",
+    "val_bpb": "validation bits per byte",
+}
 
-def model_card(source: Source) -> str:
-    """Return the model card in Markdown, with the front matter that the Hub reads."""
-    tags = ["tiny-lm", "text-generation", source.config.architecture]
-    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
-    metadata = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items())
+
+_TRANSFORMERS = """```python
+from transformers import pipeline
+
+generate = pipeline("text-generation", model="path/of/this/folder")
+print(generate("Once upon a time", max_new_tokens=200)[0]["generated_text"])
+```"""
+
+
+def model_card(
+    source: Source,
+    *,
+    library: str = "transformers",
+    use: str = _TRANSFORMERS,
+    place: str = "path/of/this/folder",
+    license_name: str | None = None,
+) -> str:
+    """Return the model card in Markdown, with the front matter that the Hub reads.
+
+    Args:
+        source: what is exported.
+        library: that loads the folder, as the Hub names it.
+        use: how, in Markdown.
+        place: where it is loaded from, which stands in ``use`` in place of ``path/of/this/folder``.
+        license_name: identifier of the license of the weights, as the Hub has them.
+    """
+    front = {
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "tags": ["tiny-lm", "text-generation", source.config.architecture],
+        "license": license_name,
+        "model-index": _model_index(source),
+    }
+    metadata = "\n".join(f"{key}: {json.dumps(value)}" for key, value in front.items() if value)
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures(source).items())
     return f"""---
 {metadata}
@@ -32,12 +68,7 @@ A small language model, trained from scratch with tiny-lm {__version__}.
 
 ## Use
 
-```python
-from transformers import pipeline
-
-generate = pipeline("text-generation", model="path/of/this/folder")
-print(generate("Once upon a time", max_new_tokens=200)[0]["generated_text"])
-```
+{use.replace("path/of/this/folder", place)}
 
 Every text begins with the token `{_bos(source)}`, as in training: the tokenizer adds it. The model sees at most
 {source.config.context_length:,} tokens. It knows what its training text taught it and nothing else: it is no assistant
@@ -54,7 +85,6 @@ def _bos(source: Source) -> str:
 def figures(source: Source) -> dict[str, str]:
     """Return what is known of the model and its run, by name; what is not known is left out."""
     config, record = source.config, source.record
-    metrics: dict[str, Any] = record.get("metrics", {})
     heads = f"{config.n_heads} heads" + ("" if config.kv_heads == config.n_heads else f" ({config.kv_heads} for k, v)")
     shape = f"{config.n_layers} layers, width {config.d_model}, {heads}, feed-forward {config.ffn_size}"
     tokenizer = source.tokenizer
@@ -68,13 +98,18 @@ def figures(source: Source) -> dict[str, str]:
         "tokens seen in training": f"{record['tokens']:,}" if "tokens" in record else None,
         "training time": str(timedelta(seconds=round(record["seconds"]))) if "seconds" in record else None,
         "device": f"{record['device']}, {record['precision']}" if "device" in record else None,
-        "best validation loss": _number(metrics, "best_val_loss"),
-        "last validation loss": _number(metrics, "val_loss"),
-        "last validation perplexity": _number(metrics, "val_ppl"),
-        "last bits per byte": _number(metrics, "val_bpb"),
+        **{name: f"{source.scores[key]:.4f}" for key, name in _SCORES.items() if key in source.scores},
     }
     return {name: str(value) for name, value in rows.items() if value is not None}
 
 
-def _number(metrics: dict[str, Any], key: str) -> str | None:
-    return f"{metrics[key]:.4f}" if key in metrics else None
+def _model_index(source: Source) -> list[dict[str, Any]]:
+    """Return the scores in the form from which the Hub shows them, if there are any."""
+    metrics = [
+        {"type": name.rpartition("validation ")[2], "name": name, "value": source.scores[key]}
+        for key, name in _SCORES.items()
+        if key in source.scores
+    ]
+    text = {"type": "text", "name": "validation split of the run"}
+    result = {"task": {"type": "text-generation"}, "dataset": text, "metrics": metrics}
+    return [{"name": source.name, "results": [result]}] if metrics else []

@@ -1,7 +1,7 @@
 """What is exported: a trained model with its tokenizer, and text to compare on."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from tiny_lm.data import BinDataConfig
 from tiny_lm.data.bin import open_stream, read_in_order
 from tiny_lm.dataset.stories import generate_stories
 from tiny_lm.errors import UserError
-from tiny_lm.model import ModelConfig, Transformer
+from tiny_lm.model import ModelConfig, Transformer, load_model_config
 from tiny_lm.model.checkpoint import load_checkpoint_model
-from tiny_lm.runs import Run, open_run
+from tiny_lm.runs import Run, open_run, read_metrics
 from tiny_lm.tokenizer import Tokenizer, load_tokenizer
 
 _VALIDATION_TOKENS = 32_768
@@ -46,6 +46,7 @@ class Source:
         step: optimizer step at which the weights were saved.
         record: the run's ``run.json``; empty without a run.
         validation: text to compare on.
+        scores: what the run's validation at that step measured, by the keys of ``metrics.jsonl``, if it did.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Source:
     step: int
     record: dict[str, Any]
     validation: Validation
+    scores: dict[str, float] = field(default_factory=dict)
 
     def with_weights_as(self, dtype: torch.dtype) -> "Source":
         """Return the same with all weights rounded to ``dtype`` and computed in float32."""
@@ -73,10 +75,20 @@ def load_source(path: str | Path) -> Source:
     """
     path = Path(path)
     if path.suffix == ".ckpt":
-        return load_checkpoint_source(path, Run(path.parent.parent).tokenizer)
+        run = Run(path.parent.parent)
+        return load_checkpoint_source(path, run.tokenizer, model_config=_config_of(run))
+    if path.is_file():
+        raise UserError(f"{path}: is neither a run folder nor a .ckpt file")
+    if (path / "config.json").is_file() and not (path / "run.json").is_file():
+        raise UserError(f"{path}: is a model in Hugging Face's layout; make a run of it first: tiny-lm import {path}")
     run = open_run(path)
     with run.claim():
-        return load_checkpoint_source(run.model_checkpoint(), run.tokenizer)
+        return load_checkpoint_source(run.model_checkpoint(), run.tokenizer, model_config=_config_of(run))
+
+
+def _config_of(run: Run) -> ModelConfig | None:
+    file = run.configs / "model.yaml"
+    return load_model_config(file) if file.is_file() else None
 
 
 def load_checkpoint_source(
@@ -109,7 +121,16 @@ def load_checkpoint_source(
     name = run.name if in_run else checkpoint.stem
     record = run.read_record() if in_run else {}
     model = loaded.model.float()
-    return Source(name, model, loaded.config, tokenizer, loaded.step, record, _validation(run, tokenizer))
+    scores = _scores(run, loaded.step) if in_run else {}
+    return Source(name, model, loaded.config, tokenizer, loaded.step, record, _validation(run, tokenizer), scores)
+
+
+def _scores(run: Run, step: int) -> dict[str, float]:
+    events = read_metrics(run.metrics) if run.metrics.is_file() else []
+    for event in reversed(events):
+        if event["step"] == step and "val_loss" in event:
+            return {key: value for key, value in event.items() if key.startswith("val_")}
+    return {}
 
 
 def _validation(run: Run, tokenizer: Tokenizer) -> Validation:
@@ -120,7 +141,7 @@ def _validation(run: Run, tokenizer: Tokenizer) -> Validation:
         stream = open_stream(config.val_path, config)
         if stream.metadata.tokenizer_hash == tokenizer.hash:
             ids = next(read_in_order(stream, _VALIDATION_TOKENS))
-            return Validation(ids.tolist(), f"validation text of the run ({stream.files[0]})")
+            return Validation(ids.tolist(), f"validation text of the run ({stream.files[0].name})")
     except UserError:
         pass  # the stream was moved or deleted, which does not hinder an export
     stories = tokenizer.encode_batch(list(generate_stories(100, seed=1)), bos=True, eos=True)

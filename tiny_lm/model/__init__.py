@@ -1,6 +1,6 @@
 """Language models: one transformer, four families."""
 
-from tiny_lm.model.attention import MultiHeadAttention, attend, reference_attention
+from tiny_lm.model.attention import MultiHeadAttention, attend, blocked_attention, reference_attention
 from tiny_lm.model.cache import KVCache
 from tiny_lm.model.config import (
     MODEL_CONFIGS,
@@ -39,6 +39,7 @@ __all__ = [
     "SwiGLU",
     "Transformer",
     "attend",
+    "blocked_attention",
     "build_model",
     "flops_per_token",
     "load_model_config",

@@ -116,6 +116,8 @@ def load_checkpoint_model(path: Path, *, config: ModelConfig | None = None) -> C
     if config is not None and config != stored:
         theirs, expected = config.to_dict(), stored.to_dict()
         keys = sorted(key for key in {*theirs, *expected} if theirs.get(key) != expected.get(key))
+        if config.architecture != stored.architecture:
+            keys = ["architecture"]  # the rest follows from it
         differences = ", ".join(f"{key} is {expected.get(key)} and not {theirs.get(key)}" for key in keys)
         raise UserError(f"{path}: was trained with another model config: {differences}")
     model = build_model(stored)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from tiny_lm.model.attention import MultiHeadAttention, reference_attention
+from tiny_lm.model.attention import MultiHeadAttention, blocked_attention
 from tiny_lm.model.cache import KVCache
 from tiny_lm.model.config import GPT2Config, Llama3Config, ModelConfig, Qwen3Config, SmallLMConfig
 from tiny_lm.model.layers import (
@@ -177,11 +177,11 @@ class Transformer(nn.Module):
         """From now on keep only the input of each block in training: less memory, one more forward pass."""
         self._run_block = _run_checkpointed
 
-    def use_reference_attention(self) -> None:
+    def use_blocked_attention(self) -> None:
         """From now on attend in plain matrix products: faster than the fused kernels for short texts on a CPU."""
         for block in self.blocks:
             assert isinstance(block, Block)
-            block.attn.attend = reference_attention
+            block.attn.attend = blocked_attention
 
 
 RESIDUAL_PROJECTIONS = ("attn.out_proj.weight", "ffn.fc2.weight", "ffn.w2.weight")

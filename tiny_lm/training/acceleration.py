@@ -71,8 +71,8 @@ def _trial(x: Tensor) -> Tensor:
     return x.exp() + 1
 
 
-def prefers_reference_attention(device: Device, block_size: int) -> bool:
-    """Whether attention in plain matrix products trains faster than the fused kernels."""
+def prefers_blocked_attention(device: Device, block_size: int) -> bool:
+    """Whether attention in plain matrix products, block by block, trains faster than the fused kernels."""
     return device == "cpu" and block_size <= _SHORT
 
 

@@ -67,6 +67,11 @@ class TrainingConfig(Config):
     resume_from_checkpoint: str | None = Field(
         default=None, description="a checkpoint, a run folder, or auto: the newest checkpoint of this run, if any"
     )
+    init_from: str | None = Field(
+        default=None,
+        min_length=1,
+        description="a run folder, a checkpoint or a Hugging Face folder, with whose weights a new run begins",
+    )
     run_name: str | None = Field(
         default=None, pattern=r"^[\w][\w.-]*$", max_length=128, description="null: <model>-<data>-<UTC time>"
     )

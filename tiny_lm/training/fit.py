@@ -26,12 +26,13 @@ from tiny_lm.training.acceleration import (
     compiled_loss,
     keep_freed_memory,
     next_token_loss,
-    prefers_reference_attention,
+    prefers_blocked_attention,
 )
+from tiny_lm.training.beginning import begin_with
 from tiny_lm.training.callbacks import MetricsWriter, Validation
 from tiny_lm.training.checkpoints import AtomicCheckpointIO, CheckpointWriter, GracefulStop
 from tiny_lm.training.config import TrainingConfig
-from tiny_lm.training.device import choose_device, choose_precision, describe_device, tell_choice
+from tiny_lm.training.device import Device, choose_device, choose_precision, describe_device, tell_choice
 from tiny_lm.training.ema import WeightAverage
 from tiny_lm.training.guard import LossGuard
 from tiny_lm.training.module import CausalLMModule
@@ -124,24 +125,17 @@ def train(
     finished = run.read_record().get("status") == "finished"
     resumed_step = 0 if resume_from is None else check_resume(resume_from, kept, console, finished=finished)
     module = _build_module(model_config, replace(training_config, precision=precision), kept, compiles=compiles)
-    if prefers_reference_attention(device, data_config.block_size):
-        module.model.use_reference_attention()
+    if prefers_blocked_attention(device, data_config.block_size):
+        module.model.use_blocked_attention()
     plan = _plan(identity, training_config, resumed_step, data.train_stream.tokens)
     agreement = Agreement(plan, training_config.seed)
     loggers = build_loggers(training_config.trackers, run, resumed_step, console)
     options = {"accelerator": device, "precision": precision, "logger": loggers, **lightning_options(processes, share)}
-    facts = {
-        "seed": training_config.seed,
-        "device": describe_device(device),
-        "processes": processes.world_size,
-        "precision": precision,
-        "compiled": compiles,
-        "parameters": num_parameters(model_config),
-        "flops_per_token": flops_per_token(model_config, data_config.block_size),
-        "peak_flops": asdict(peak_flops(device, precision)),
-        "tokens_per_step": tokens_per_step,
-        **data.sizes,
-    }
+    facts = _facts(model_config, data_config, device, processes, kept)
+    facts |= {"tokens_per_step": tokens_per_step, **data.sizes}
+    if training_config.init_from and resume_from is None:
+        facts["init_from"] = begin_with(Path(training_config.init_from), module.model, tokenizer)
+        console.print(f"begins with the weights of {training_config.init_from}", markup=False)
     with run.claim() if processes.is_main else nullcontext():
         if processes.is_main:
             _begin(run, (model_config, training_config, data_config), tokenizer, names, **facts)
@@ -170,6 +164,22 @@ def _identity(
         "batch_size": data_config.batch_size,
         "block_size": data_config.block_size,
         "stride": data_config.window_stride,
+    }
+
+
+def _facts(
+    model_config: ModelConfig, data_config: BinDataConfig, device: Device, processes: Processes, kept: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what ``run.json`` says of the model and of where it is trained."""
+    return {
+        "seed": kept["seed"],
+        "device": describe_device(device),
+        "processes": processes.world_size,
+        "precision": kept["precision"],
+        "compiled": kept["compiled"],
+        "parameters": num_parameters(model_config),
+        "flops_per_token": flops_per_token(model_config, data_config.block_size),
+        "peak_flops": asdict(peak_flops(device, kept["precision"])),
     }
 
 

@@ -1,10 +1,12 @@
 """How much memory training takes, in closed form: nothing is built and nothing is tried."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from tiny_lm.model.attention import BLOCK as ATTENTION_BLOCK
 from tiny_lm.model.config import ModelConfig, block_matrices, num_parameters
-from tiny_lm.training.acceleration import prefers_reference_attention
+from tiny_lm.training.acceleration import prefers_blocked_attention
 from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.device import Device, Precision
 
@@ -110,14 +112,15 @@ def _norm_activations(model: ModelConfig, *, mixed: bool) -> int:
 def _attention_activations(model: ModelConfig, block_size: int, *, device: Device, width: int) -> int:
     """Return the bytes that the attention kernel keeps for each token, with its inputs and its output."""
     queries, keys = model.n_heads * model.head_size, model.kv_heads * model.head_size
-    pairs = (
-        model.n_heads * block_size
-    )  # attention weights of a token: all of [H, T, T] is kept where no kernel is fused
+    pairs = model.n_heads * block_size  # attention weights of a token: they are kept where no kernel is fused
     dropped = model.dropouts.attention > 0
-    if prefers_reference_attention(device, block_size):
-        # q, and k and v for each query head; the softmax; its 16-bit copy; under dropout also the mask.
+    if prefers_blocked_attention(device, block_size):
+        # q and the output; for each block k and v of each query head; the softmax; its 16-bit copy; under dropout also
+        # the mask. The n-th of N blocks sees n/N of the keys.
+        blocks = math.ceil(block_size / ATTENTION_BLOCK)
         copies = dropped + (dropped or width == 2)
-        return width * (4 * queries + copies * pairs) + 4 * pairs
+        pairs = pairs * (blocks + 1) // (2 * blocks)
+        return width * (2 * queries + (blocks + 1) * queries + copies * pairs) + 4 * pairs
     if dropped and device == "cpu":
         # torch's fused kernel for the CPU knows no dropout: it computes in float32 without it.
         return 4 * (3 * queries + 3 * pairs) + width * queries

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tiny_lm.inference.scoring import measure_surprise
 from tiny_lm.model import ModelConfig
-from tiny_lm.training.acceleration import keep_freed_memory, prefers_reference_attention
+from tiny_lm.training.acceleration import keep_freed_memory, prefers_blocked_attention
 from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.device import choose_device, choose_precision
 from tiny_lm.training.fit import quiet_lightning
@@ -66,8 +66,8 @@ def rehearse(
     if device == "cpu":
         keep_freed_memory()
     module = CausalLMModule(model_config, config, {})
-    if prefers_reference_attention(device, block_size):
-        module.model.use_reference_attention()
+    if prefers_blocked_attention(device, block_size):
+        module.model.use_blocked_attention()
     # Gradients outlive a micro-batch only where steps accumulate.
     accumulate = 1 if grow else min(config.accumulate_grad_batches, 2)
     stopwatch = _Stopwatch(windows, block_size, model_config.vocab_size, seconds, grow=grow)

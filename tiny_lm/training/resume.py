@@ -82,6 +82,7 @@ _MEANING = {
     **dict.fromkeys(("sample_prompts", "sample_tokens", "trackers", "num_workers", "pin_memory"), _SAME_WEIGHTS),
     **dict.fromkeys(("ignore_index", "mask_after_eos"), _OTHER_TARGETS),
     **dict.fromkeys(("val_path", "val_max_tokens", "val_tokens"), _OTHER_VALIDATION),
+    "init_from": "not read, since a run goes on with weights of its own",
     "train_path": "taken for the same text where it has as many tokens",
     "train_tokens": "another text, whose windows come in an order of their own",
     "drop_last": "epochs have another length, so other batches follow from the next one on",

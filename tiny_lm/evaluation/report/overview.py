@@ -128,7 +128,9 @@ def recipe_rows(material: Material) -> Rows:
     step = material.number("tokens_per_step")
     rate = f"{number(config.get('learning_rate'))} at its peak, {number(config.get('min_lr'))} at the end"
     steps, planned = material.number("steps"), number(config.get("max_steps"))
+    begun, begun_step = material.text("init_from", "path"), material.number("init_from", "step")
     rows = [
+        ("First weights", begun + (f", step {begun_step:,.0f}" if begun_step else "")),
         ("Optimizer", optimizer.get(str(config.get("optimizer")), str(config.get("optimizer")))),
         ("Learning rate", f"{rate} ({schedule.get(str(config.get('scheduler')), config.get('scheduler'))})"),
         ("Weight decay", f"{number(config.get('weight_decay'))}, {config.get('weight_decay_schedule')}"),

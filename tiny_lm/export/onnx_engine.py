@@ -1,0 +1,76 @@
+"""ONNX Runtime as an engine: an exported graph and ``tokenizer.json``, run by the program that stands beside them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tiny_lm.export.onnx_graph import import_onnx
+from tiny_lm.export.source import Source
+from tiny_lm.export.verify import never_drawn, take_likeliest
+
+
+class OnnxEngine:
+    """Loads a file of an export on the CPU."""
+
+    def __init__(self, folder: Path, file: str, source: Source, *, cached: bool = True) -> None:
+        """Load the file.
+
+        Args:
+            folder: of the export.
+            file: the graph, as a path inside of it.
+            source: what it was exported from: gives the tokens that are never drawn.
+            cached: whether the graph takes keys and values of earlier tokens.
+
+        Raises:
+            UserError: a library is not installed.
+        """
+        import_onnx()
+        import onnxruntime
+
+        from tiny_lm.export.onnx_generate import OnnxModel  # imports onnxruntime at its top
+
+        self._model = OnnxModel(folder, file, threads=torch.get_num_threads())
+        self._model.tokenizer.encode_special_tokens = True  # those that are written in a text are text
+        self._cached, self._never, self._eos_id = cached, never_drawn(source), source.tokenizer.eos_id
+        self.name = f"onnxruntime {onnxruntime.__version__}"
+
+    def encode(self, text: str) -> list[int]:
+        """Encode without a special token."""
+        ids: list[int] = self._model.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_beginning(self, text: str) -> list[int]:
+        """Encode as a plain call does."""
+        ids: list[int] = self._model.tokenizer.encode(text).ids
+        return ids
+
+    def log_probabilities(self, ids: Sequence[int]) -> Tensor:
+        """Run the model over all ids at once."""
+        return self.batch_log_probabilities(torch.tensor([list(ids)]), torch.ones(1, len(ids), dtype=torch.int64))[0]
+
+    def batch_log_probabilities(self, ids: Tensor, mask: Tensor, *, pieces: Sequence[int] = ()) -> Tensor:
+        """Run the model over padded rows.
+
+        Args:
+            ids: [B, T].
+            mask: [B, T], 1 for a token and 0 for padding.
+            pieces: read so many columns in each of several calls, with the cache; all at once when empty.
+
+        Returns:
+            log-probabilities after each of ``ids``, float32 [B, T, V].
+        """
+        past, end, parts = self._model.empty_past(len(ids)), 0, []
+        for count in pieces or [ids.shape[1]]:
+            start, end = end, end + count
+            logits, past = self._model.forward(ids[:, start:end].numpy(), mask[:, :end].numpy(), past)
+            parts.append(logits)
+        return torch.from_numpy(np.concatenate(parts, axis=1)).log_softmax(dim=-1)
+
+    def greedy(self, ids: Sequence[int], count: int) -> list[int]:
+        """Decode one token at a time, with the cache where there is one."""
+        if self._cached:
+            return list(self._model.stream(ids, count))
+        return take_likeliest(self, ids, count, never=self._never, eos_id=self._eos_id)

@@ -1,0 +1,241 @@
+"""Our model as an ONNX graph, and the same graph with weights of eight bits.
+
+Shapes: B rows, P tokens read before (the past), T new tokens, S = P + T, G key and value heads, K head size,
+V vocabulary.
+"""
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tiny_lm.errors import UserError
+from tiny_lm.files import atomic_path
+from tiny_lm.model import KVCache, ModelConfig, Transformer
+
+OPSET = 20
+"""Of the graph: the first one with an operator for GELU, and one that ONNX Runtime has known since 1.17."""
+
+_EXAMPLE = {"batch": 2, "past": 4, "sequence": 3}  # none is 0 or 1, which the exporter would take for a constant
+
+
+@dataclass(frozen=True)
+class GraphFacts:
+    """What a file holds.
+
+    Attributes:
+        opset: version of the standard operators.
+        bytes: size of the file.
+        bits_per_weight: of the whole file; the embedding, which is the head as well, counts once.
+    """
+
+    opset: int
+    bytes: int
+    bits_per_weight: float
+
+
+def import_onnx() -> Any:
+    """Import onnx, and make sure that what writes and runs its graphs is there.
+
+    Raises:
+        UserError: one of the libraries is not installed.
+    """
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401  # only whether it is there
+        import onnxscript  # noqa: F401  # torch's exporter needs it
+        import tokenizers  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"an ONNX export needs {error.name}, which is not installed: pip install 'tiny-lm[onnx]'"
+        ) from None
+    return onnx
+
+
+class _PassedCache(KVCache):
+    """Keys and values that come in as tensors and go out as tensors, for graphs, which keep nothing themselves.
+
+    Positions and mask follow from the attention mask: a token's position is the number of real tokens before it, and
+    padding is seen by nobody. So rows may be padded on either side, and in between.
+    """
+
+    def __init__(self, attention_mask: Tensor, past: Sequence[Tensor]) -> None:
+        """Take int64 [B, S], 1 for a token and 0 for padding; keys and values of each layer in turn, [B, G, P, K]."""
+        # Not super().__init__(), which would take memory of a fixed size.
+        self.attention_mask, self.past = attention_mask, past
+        self.present: list[Tensor] = []
+
+    def prepare(self, batch_size: int, count: int) -> tuple[Tensor, Tensor | None]:
+        """Return positions [B, T] of the last ``count`` tokens, and which tokens each may see, [B, 1, T, S]."""
+        positions = (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -count:]
+        places = torch.arange(self.attention_mask.shape[1])
+        own = places[-count:, None]  # [T, 1]
+        real = self.attention_mask.bool()[:, None, None, :]  # [B, 1, 1, S]
+        # Padding sees itself: a row that sees nothing would become NaN and spoil those that look past it.
+        return positions, (real & (places <= own)) | (places == own)
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put new ``keys`` and ``values`` [B, G, T, K] behind those of the past."""
+        if self.past:
+            keys = torch.cat((self.past[2 * layer], keys), dim=2)
+            values = torch.cat((self.past[2 * layer + 1], values), dim=2)
+        self.present += [keys, values]
+        return keys, values
+
+    def advance(self, count: int) -> None:
+        """Do nothing: who calls the graph counts."""
+
+
+class _CachedGraph(nn.Module):
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+        cache = _PassedCache(attention_mask, past)
+        return (self.model(input_ids, cache), *cache.present)
+
+
+class _PlainGraph(nn.Module):
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids, _PassedCache(attention_mask, []))
+        return logits
+
+
+def write_graph(model: Transformer, config: ModelConfig, file: Path, *, cached: bool) -> None:
+    """Write the model as a graph whose batch and lengths are free.
+
+    Inputs are ``input_ids`` [B, T] and ``attention_mask`` [B, S], both int64, and with a cache
+    ``past_key_values.{i}.key`` and ``.value``, float32 [B, G, P, K], where P may be 0. Outputs are ``logits``, float32
+    [B, T, V], and with a cache ``present.{i}.key`` and ``.value`` [B, G, S, K]. Positions are counted from the mask.
+
+    Args:
+        model: in evaluation mode, float32, on the CPU.
+        config: of the model.
+        file: to write; weights are inside.
+        cached: with keys and values of earlier tokens as inputs and outputs.
+
+    Raises:
+        UserError: a library is not installed, or the file could not be written.
+    """
+    onnx = import_onnx()
+    axis = torch.export.Dim
+    batch, sequence = axis("batch"), axis("sequence", max=config.context_length)
+    sizes = {**_EXAMPLE, "sequence": min(_EXAMPLE["sequence"], config.context_length)}
+    past_length = sizes["past"] if cached else 0
+    input_ids = torch.zeros(sizes["batch"], sizes["sequence"], dtype=torch.int64)
+    attention_mask = torch.ones(sizes["batch"], past_length + sizes["sequence"], dtype=torch.int64)
+    shapes: dict[str, Any] = {"input_ids": {0: batch, 1: sequence}, "attention_mask": {0: batch, 1: sequence}}
+    names = [f"{i}.{kind}" for i in range(config.n_layers) for kind in ("key", "value")] if cached else []
+    arguments: tuple[Any, ...] = (input_ids, attention_mask)
+    if cached:
+        shape = (sizes["batch"], config.kv_heads, past_length, config.head_size)
+        arguments = (*arguments, [torch.zeros(shape) for _ in names])
+        shapes["attention_mask"] = {0: batch, 1: axis("total")}
+        shapes["past"] = [{0: batch, 2: axis("past")} for _ in names]
+    with _quiet():
+        program = torch.onnx.export(
+            _CachedGraph(model).eval() if cached else _PlainGraph(model).eval(),
+            arguments,
+            dynamo=True,
+            dynamic_shapes=shapes,
+            input_names=["input_ids", "attention_mask", *(f"past_key_values.{name}" for name in names)],
+            output_names=["logits", *(f"present.{name}" for name in names)],
+            opset_version=OPSET,
+            verbose=False,
+        )
+        assert program is not None  # as it is with dynamo
+        proto = program.model_proto
+    _strip(proto)
+    with atomic_path(file) as temporary:
+        onnx.save(proto, temporary)
+
+
+def _strip(model: Any) -> None:
+    """Take out the notes for debugging, which are longer than the graph and name the folders of this machine."""
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        part.ClearField("metadata_props")
+        part.ClearField("doc_string")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch's exporter from telling what it deprecates, and which libraries it would know too."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def quantize_graph(source: Path, target: Path) -> None:
+    """Write a copy whose matrices have eight bits; what they are multiplied with is rounded to eight bits at run time.
+
+    The embedding, which is the head as well, stays one tensor. Norms, biases, positions and attention stay float32.
+
+    Args:
+        source: a float32 graph that :func:`write_graph` wrote.
+        target: to write.
+
+    Raises:
+        UserError: a library is not installed.
+    """
+    onnx = import_onnx()
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.quant_utils import add_pre_process_metadata
+
+    model = onnx.load(source)
+    kept = _kept_nodes(model.graph)
+    add_pre_process_metadata(model)  # the exporter has folded and named what ONNX Runtime asks for
+    quantize_dynamic(
+        model,
+        target,
+        # Products of unsigned bytes: those of signed ones overflow on x86 processors without VNNI.
+        weight_type=QuantType.QUInt8,
+        nodes_to_exclude=kept,
+        # The head multiplies with the transposed embedding, which is not a constant to the quantizer.
+        extra_options={"MatMulConstBOnly": False},
+    )
+
+
+def _kept_nodes(graph: Any) -> list[str]:
+    """Return the nodes that the quantizer would change and must not: attention, and tables of positions."""
+    weights = {tensor.name for tensor in graph.initializer}
+    turned = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"}
+    kept = []
+    for node in graph.node:
+        right = node.input[1] if node.op_type == "MatMul" else ""
+        attention = node.op_type == "MatMul" and right not in weights and turned.get(right) not in weights
+        positions = node.op_type == "Gather" and node.input[0] not in turned.values()
+        if attention or positions:
+            kept.append(node.name)
+    return kept
+
+
+def read_facts(file: Path, parameters: int) -> GraphFacts:
+    """Read back what was written.
+
+    Args:
+        file: an ONNX file.
+        parameters: of the model.
+    """
+    onnx = import_onnx()
+    model = onnx.load(file)
+    opset = next(entry.version for entry in model.opset_import if entry.domain == "")
+    size = file.stat().st_size
+    return GraphFacts(opset, size, 8 * size / parameters)

@@ -1,0 +1,64 @@
+"""Beginning a run with the weights of another one, or of a model in Hugging Face's layout."""
+
+from pathlib import Path
+from typing import Any
+
+from tiny_lm.errors import UserError
+from tiny_lm.model import ModelConfig, Transformer
+from tiny_lm.model.checkpoint import load_checkpoint_model
+from tiny_lm.model.huggingface_folder import load_huggingface_model
+from tiny_lm.runs import Run, open_run
+from tiny_lm.tokenizer import Tokenizer
+from tiny_lm.tokenizer.huggingface_import import load_huggingface_tokenizer
+
+_PARTS = ("architecture", "vocab_size", "d_model", "n_layers", "n_heads", "kv_heads", "head_size", "ffn_size")
+_DETAILS = ("qkv_bias", "ffn_bias", "rope_theta", "norm_eps")
+
+
+def begin_with(path: Path, model: Transformer, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Give a model that is to be trained the weights of another one.
+
+    Args:
+        path: a run folder (its best checkpoint), a ``.ckpt`` file, or a folder in Hugging Face's layout.
+        model: gets the weights.
+        tokenizer: that wrote the streams it is to be trained on.
+
+    Returns:
+        what ``run.json`` says of them: ``path``, and the ``step`` at which they were saved where it is known.
+
+    Raises:
+        UserError: nothing of the kind is there, it is damaged, or model or tokenizer is another one.
+    """
+    origin: dict[str, Any] = {"path": str(path)}
+    if (path / "config.json").is_file():
+        found, _ = load_huggingface_model(path)
+        tokenizer_hash = load_huggingface_tokenizer(path).hash
+    else:
+        loaded = load_checkpoint_model(path if path.suffix == ".ckpt" else _open(path).model_checkpoint())
+        found, tokenizer_hash = loaded.model, loaded.tokenizer_hash
+        origin["step"] = loaded.step
+    _check_model(path, found.config, model.config)
+    if tokenizer_hash != tokenizer.hash:
+        raise UserError(
+            f"init_from {path}: its tokenizer is not the one that wrote the token streams, so its tokens mean other "
+            "text; encode the text with its own: tiny-lm tokenize --tokenizer"
+        )
+    model.load_state_dict(found.state_dict())
+    return origin
+
+
+def _open(path: Path) -> Run:
+    if path.is_dir() and not (path / "run.json").is_file():
+        raise UserError(f"init_from {path}: is neither a run folder nor a model in Hugging Face's layout")
+    return open_run(path)
+
+
+def _check_model(path: Path, found: ModelConfig, config: ModelConfig) -> None:
+    """Check that the weights mean in the model to be trained what they meant: dropout and a RoPE context may differ."""
+    learned = ("context_length",) if config.position == "learned" else ()
+    for name in (*_PARTS, *learned, *_DETAILS):
+        theirs, ours = getattr(found, name), getattr(config, name)
+        if theirs != ours:
+            raise UserError(
+                f"init_from {path}: has {name} {theirs}, but the model config has {ours}; both must be the same model"
+            )
