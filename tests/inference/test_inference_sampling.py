@@ -86,7 +86,7 @@ def test_the_last_random_number_draws_a_real_token() -> None:
         ({"top_p": 0.0}, "top-p must be above 0 and at most 1"),
         ({"top_p": 1.1}, "top-p must be above 0 and at most 1"),
         ({"min_p": 1.1}, "min-p must be between 0 and 1"),
-        ({"repetition_penalty": 0.0}, "repetition-penalty must be above 0"),
+        ({"repetition_penalty": 0.0}, "repetition-penalty must be between 0.01 and 100"),
         ({"presence_penalty": 101.0}, "presence-penalty must be between -100 and 100"),
         ({"frequency_penalty": float("nan")}, "frequency-penalty must be between -100 and 100"),
     ],
@@ -94,3 +94,11 @@ def test_the_last_random_number_draws_a_real_token() -> None:
 def test_values_outside_their_range(values: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Sampling(**values)  # type: ignore[arg-type]
+
+
+def test_the_least_temperature_and_the_strongest_penalties_draw_the_likeliest_token() -> None:
+    logits = torch.tensor([[1.0, 30.0, -5.0, 29.9], [3.0, -torch.inf, 2.9, 1.0]])
+    for top_k, top_p, min_p in ((None, 1.0, 0.0), (2, 1.0, 0.0), (None, 0.9, 0.1)):
+        sampling = Sampling(1e-300, top_k, top_p, min_p, 0.01, -100.0, 100.0)
+        penalized = penalize(logits, torch.ones(2, 4, dtype=torch.bool), torch.zeros(2, 4), sampling)
+        assert sample(penalized, sampling, torch.tensor([0.999, 0.0])).tolist() == [1, 0]

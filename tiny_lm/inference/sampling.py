@@ -10,6 +10,9 @@ from torch import Tensor
 
 from tiny_lm.errors import UserError
 
+_COLDEST = 1e-6
+"""Logits that are divided by less overflow; the likeliest token is drawn here already."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -45,8 +48,8 @@ class Sampling:
             raise UserError(f"top-p must be above 0 and at most 1 (it is {self.top_p})")
         if not 0 <= self.min_p <= 1:
             raise UserError(f"min-p must be between 0 and 1 (it is {self.min_p})")
-        if not 0 < self.repetition_penalty <= 100:
-            raise UserError(f"repetition-penalty must be above 0 and at most 100 (it is {self.repetition_penalty})")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise UserError(f"repetition-penalty must be between 0.01 and 100 (it is {self.repetition_penalty})")
         for name, value in (("presence", self.presence_penalty), ("frequency", self.frequency_penalty)):
             if not -100 <= value <= 100:
                 raise UserError(f"{name}-penalty must be between -100 and 100 (it is {value})")
@@ -85,7 +88,7 @@ def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    scaled = logits.float() / sampling.temperature
+    scaled = logits.float() / max(sampling.temperature, _COLDEST)
     k = sampling.top_k if sampling.top_k and sampling.top_k < scaled.shape[-1] else None
     if k is None and sampling.top_p == 1:
         return _draw(min_p(scaled.softmax(dim=-1), sampling.min_p), uniform)

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from tiny_lm import __version__
 from tiny_lm.serving import errors, ollama_schema, openai_schema
+from tiny_lm.serving.api_page import add_api_page
 from tiny_lm.serving.catalogue import Catalogue
 from tiny_lm.serving.guard import LOOPBACK_HOSTS, Gate, Guard
 from tiny_lm.serving.limits import Limits
@@ -55,7 +56,7 @@ def create_app(
         version=__version__,
         description=_DESCRIPTION,
         lifespan=lifespan,
-        docs_url=None,  # these pages load their script from elsewhere
+        docs_url=None,  # FastAPI's own pages load their script from elsewhere
         redoc_url=None,
         redirect_slashes=False,
     )
@@ -78,6 +79,7 @@ def create_app(
         """Answer as Ollama does, by which its clients find out whether it runs."""
         return PlainTextResponse("Ollama is running")
 
+    add_api_page(app)
     errors.install(app)
     app.add_middleware(Guard, gate=gate, metrics=catalogue.metrics, hosts=hosts, key=key, body_bytes=limits.body_bytes)
     return app

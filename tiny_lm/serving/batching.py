@@ -38,8 +38,8 @@ _T = TypeVar("_T")
 _PROMPT_TOKENS = 256
 """So many tokens of prompts are read in a step: running texts go on while a long prompt is read."""
 
-_REFRESH_SECONDS = 0.02
-"""Readers are woken so often: as often as a screen shows something new."""
+_REFRESH_SECONDS = 0.05
+"""Readers are woken so often: text flows at that rate, and 32 readers take little of the processor's time."""
 
 _IDLE_SECONDS = 2.0
 """After so long without work the thread of a loop ends, until there is work again."""

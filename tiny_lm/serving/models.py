@@ -9,7 +9,7 @@ from tiny_lm.config import nearest
 from tiny_lm.errors import UserError
 from tiny_lm.inference import TextGenerator
 from tiny_lm.runs import Run
-from tiny_lm.serving.batching import ModelLoop
+from tiny_lm.serving.batching import ModelLoop, apart
 from tiny_lm.serving.chat import ChatTemplate, load_chat_template
 from tiny_lm.serving.limits import Limits
 
@@ -119,7 +119,7 @@ def load_model(name: str, path: Path, limits: Limits, *, device: str | None = No
     Raises:
         UserError: it is damaged, or its chat template is.
     """
-    generator = TextGenerator.from_path(path, device=device)
+    generator = apart(TextGenerator.from_path, path, device=device)
     loop = ModelLoop(generator, slots=limits.slots, queue=limits.queue)
     template = load_chat_template(_template_folder(path), generator.tokenizer)
     digest = hashlib.sha256()

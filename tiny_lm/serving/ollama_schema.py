@@ -22,7 +22,7 @@ class Options(Strict):
     top_k: int = Field(40, ge=-(2**31), lt=2**31, description="0 or less for all tokens")
     top_p: float = Field(0.9, ge=0, le=1)
     min_p: float = Field(0.0, ge=0, le=1)
-    repeat_penalty: float = Field(1.1, gt=0, le=100)
+    repeat_penalty: float = Field(1.1, ge=0.01, le=100)
     presence_penalty: float = Field(0.0, ge=-100, le=100)
     frequency_penalty: float = Field(0.0, ge=-100, le=100)
     seed: int = Field(-1, description="below 0: another text each time")

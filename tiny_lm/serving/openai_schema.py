@@ -62,7 +62,7 @@ class SampledRequest(Strict):
     stream_options: StreamOptions | None = None
     top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 or -1 for all tokens")
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     min_tokens: int | None = Field(None, ge=0, lt=2**31)
 
 
