@@ -60,7 +60,6 @@ CONFINED = {
 # Imported inside functions only: they are slow to load, and most commands do not need them.
 LAZY = {"datasets", "tiktoken", "rustbpe", "sentencepiece", "matplotlib", "pyarrow", "trackio", "wandb"}
 LAZY |= {"transformers", "safetensors", "httpx", "jinja2", "gguf", "llama_cpp", "huggingface_hub", "gradio"}
-
 LAZY |= {"onnx", "onnxscript"}
 
 

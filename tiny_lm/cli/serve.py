@@ -36,8 +36,19 @@ def serve(
         float, typer.Option(min=0, max=86_400, help="Seconds that running stories have to end when the server stops.")
     ] = 30.0,
     device: Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, mps.")] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="llamacpp|vllm|transformers", help="Serve one model with this program's own server instead of ours."
+        ),
+    ] = None,
+    engine_python: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Interpreter of the environment that has the engine.")
+    ] = None,
 ) -> None:
     """Serve models by the APIs of OpenAI and Ollama."""
+    if engine is not None:
+        _serve_with(engine, runs, host, port, engine_python)
     try:
         from tiny_lm.serving import server
         from tiny_lm.serving.app import create_app
@@ -67,6 +78,14 @@ def serve(
             model.loop.stop(grace=0)
 
     server.run(app, listening, gate, grace=grace, end_stories=end_stories, tell=_tell)
+
+
+def _serve_with(engine: str, runs: list[str], host: str, port: int, python: str | None) -> None:
+    from tiny_lm.serving.engines import run_engine
+
+    if len(runs) != 1:
+        raise UserError(f"--engine {engine}: serves one model, not {len(runs)}")
+    raise typer.Exit(run_engine(engine, runs[0], host, port, python=python, tell=_tell))
 
 
 def _tell(line: str) -> None:
