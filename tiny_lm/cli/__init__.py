@@ -23,6 +23,7 @@ from tiny_lm.cli.params import params
 from tiny_lm.cli.profiles import profiles
 from tiny_lm.cli.quickstart import quickstart
 from tiny_lm.cli.report import report
+from tiny_lm.cli.serve_config import serve_config
 from tiny_lm.cli.tokenizer import tokenizer_app
 from tiny_lm.cli.train import train
 from tiny_lm.errors import UserError
@@ -51,6 +52,7 @@ app.command()(harness)
 app.command()(report)
 app.add_typer(export_app, name="export")
 app.command("import")(import_model)
+app.command()(serve_config)
 app.command(hidden=True)(convert_to_huggingface)  # scripts/export/convert_to_hf_gpt2.py
 
 
