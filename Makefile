@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 
 CHROMIUM ?= $(firstword $(wildcard /usr/bin/chromium /usr/bin/chromium-browser /usr/bin/google-chrome) /usr/bin/chromium)
 
-.PHONY: quickstart test test-browser test-llamacpp test-vllm lint types wheel lock clean
+.PHONY: quickstart test test-browser test-llamacpp test-vllm test-torchserve lint types wheel lock clean
 
 # The stamps are renewed whenever the project's declared dependencies or their pins change.
 $(VENV)/installed: pyproject.toml requirements.lock
@@ -48,6 +48,13 @@ test-llamacpp: $(VENV)/installed-dev
 test-vllm: $(VENV)/installed-dev .venv-vllm/installed
 	$(BIN)/python -m pytest -m vllm tests/engines
 
+# The archive in the real TorchServe, which needs Java: Debian's package brings it where we may install it.
+test-torchserve: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --group torchserve
+	@command -v java > /dev/null || test "$$(id -u)" = 0 || { echo "install Java 17 or newer"; exit 1; }
+	command -v java > /dev/null || { apt-get update && apt-get install --yes --no-install-recommends default-jre-headless; }
+	$(BIN)/python -m pytest -m torchserve tests/engines
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,7 +68,7 @@ wheel: $(VENV)/installed-dev
 # Pins for every platform and Python >= 3.10. What torch brings for GPUs is left to torch, whose wheels differ by platform.
 lock: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --quiet --group dev --group browser --extra llamacpp --universal --python-version 3.10 --no-header --no-annotate \
+	$(BIN)/uv pip compile pyproject.toml --quiet --group dev --group browser --group torchserve --extra llamacpp --universal --python-version 3.10 --no-header --no-annotate \
 	  --no-emit-index-url --no-emit-find-links --color never --output-file $(VENV)/resolved
 	grep --invert-match --extended-regexp '^(nvidia-|cuda-|triton|torch==|pip==|setuptools==)' $(VENV)/resolved \
 	  > requirements.lock

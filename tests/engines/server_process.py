@@ -1,4 +1,4 @@
-"""A server in a process of its own: a shell block is run, waited for until it answers, and stopped with all children."""
+"""A server in a process of its own: a shell block is run, waited for until it answers, and stopped."""
 
 import os
 import signal

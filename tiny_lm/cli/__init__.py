@@ -25,6 +25,7 @@ from tiny_lm.cli.quickstart import quickstart
 from tiny_lm.cli.report import report
 from tiny_lm.cli.serve_config import serve_config
 from tiny_lm.cli.tokenizer import tokenizer_app
+from tiny_lm.cli.torchserve import export_torchserve
 from tiny_lm.cli.train import train
 from tiny_lm.errors import UserError
 
@@ -50,6 +51,7 @@ app.command()(generate)
 app.command("eval", cls=EvalCommand)(evaluate)
 app.command()(harness)
 app.command()(report)
+export_app.command("torchserve")(export_torchserve)
 app.add_typer(export_app, name="export")
 app.command("import")(import_model)
 app.command()(serve_config)

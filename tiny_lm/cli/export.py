@@ -104,12 +104,8 @@ def convert_to_huggingface(
 def _export_huggingface(source: "Source", folder: Path, dtype: str, force: bool) -> None:
     from tiny_lm.export import huggingface
     from tiny_lm.export.verify import show_table
-    from tiny_lm.model.huggingface import Dtype
 
-    if dtype not in huggingface.DTYPES:
-        raise UserError(f"--dtype {dtype}: unknown; there are: {', '.join(huggingface.DTYPES)}")
-    chosen: Dtype = dtype  # type: ignore[assignment]  # just checked
-    checks = huggingface.export_huggingface(source, folder, dtype=chosen, force=force)
+    checks = huggingface.export_huggingface(source, folder, dtype=huggingface.check_dtype(dtype), force=force)
     show_table(f"{folder} beside {source.name}", checks)
     _print_files(folder)
     print(f"next: tiny-lm generate {folder} --prompt 'Once upon a time'", file=sys.stderr)

@@ -26,17 +26,15 @@ def serve_config(
 ) -> None:
     """Print the commands that export a run and serve it with another program."""
     from tiny_lm.export.gguf import check_kinds
-    from tiny_lm.export.huggingface import DTYPES
+    from tiny_lm.export.huggingface import check_dtype
     from tiny_lm.export.serve_config import ServeOptions, serve_commands
     from tiny_lm.export.source import load_source
     from tiny_lm.inference.generator import choose_device
 
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: unknown; there are: {', '.join(DTYPES)}")
     if device not in (None, "cpu", "cuda"):
         raise UserError(f"--device {device}: unknown; there are: cpu, cuda")
     gpu = choose_device(device).type == "cuda"
-    options = ServeOptions(port, export_dir, dtype, gpu, check_kinds([outtype])[0])
+    options = ServeOptions(port, export_dir, dtype and check_dtype(dtype), gpu, check_kinds([outtype])[0])
     commands = serve_commands(engine, load_source(run), run, options)
     for line in commands.lines():
         print(line)

@@ -74,6 +74,18 @@ def export_huggingface(source: Source, folder: Path, *, dtype: Dtype = "float32"
     return checks
 
 
+def check_dtype(name: str) -> Dtype:
+    """Return a name of a type of weights as such.
+
+    Raises:
+        UserError: there is no such type.
+    """
+    if name not in DTYPES:
+        raise UserError(f"--dtype {name}: unknown; there are: {', '.join(DTYPES)}")
+    known: Dtype = name  # type: ignore[assignment]  # just checked
+    return known
+
+
 def check_space(folder: Path, size: int) -> None:
     """Check that the disk has room for ``size`` bytes of weights and a little more.
 
