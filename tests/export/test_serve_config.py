@@ -15,6 +15,7 @@ from tiny_lm.errors import UserError
 from tiny_lm.export.huggingface import export_huggingface, write_huggingface
 from tiny_lm.export.serve_config import ServeOptions, serve_commands
 from tiny_lm.export.source import Source, load_source
+from tiny_lm.export.torchserve import serve_words
 from tiny_lm.model import build_model
 
 
@@ -128,6 +129,23 @@ def test_names_that_a_shell_would_split(trained_run: TrainedRun, tmp_path: Path)
     export, serve = serve_commands("vllm", source, "runs/my run; rm -rf ~", options).lines()
     assert shlex.split(export)[3:] == ["runs/my run; rm -rf ~", "--output-dir", str(tmp_path / "a folder")]
     assert shlex.split(serve)[shlex.split(serve).index("--served-model-name") + 1] == "my-run-rm--rf"
+
+
+def test_the_document_shows_what_is_printed(
+    trained_run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = with_heads(load_source(trained_run("gpt2").folder), n_heads=2, context_length=256)
+    source = dataclasses.replace(source, name="turbo")
+    lines = [
+        *serve_commands("vllm", source, "runs/turbo", ServeOptions()).lines(),
+        *serve_commands("tgi", source, "runs/turbo", ServeOptions()).lines(),
+        shlex.join(serve_words(Path("exports/turbo-torchserve"), source)),
+    ]
+    document = (Path(__file__).parents[2] / "docs" / "deployment.md").read_text(encoding="utf-8")
+    for line in lines:
+        shown = line.replace(f"{Path.cwd()}/exports/turbo:", '"$PWD/exports/turbo":')
+        assert f"\n    {shown}\n" in document
 
 
 # --- text-generation-inference, which comes in a container only: what it reads of our folder -------------------------

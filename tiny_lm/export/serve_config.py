@@ -18,8 +18,8 @@ from tiny_lm.model import ModelConfig
 PORTS: Mapping[str, int] = {"vllm": 8000, "tgi": 8080, "llamacpp": 8080, "ollama": 11434}
 """The engines, and the port that each listens on by itself."""
 
-VLLM_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-"""Those that both vLLM's attention on a CPU and FlashAttention on a GPU have (vLLM 0.32)."""
+VLLM_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+"""Those that vLLM 0.32 takes both on a CPU, where 16, 40 and 72 were seen to fail, and by FlashAttention on a GPU."""
 
 TGI_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 192, 256)
 """Those of the paged attention that TGI decodes with."""
