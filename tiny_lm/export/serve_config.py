@@ -1,0 +1,204 @@
+"""The exact commands with which other programs serve a run, and what keeps one of them from serving it."""
+
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tiny_lm.errors import UserError
+from tiny_lm.export.gguf import check_model, file_name
+from tiny_lm.export.gguf_file import BLOCKS
+from tiny_lm.export.gguf_vocabulary import to_gguf_vocabulary
+from tiny_lm.export.source import Source
+from tiny_lm.export.verify import REPORT_FILE
+from tiny_lm.files import read_json
+from tiny_lm.model import ModelConfig
+
+PORTS: Mapping[str, int] = {"vllm": 8000, "tgi": 8080, "llamacpp": 8080, "ollama": 11434}
+"""The engines, and the port that each listens on by itself."""
+
+VLLM_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
+"""Those that vLLM 0.32 takes both on a CPU, where 16, 40 and 72 were seen to fail, and by FlashAttention on a GPU."""
+
+TGI_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 192, 256)
+"""Those of the paged attention that TGI decodes with."""
+
+TGI_IMAGE = "ghcr.io/huggingface/text-generation-inference:3.3.5"
+
+_MODEL_NAME = re.compile(r"[^A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True)
+class ServeCommands:
+    """What to type to serve a run.
+
+    Attributes:
+        export: writes what is served.
+        served: the file or folder that it writes and the engine loads.
+        commands: the engine's own, in order.
+        environment: variables that stand before each of them.
+        exported: whether ``served`` is there already, from this checkpoint.
+    """
+
+    export: list[str]
+    served: Path
+    commands: list[list[str]]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    exported: bool = False
+
+    def lines(self) -> list[str]:
+        """Return a block for a POSIX shell: the export, unless it is there, then the engine's commands."""
+        variables = "".join(f"{name}={shlex.quote(value)} " for name, value in self.environment.items())
+        export = [] if self.exported else [shlex.join(self.export)]
+        return export + [variables + shlex.join(words) for words in self.commands]
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """What the user may choose.
+
+    Attributes:
+        port: on 127.0.0.1; None for the engine's own.
+        folder: of the export; None for one under ``exports/`` with the run's name.
+        dtype: in which the engine computes; None for float32 on a CPU and half precision on a GPU.
+        gpu: whether the engine runs on a GPU.
+        kind: type of the GGUF file.
+    """
+
+    port: int | None = None
+    folder: Path | None = None
+    dtype: str | None = None
+    gpu: bool = False
+    kind: str = "F16"
+
+
+def serve_commands(engine: str, source: Source, run: str, options: ServeOptions) -> ServeCommands:
+    """Return the commands for an engine.
+
+    Args:
+        engine: a key of ``PORTS``.
+        source: what is served.
+        run: what the user called it.
+        options: what the user chose.
+
+    Raises:
+        UserError: the engine is unknown, or has nothing that computes what this model computes.
+    """
+    makers = {"vllm": _vllm, "tgi": _tgi, "llamacpp": _llamacpp, "ollama": _ollama}
+    if engine not in makers:
+        raise UserError(f"{engine}: no engine that tiny-lm knows; there are: {', '.join(makers)}")
+    return makers[engine](source, run, options)
+
+
+def model_name(source: Source) -> str:
+    """Return the run's name as every engine takes it: letters, digits, dots, dashes and underscores."""
+    return _MODEL_NAME.sub("-", source.name).strip("-.") or "model"
+
+
+def _vllm(source: Source, run: str, options: ServeOptions) -> ServeCommands:
+    check_head_size(source.config, "vLLM", VLLM_HEAD_SIZES)
+    dtype = options.dtype or ("bfloat16" if options.gpu else "float32")  # FlashAttention has no float32
+    folder, export, exported = _huggingface(source, run, options)
+    command = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", model_name(source), "--dtype", dtype]
+    command += ["--max-model-len", str(source.config.context_length), *_address("vllm", options)]
+    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    if not options.gpu:
+        command.append("--enforce-eager")
+        environment["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
+    return ServeCommands(export, folder, [command], environment, exported)
+
+
+def _tgi(source: Source, run: str, options: ServeOptions) -> ServeCommands:
+    config = source.config
+    if config.architecture == "qwen3":
+        raise UserError(
+            "text-generation-inference has no Qwen3 of its own; serve this run with vLLM (tiny-lm serve-config vllm)"
+        )
+    check_head_size(config, "text-generation-inference", TGI_HEAD_SIZES)
+    dtype = options.dtype or "float16"
+    if dtype == "float32":
+        raise UserError("text-generation-inference computes in float16 or bfloat16 only; for float32 take vLLM")
+    folder, export, exported = _huggingface(source, run, options)
+    port = _port("tgi", options)
+    command = ["docker", "run", "--gpus", "all", "--shm-size", "1g", "-p", f"127.0.0.1:{port}:80"]
+    command += ["-v", f"{folder.resolve()}:/data/model", TGI_IMAGE, "--model-id", "/data/model", "--dtype", dtype]
+    command += ["--max-input-tokens", str(config.context_length - 1), "--max-total-tokens", str(config.context_length)]
+    return ServeCommands(export, folder, [command], exported=exported)
+
+
+def _llamacpp(source: Source, run: str, options: ServeOptions) -> ServeCommands:
+    _check_gguf(source)
+    folder = options.folder or _exports(source, "-gguf")
+    file = folder / file_name(source, options.kind)
+    export = ["tiny-lm", "export", "gguf", run, "--output-dir", str(folder), *_gguf_type(options.kind)]
+    command = ["llama-server", "-m", str(file), "-c", str(source.config.context_length)]
+    command += _address("llamacpp", options)
+    return ServeCommands(export, file, [command], exported=file.is_file() and is_export_of(folder, source))
+
+
+def _ollama(source: Source, run: str, options: ServeOptions) -> ServeCommands:
+    _check_gguf(source)
+    folder = options.folder or _exports(source, "-ollama")
+    name, file = model_name(source).lower(), folder / "Modelfile"
+    export = ["tiny-lm", "export", "ollama", run, "--output-dir", str(folder), "--name", name]
+    export += _gguf_type(options.kind)
+    commands = [["ollama", "create", name, "-f", str(file)], ["ollama", "run", name]]
+    port = _port("ollama", options)
+    environment = {} if port == PORTS["ollama"] else {"OLLAMA_HOST": f"127.0.0.1:{port}"}
+    return ServeCommands(export, file, commands, environment, file.is_file() and is_export_of(folder, source))
+
+
+def _huggingface(source: Source, run: str, options: ServeOptions) -> tuple[Path, list[str], bool]:
+    """Return the folder, the command that writes it, and whether it is there."""
+    folder = options.folder or _exports(source)
+    export = ["tiny-lm", "export", "huggingface", run, "--output-dir", str(folder)]
+    return folder, export, (folder / "config.json").is_file() and is_export_of(folder, source)
+
+
+def _exports(source: Source, ending: str = "") -> Path:
+    return Path("exports") / f"{model_name(source)}{ending}"
+
+
+def _gguf_type(kind: str) -> list[str]:
+    return ["--outtype", kind.lower()] if kind in BLOCKS else ["--quantize", kind]
+
+
+def _port(engine: str, options: ServeOptions) -> int:
+    return PORTS[engine] if options.port is None else options.port
+
+
+def _address(engine: str, options: ServeOptions) -> list[str]:
+    return ["--host", "127.0.0.1", "--port", str(_port(engine, options))]
+
+
+def check_head_size(config: ModelConfig, engine: str, sizes: tuple[int, ...]) -> None:
+    """Check that an engine's attention has heads of the model's size.
+
+    Raises:
+        UserError: it has not; names the nearest way.
+    """
+    if config.head_size not in sizes:
+        larger = next((size for size in sizes if size > config.head_size), sizes[-1])
+        raise UserError(
+            f"{engine} has no attention for heads of {config.head_size} (it has {', '.join(map(str, sizes))}): train "
+            f"with heads of {larger} (fewer n_heads, or a larger d_model), or serve this run with llama.cpp "
+            "(tiny-lm serve-config llamacpp)"
+        )
+
+
+def _check_gguf(source: Source) -> None:
+    to_gguf_vocabulary(source.tokenizer, source.config.vocab_size)
+    check_model(source.config)
+
+
+def is_export_of(folder: Path, source: Source) -> bool:
+    """Return whether a folder holds a proven export of just this checkpoint."""
+    if not (folder / REPORT_FILE).is_file():
+        return False
+    report = read_json(folder / REPORT_FILE)
+    if not isinstance(report, dict):
+        return False
+    found = [report.get(key) for key in ("source", "step", "tokenizer_hash", "passed")]
+    return found == [source.name, source.step, source.tokenizer.hash, True]

@@ -1,0 +1,106 @@
+"""What TorchServe calls: JSON in, JSON out.
+
+This file travels inside the archive that ``tiny-lm export torchserve`` writes, and runs where TorchServe and tiny-lm
+are installed. TorchServe wants just one class here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from tiny_lm import TextGenerator
+from tiny_lm.errors import UserError
+from tiny_lm.inference.request import Request
+from tiny_lm.inference.sampling import Sampling
+
+LONGEST_PROMPT = 20_000
+"""Most characters of a prompt."""
+MOST_TOKENS = 2_048
+"""Most tokens of one answer."""
+
+_SAMPLING = {field.name for field in fields(Sampling)}
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "prompt": (str,),
+    "max_new_tokens": (int,),
+    "min_new_tokens": (int,),
+    "seed": (int, type(None)),
+    "stop": (list,),
+    "logprobs": (bool,),
+    "top_k": (int, type(None)),
+    **dict.fromkeys(_SAMPLING - {"top_k"}, (int, float)),
+}
+
+
+class TinyLMHandler:
+    """Loads the model beside it once, and continues a prompt for each request."""
+
+    def initialize(self, context: Any) -> None:
+        """Load the model.
+
+        Args:
+            context: TorchServe's; ``system_properties`` names the folder of the archive and the GPU, if any.
+        """
+        properties = context.system_properties
+        gpu = properties.get("gpu_id")
+        device = "cpu" if gpu in (None, "") else f"cuda:{gpu}"
+        self._generator = TextGenerator.from_export(Path(properties["model_dir"]), device=device)
+
+    def handle(self, data: Sequence[Mapping[str, Any]], context: Any) -> list[dict[str, Any]]:
+        """Answer each request of a batch; a wrong one gets status 400 and the reason.
+
+        Args:
+            data: for each request what it sent, under ``body`` or ``data``.
+            context: TorchServe's.
+        """
+        answers = []
+        for place, row in enumerate(data):
+            try:
+                answers.append(self._answer(row.get("body", row.get("data"))))
+            except UserError as error:
+                context.set_response_status(code=400, phrase="Bad Request", idx=place)
+                answers.append({"error": str(error)})
+        return answers
+
+    def _answer(self, content: Any) -> dict[str, Any]:
+        values = check_content(content)
+        sampling = Sampling(**{name: values[name] for name in values.keys() & _SAMPLING})
+        request = Request(
+            values.get("max_new_tokens", 200),
+            values.get("min_new_tokens", 0),
+            sampling,
+            stop=tuple(values.get("stop", ())),
+            logprobs=0 if values.get("logprobs") else None,
+        )
+        (made,) = self._generator.generate_batch([values["prompt"]], request, seed=values.get("seed"))
+        answer = {"text": made.prompt + made.text, "tokens": len(made.ids), "finish_reason": made.finish_reason}
+        if request.logprobs is not None:
+            answer["logprobs"] = [drawn.logprob for drawn in made.drawn]
+        return answer
+
+
+def check_content(content: Any) -> dict[str, Any]:
+    """Check what a request holds, before the model sees it.
+
+    Raises:
+        UserError: it is no JSON object, a field is unknown or of another type, or something is too large.
+    """
+    if not isinstance(content, dict):
+        raise UserError('send a JSON object such as {"prompt": "Once upon a time"}, as application/json')
+    for name, value in content.items():
+        if name not in _KINDS:
+            raise UserError(f"{str(name)[:40]!r} is no field of a request; there are: {', '.join(sorted(_KINDS))}")
+        kinds = _KINDS[name]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise UserError(f"{name} has another type ({type(value).__name__}) than it should have")
+    if "prompt" not in content:
+        raise UserError("the field 'prompt' is missing")
+    if len(content["prompt"]) > LONGEST_PROMPT:
+        raise UserError(f"prompt may have {LONGEST_PROMPT:,} characters (it has {len(content['prompt']):,})")
+    if content.get("max_new_tokens", 0) > MOST_TOKENS:
+        raise UserError(f"max_new_tokens may be {MOST_TOKENS:,} at most (it is {content['max_new_tokens']:,})")
+    if not 0 <= (content.get("seed") or 0) < 2**63:
+        raise UserError("seed must be 0 or more, and below 2 to the power of 63")
+    if not all(isinstance(text, str) for text in content.get("stop", [])):
+        raise UserError("stop must be a list of strings")
+    return content
