@@ -46,6 +46,13 @@ class Opened:
     messages: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
+    def begin(self, button: str) -> None:
+        """Press a button that begins a story, and wait until another one stands there than before."""
+        sheet = self.page.locator("#first .sheet")
+        before = sheet.get_attribute("data-story") or "none"
+        self.page.locator(button).click()
+        expect(sheet).to_have_attribute("data-story", re.compile(rf"^(?!{before}$)"))
+
     def told(self, which: str = "first") -> str:
         """Wait for the end of a story and return it, its beginning included."""
         expect(self.page.locator(f"#{which} .sheet")).to_have_attribute("data-state", "told", timeout=60_000)
@@ -199,10 +206,9 @@ def test_a_typed_beginning_streams_to_the_story_of_its_seed(open_page: Callable[
     assert lengths == sorted(lengths)
     assert len(set(lengths)) >= 3  # it grew before the eyes of the reader
     assert f"{len(expected.ids)} tokens · " in page.locator("#first .facts").inner_text()
-    page.locator("#tell").click()
+    opened.begin("#tell")
     assert opened.told() == story
-    page.locator("#again").click()
-    expect(page.locator("#first .story")).not_to_have_text(story)
+    opened.begin("#again")
     assert opened.told() != story
     assert page.get_by_label("number input for Seed").input_value() != str(seed)
 
@@ -270,15 +276,14 @@ def test_stop_and_leaving_free_the_model(open_page: Callable[..., Opened], slow:
     set_number(page, "Temperature", 0.1)
     assert page.get_by_label("Who tells").count() == 0  # there is no choice
     for _ in range(2):  # it can go on after a stop
-        page.locator("#tell").click()
+        opened.begin("#tell")
         expect(page.locator("#first .facts")).to_contain_text(re.compile(r"^[1-9]\d* tokens"))
         assert tellers.telling == 1
         page.locator("#stop").click()
         opened.told()
         assert page.locator("#first .facts").inner_text().endswith("stopped")
         assert tellers.telling == 0
-    page.locator("#tell").click()
-    expect(page.locator("#first .sheet")).to_have_attribute("data-state", "telling")
+    opened.begin("#tell")
     page.close()
     deadline = time.monotonic() + 30
     while tellers.telling and time.monotonic() < deadline:

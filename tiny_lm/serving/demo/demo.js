@@ -4,6 +4,7 @@ let number = 0, tokens = [], told;
 
 const begin = (view) => {
   number = view.story;
+  sheet.dataset.story = number;
   tokens = [];
   told = document.createTextNode("");
   const beginning = () => surprise.make("b", view.prompt);
