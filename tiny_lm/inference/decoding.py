@@ -17,6 +17,9 @@ from tiny_lm.model import KVCache, Transformer
 _RANDOM_NUMBERS = 64
 """So many are drawn at once for each row: a call for each costs more than the numbers."""
 
+_ROUND = 16
+"""Prompts are read in lengths that are multiples of this: oneDNN compiles, and keeps, a product for each new shape."""
+
 
 def prefill(model: Transformer, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
     """Read prompts of any lengths, each behind what its row of the cache holds.
@@ -31,7 +34,8 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], cache: KVCache
     """
     lengths = [len(prompt) for prompt in prompts]
     held = cache.lengths
-    ids = torch.zeros(len(prompts), max(lengths), dtype=torch.int64)  # [B, T]; behind short prompts anything may stand
+    width = min(-(-max(lengths) // _ROUND) * _ROUND, cache.max_length - max(held))
+    ids = torch.zeros(len(prompts), width, dtype=torch.int64)  # [B, T]; behind short prompts anything may stand
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
     device = cache.keys[0].device
