@@ -144,6 +144,17 @@ def test_a_chat_goes_on_with_the_messages_as_a_story(client: openai.OpenAI, gene
         assert [top.logprob for top in token.top_logprobs] == pytest.approx([p for _, p in drawn.top], abs=1e-5)
 
 
+def test_tools_may_be_offered_and_are_not_called(client: openai.OpenAI) -> None:
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}]
+    ask: dict[str, Any] = {"model": "fox", "messages": [{"role": "user", "content": "The fox"}], **GREEDY}
+    plain = client.chat.completions.create(**ask)
+    offered = client.chat.completions.create(**ask, tools=tools, tool_choice="auto")
+    assert offered.choices[0].message.content == plain.choices[0].message.content
+    assert offered.choices[0].message.tool_calls is None
+    with pytest.raises(openai.BadRequestError, match="tool_choice"):
+        client.chat.completions.create(**ask, tools=tools, tool_choice="required")
+
+
 def test_a_streamed_chat_adds_up_to_the_whole(client: openai.OpenAI) -> None:
     options: dict[str, Any] = {
         "model": "fox", "messages": [{"role": "user", "content": "One day"}], "seed": 2, "n": 2, "max_tokens": 30,

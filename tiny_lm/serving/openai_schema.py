@@ -106,7 +106,8 @@ class ChatRequest(SampledRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, description="implies logprobs, if not false")
     response_format: ResponseFormat | None = None
-    tools: list[Any] | None = Field(None, max_length=0)
+    tools: list[dict[str, Any]] | None = Field(None, max_length=1024, description="read, and never called")
+    tool_choice: Literal["none", "auto"] | None = None
 
 
 class Usage(BaseModel):
