@@ -88,8 +88,10 @@ def nowhere() -> str:
     return address_of_nobody()
 
 
+# It leaves without Python's own end: a thread of pyarrow that still closes a streamed file would then be killed in the
+# middle of C++, and abort the process after all is read (huggingface_hub issue 4178).
 ASK = """
-import json, sys
+import json, os, sys
 from tiny_lm.dataset import DatasetConfig, download, iter_documents
 from tiny_lm.errors import UserError
 for case in json.loads(sys.argv[1]):
@@ -100,7 +102,8 @@ for case in json.loads(sys.argv[1]):
         answer = download(config) if counting else list(iter_documents(config, split, val_split=0))
     except UserError as error:
         answer = str(error)
-    print(json.dumps(answer))
+    print(json.dumps(answer), flush=True)
+os._exit(0)
 """
 
 
