@@ -78,7 +78,7 @@ def test_llamacpp_and_ollama(
     folder = f"exports/{run.name}-gguf"
     assert lines == [
         f"tiny-lm export gguf {run.folder} --output-dir {folder} --quantize Q4_K_M",
-        f"llama-server -m {folder}/{run.name}-Q4_K_M.gguf -c 96 --host 127.0.0.1 --port 8080",
+        f"llama-server -m {folder}/{run.name}-Q4_K_M.gguf -np 8 -c 768 --host 127.0.0.1 --port 8080",
     ]
     _, lines, _ = print_commands(monkeypatch, capsys, "ollama", run.folder, "--port", 9998)
     name, folder = run.name.lower(), f"exports/{run.name}-ollama"
