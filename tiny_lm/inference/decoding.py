@@ -145,7 +145,7 @@ class BatchDecoder:
         self._seen, self._counts = self._masks[:0], torch.zeros(0, device=self._device)  # made when a penalty is
         self._view: KVCache | None = None  # of the rows that draw; None when these have changed
         self._groups: list[_Group] = []  # of the same rows; empty when they have changed
-        self._index = torch.empty(0, dtype=torch.int64)  # the rows as a tensor [B], as new as the groups
+        self._forbidden = self._masks[:0]  # what these rows may not draw [B, V], as new as the groups
 
     @property
     def free(self) -> int:
@@ -259,9 +259,9 @@ class BatchDecoder:
         """Draw a token for each row from its logits, ``[B, V]``."""
         if not self._groups:
             self._groups = self._grouped()
-            self._index = torch.tensor(self._drawing, device=self._device)
+            self._forbidden = self._masks[self._drawing]
         rows = [self._rows[row] for row in self._drawing]
-        logits = plain.masked_fill(self._masks.index_select(0, self._index), -torch.inf)
+        logits = plain.masked_fill(self._forbidden, -torch.inf)
         uniform = torch.tensor([row.next_uniform() for row in rows], device=self._device)
         ids = [0] * len(rows)
         for group in self._groups:
@@ -272,6 +272,7 @@ class BatchDecoder:
             row.steps += 1
             if row.steps == row.wanted.min_new_tokens:
                 self._masks[number, list(row.wanted.ends)] = False
+                self._groups = []
         told = self._tell(plain, ids)
         return [
             Drawn(row, token, *told.get(place, ()))
