@@ -79,7 +79,8 @@ def llama_server(run: Path, exports: Path, port: int) -> list[str]:
 def transformers_serve(run: Path, exports: Path, port: int) -> list[str]:
     transformers = str(Path(sys.executable).with_name("transformers"))
     model = str(exports / "huggingface")
-    return [transformers, "serve", model, "--port", str(port), "--device", "cpu", "--continuous-batching"]
+    # Without its --continuous-batching, with which version 5.23 answers nobody on a CPU.
+    return [transformers, "serve", model, "--port", str(port), "--device", "cpu"]
 
 
 SERVERS: dict[str, Callable[[Path, Path, int], list[str]]] = {
@@ -117,8 +118,10 @@ def serving(command: list[str], port: int) -> Iterator[Served]:
     url = f"http://127.0.0.1:{port}"
     with TemporaryDirectory() as folder:
         log = Path(folder) / "log"
+        # transformers lists the models of its cache, and fails without one.
+        environment = os.environ | {"HF_HUB_CACHE": folder, "HF_HUB_OFFLINE": "1"}
         with log.open("w") as file:
-            server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+            server = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
         try:
             deadline = time.monotonic() + START_SECONDS
             while not answers(url):
@@ -182,7 +185,8 @@ async def tell(client: aiohttp.ClientSession, model: str, prompt: str, seed: int
 async def load(url: str, model: str, clients: int) -> Figures:
     """Ask as long as a measurement takes; texts that are begun are told to their end."""
     texts: list[Text] = []
-    connector, timeout = aiohttp.TCPConnector(limit=clients), aiohttp.ClientTimeout(120)
+    # A connection for each text: llama-server closes one after a hundred, in the middle of the next request.
+    connector, timeout = aiohttp.TCPConnector(limit=clients, force_close=True), aiohttp.ClientTimeout(120)
     async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as client:
         await tell(client, model, BEGINNINGS[0], 0)  # warms up
         started = time.perf_counter()
