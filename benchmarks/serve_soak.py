@@ -4,8 +4,9 @@
     python benchmarks/serve_soak.py RUN --plot memory.png --requests 1000
 
 Of ten requests six are read to their end (half of them as a stream), two are streams that the client breaks off, and
-two are refused: a wrong type, and a beginning that is too long. The first fifth of all requests warms up; what memory
-grows by behind it is printed, and the exit status is 1 when that is more than 20 MiB.
+two are refused: a wrong type, and a beginning that is too long. They come in ten waves, between which all clients fall
+silent, so that every number of texts at once is met from 32 to none. The first fifth of all requests warms up; what
+memory grows by behind it is printed, and the exit status is 1 when that is more than 20 MiB.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import aiohttp
 from serve_load import BEGINNINGS, free_port, ours, serving
 
 CLIENTS = 32
+WAVES = 10
 WARM_UP = 0.2
 MOST_GROWTH = 20.0  # MiB
 
@@ -33,9 +35,9 @@ class Soak:
         self.answers: dict[str, int] = {}
         self.memory: list[tuple[int, float]] = []  # requests done, MiB
 
-    async def work(self) -> None:
-        """Send one request after the other until all are begun."""
-        while self.begun < self.requests:
+    async def work(self, until: int) -> None:
+        """Send one request after the other until so many are begun."""
+        while self.begun < until:
             number, self.begun = self.begun, self.begun + 1
             kind = await self.ask(random.Random(number))
             self.answers[kind] = self.answers.get(kind, 0) + 1
@@ -81,7 +83,8 @@ async def soak(url: str, process: int, requests: int) -> Soak:
     """Send all requests, from many clients at once."""
     async with aiohttp.ClientSession(url, timeout=aiohttp.ClientTimeout(120)) as client:
         work = Soak(client, process, requests)
-        await asyncio.gather(*(work.work() for _ in range(CLIENTS)))
+        for wave in range(1, WAVES + 1):
+            await asyncio.gather(*(work.work(requests * wave // WAVES) for _ in range(CLIENTS)))
     return work
 
 
