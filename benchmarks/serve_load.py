@@ -79,8 +79,7 @@ def llama_server(run: Path, exports: Path, port: int) -> list[str]:
 def transformers_serve(run: Path, exports: Path, port: int) -> list[str]:
     transformers = str(Path(sys.executable).with_name("transformers"))
     model = str(exports / "huggingface")
-    # Without its --continuous-batching, with which version 5.23 answers nobody on a CPU.
-    return [transformers, "serve", model, "--port", str(port), "--device", "cpu"]
+    return [transformers, "serve", model, "--port", str(port), "--device", "cpu", "--continuous-batching"]
 
 
 SERVERS: dict[str, Callable[[Path, Path, int], list[str]]] = {

@@ -13,12 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
+from story_runs import train_story_run
 
-from tiny_lm.data import BinDataConfig
-from tiny_lm.model import model_config_from_dict
 from tiny_lm.runs import Run
-from tiny_lm.training import TrainingConfig
-from tiny_lm.training.fit import train
 
 Cli = Callable[..., Any]
 SCRIPT = Path(__file__).parents[2] / "scripts" / "demo" / "gradio_app.py"
@@ -27,13 +24,8 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "demo" / "gradio_app.py"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, stream_folder: Path) -> Path:
     """A working directory with two runs, of which `raspberry` is the newest."""
-    model = {"vocab_size": 512, "context_length": 32, "d_model": 32, "n_layers": 1, "n_heads": 2}
-    paths = {"train_path": str(stream_folder / "train.bin"), "val_path": str(stream_folder / "val.bin")}
-    data = BinDataConfig(**paths, block_size=32, batch_size=4)
     folder = tmp_path_factory.mktemp("work")
-    run = Run(folder / "runs" / "elderberry")
-    training = TrainingConfig(max_steps=2, learning_rate=3e-3, precision="32-true", sample_tokens=0)
-    train(model_config_from_dict(model, source="test"), training, data, run)
+    run = Run(train_story_run(folder / "runs" / "elderberry", stream_folder, steps=2))
     shutil.copytree(run.folder, folder / "runs" / "raspberry")
     os.utime(run.checkpoints, (1, 1))
     return folder

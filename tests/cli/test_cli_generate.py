@@ -13,13 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from story_runs import train_story_run
 
-from tiny_lm.data import BinDataConfig
 from tiny_lm.inference import TextGenerator
-from tiny_lm.model import model_config_from_dict
-from tiny_lm.runs import Run
-from tiny_lm.training import TrainingConfig
-from tiny_lm.training.fit import train
 
 Cli = Callable[..., Any]
 
@@ -27,18 +23,7 @@ Cli = Callable[..., Any]
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory, stream_folder: Path) -> Path:
     """A run of a model with a context of 32 tokens that has seen a few stories."""
-    config = model_config_from_dict(
-        {"vocab_size": 512, "context_length": 32, "d_model": 32, "n_layers": 1, "n_heads": 2}, source="test"
-    )
-    data = BinDataConfig(
-        train_path=str(stream_folder / "train.bin"),
-        val_path=str(stream_folder / "val.bin"),
-        block_size=32,
-        batch_size=4,
-    )
-    run = Run(tmp_path_factory.mktemp("runs") / "told")
-    train(config, TrainingConfig(max_steps=30, learning_rate=3e-3, precision="32-true", sample_tokens=0), data, run)
-    return run.folder
+    return train_story_run(tmp_path_factory.mktemp("runs") / "told", stream_folder, steps=30)
 
 
 def test_prompt_and_continuation_and_nothing_more(cli: Cli, run_folder: Path) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_exports import FAMILIES, TrainedRun
+from tiny_exports import FAMILIES, TrainedRun, run_main
 
-from tiny_lm.cli import main
 from tiny_lm.errors import UserError
 from tiny_lm.export import huggingface
 from tiny_lm.export.huggingface import export_huggingface
@@ -110,13 +109,6 @@ def test_a_wrong_tokenizer_is_noticed(trained_run: TrainedRun, tmp_path: Path, m
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
-
-
-def run_main(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
-    monkeypatch.setattr(sys, "argv", ["tiny-lm", *map(str, words)])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    return int(exit_.value.code or 0)
 
 
 def test_the_command_shows_a_table_and_refuses_what_is_there(

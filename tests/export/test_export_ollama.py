@@ -3,16 +3,14 @@
 import dataclasses
 import json
 import stat
-import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from modelfile_grammar import GrammarError, parameters, read_modelfile
-from tiny_exports import FAMILIES, TrainedRun
+from tiny_exports import FAMILIES, TrainedRun, run_main
 
-from tiny_lm.cli import main
 from tiny_lm.errors import UserError
 from tiny_lm.export import ollama
 from tiny_lm.export.gguf_file import write_gguf
@@ -158,18 +156,14 @@ def test_what_ollama_complains_of_is_told(source: Source, model: OllamaModel, st
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def run_command(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
-    monkeypatch.setattr(sys, "argv", ["tiny-lm", "export", "ollama", *map(str, words)])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    return int(exit_.value.code or 0)
-
-
 def test_without_ollama_there_is_one_clear_line(
     trained_run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert run_command(monkeypatch, trained_run().folder, "--output-dir", tmp_path / "out", "--create") == 2
+    assert (
+        run_main(monkeypatch, "export", "ollama", trained_run().folder, "--output-dir", tmp_path / "out", "--create")
+        == 2
+    )
     error = capsys.readouterr().err
     assert error.startswith("error: --create needs Ollama, but there is no `ollama` on the PATH")
     assert error.count("\n") == 1
@@ -182,7 +176,7 @@ def test_the_command_writes_a_modelfile_for_each_type(
 ) -> None:
     out = tmp_path / "out"
     words = [trained_run().folder, "--output-dir", out, "--outtype", "q8_0", "--quantize", "Q4_K_M"]
-    assert run_command(monkeypatch, *words, "--name", "bear", "--license", "MIT") == 0
+    assert run_main(monkeypatch, "export", "ollama", *words, "--name", "bear", "--license", "MIT") == 0
     captured = capsys.readouterr()
     assert [line for line in captured.err.splitlines() if line.startswith("next: ")] == [
         f"next: ollama create bear -f {out}/Modelfile",
@@ -208,7 +202,10 @@ def test_the_command_makes_the_model_in_ollama(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     (stand_in / "answer").write_text(", there was a little girl named Lily. She was happy.\n")
-    assert run_command(monkeypatch, trained_run().folder, "--output-dir", tmp_path / "out", "--create") == 0
+    assert (
+        run_main(monkeypatch, "export", "ollama", trained_run().folder, "--output-dir", tmp_path / "out", "--create")
+        == 0
+    )
     captured = capsys.readouterr()
     assert "llama3-bpe in Ollama: Once upon a time, there was a little girl" in captured.out
     assert "next: " not in captured.err

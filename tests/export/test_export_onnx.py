@@ -13,9 +13,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from tiny_exports import FAMILIES, TrainedRun
+from tiny_exports import FAMILIES, TrainedRun, run_main
 
-from tiny_lm.cli import main
 from tiny_lm.errors import UserError
 from tiny_lm.export import onnx as onnx_export
 from tiny_lm.export import onnx_graph
@@ -185,13 +184,6 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 
 
 # --- the command, and what is refused --------------------------------------------------------------------------------
-
-
-def run_main(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
-    monkeypatch.setattr(sys, "argv", ["tiny-lm", *map(str, words)])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    return int(exit_.value.code or 0)
 
 
 def test_the_command_shows_tables_and_refuses_what_is_there(

@@ -1,10 +1,12 @@
 """What the tests of exports share: the families, small, and how their runs are trained."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tiny_lm.cli import main
 from tiny_lm.data import BinDataConfig
 from tiny_lm.data.tokenize import tokenize_corpus
 from tiny_lm.model import model_config_from_dict
@@ -61,6 +63,14 @@ def train_run(
         run,
     )
     return run
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *words: str | Path) -> int:
+    """Run ``tiny-lm`` in this process; return its exit code."""
+    monkeypatch.setattr(sys, "argv", ["tiny-lm", *map(str, words)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    return int(exit_.value.code or 0)
 
 
 @pytest.fixture(scope="session")

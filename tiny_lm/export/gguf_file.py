@@ -154,6 +154,8 @@ def _add_vocabulary(writer: "GGUFWriter", source: Source, vocabulary: Vocabulary
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_eot_token_id(tokenizer.eos_id)
     writer.add_pad_token_id(tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id)
+    if source.chat_template is not None:
+        writer.add_chat_template(source.chat_template)
     # Without these two, llama.cpp follows its own habit for the name of the split.
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)

@@ -12,6 +12,7 @@ from typing import Any
 from tiny_lm.dataset.huggingface import is_network_error
 from tiny_lm.errors import UserError
 from tiny_lm.export.model_card import CARD_FILE
+from tiny_lm.tokenizer import chat_template
 
 # --- what may go -----------------------------------------------------------------------------------------------------
 
@@ -61,6 +62,7 @@ ADMITTED: Mapping[str, Callable[[Path], bool]] = {
     "*.gguf": _begins_with(b"GGUF"),
     "*.json": _is_json,
     CARD_FILE: _is_text,
+    chat_template.FILE: _is_text,
     "tokenizer.model": _begins_with(b"\n"),  # SentencePiece: the first field of its protocol buffer, a piece
 }
 """What is sent: patterns of names, and a look into the file that shows it to be what it is called."""

@@ -11,7 +11,8 @@ PARAMETERS: dict[str, float] = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, 
 """How tokens are drawn."""
 
 TEMPLATE = "{{ .Prompt }}"
-"""The prompt as it is, which the model continues.
+"""The prompt as it is, which a model without a chat template continues; where there is one, the Modelfile has no
+TEMPLATE, and Ollama takes that of the GGUF file.
 
 Ollama begins it with the beginning-of-story token, since the GGUF file says so, and in a chat puts the earlier turns
 before it: a story that goes on. Without a template, other versions of Ollama do other things, down to ChatML's markers,
@@ -39,7 +40,7 @@ def modelfile(source: Source, gguf_name: str, *, license_text: str = NO_LICENSE)
     lines = [
         f"# {source.name}, step {source.step}: written by tiny-lm; verification.json says how it was checked.",
         f"FROM {quote(f'./{gguf_name}')}",
-        f"TEMPLATE {quote(TEMPLATE)}",
+        *([f"TEMPLATE {quote(TEMPLATE)}"] if source.chat_template is None else []),
         *(f"PARAMETER {name} {value}" for name, value in numbers.items()),
         *(f"PARAMETER stop {quote(text)}" for text in stop_strings(source)),
         f"LICENSE {quote(_printable(license_text))}",

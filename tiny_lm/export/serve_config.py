@@ -128,7 +128,7 @@ def _tgi(source: Source, run: str, options: ServeOptions) -> ServeCommands:
     return ServeCommands(export, folder, [command], exported=exported)
 
 
-_LLAMACPP_SLOTS = 8
+LLAMACPP_SLOTS = 8
 """Texts that llama-server tells at once, each with the whole context."""
 
 
@@ -137,8 +137,8 @@ def _llamacpp(source: Source, run: str, options: ServeOptions) -> ServeCommands:
     folder = options.folder or _exports(source, "-gguf")
     file = folder / file_name(source, options.kind)
     export = ["tiny-lm", "export", "gguf", run, "--output-dir", str(folder), *_gguf_type(options.kind)]
-    cells = _LLAMACPP_SLOTS * source.config.context_length  # which llama-server divides between its slots
-    command = ["llama-server", "-m", str(file), "-np", str(_LLAMACPP_SLOTS), "-c", str(cells)]
+    cells = LLAMACPP_SLOTS * source.config.context_length  # which llama-server divides between its slots
+    command = ["llama-server", "-m", str(file), "-np", str(LLAMACPP_SLOTS), "-c", str(cells)]
     command += _address("llamacpp", options)
     return ServeCommands(export, file, [command], exported=file.is_file() and is_export_of(folder, source))
 

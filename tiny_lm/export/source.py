@@ -16,6 +16,7 @@ from tiny_lm.model import ModelConfig, Transformer, load_model_config
 from tiny_lm.model.checkpoint import load_checkpoint_model
 from tiny_lm.runs import Run, open_run, read_metrics
 from tiny_lm.tokenizer import Tokenizer, load_tokenizer
+from tiny_lm.tokenizer.chat_template import read_chat_template
 
 _VALIDATION_TOKENS = 32_768
 """Most tokens of the validation stream that an export is compared on."""
@@ -46,6 +47,7 @@ class Source:
         step: optimizer step at which the weights were saved.
         record: the run's ``run.json``; empty without a run.
         validation: text to compare on.
+        chat_template: in Jinja, if one lies beside the tokenizer.
         scores: what the run's validation at that step measured, by the keys of ``metrics.jsonl``, if it did.
     """
 
@@ -56,6 +58,7 @@ class Source:
     step: int
     record: dict[str, Any]
     validation: Validation
+    chat_template: str | None = None
     scores: dict[str, float] = field(default_factory=dict)
 
     def with_weights_as(self, dtype: torch.dtype) -> "Source":
@@ -122,7 +125,9 @@ def load_checkpoint_source(
     record = run.read_record() if in_run else {}
     model = loaded.model.float()
     scores = _scores(run, loaded.step) if in_run else {}
-    return Source(name, model, loaded.config, tokenizer, loaded.step, record, _validation(run, tokenizer), scores)
+    template = read_chat_template(tokenizer_path if tokenizer_path.is_dir() else tokenizer_path.parent)
+    validation = _validation(run, tokenizer)
+    return Source(name, model, loaded.config, tokenizer, loaded.step, record, validation, template, scores)
 
 
 def _scores(run: Run, step: int) -> dict[str, float]:

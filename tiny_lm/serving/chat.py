@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tiny_lm.errors import UserError
-from tiny_lm.files import read_json, read_text
 from tiny_lm.tokenizer import Tokenizer
-
-_TEMPLATE_BYTES = 2**20
+from tiny_lm.tokenizer.chat_template import read_chat_template
 
 
 @dataclass(frozen=True)
@@ -144,12 +142,5 @@ def load_chat_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | Non
     Raises:
         UserError: it is damaged.
     """
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return ChatTemplate(read_text(file, limit=_TEMPLATE_BYTES), tokenizer, place=str(file))
-    config = folder / "tokenizer_config.json"
-    content = read_json(config) if config.is_file() else None
-    source = content.get("chat_template") if isinstance(content, dict) else None
-    if not isinstance(source, str):
-        return None
-    return ChatTemplate(source, tokenizer, place=str(config))
+    source = read_chat_template(folder)
+    return None if source is None else ChatTemplate(source, tokenizer, place=f"the chat template in {folder}")

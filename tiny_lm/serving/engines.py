@@ -9,17 +9,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tiny_lm.errors import UserError
 from tiny_lm.files import read_json, write_json, write_text
+from tiny_lm.tokenizer import chat_template
 
 ENGINES = ("llamacpp", "vllm", "transformers")
-
-SLOTS = 8
-"""Texts that llama-server continues at once: each gets a context of its own."""
 
 STORY_TEMPLATE = (
     "{{- bos_token }}{% set story = namespace(text='') %}{% for message in messages %}"
@@ -212,16 +210,19 @@ def _export_huggingface(run: Path, folder: Path, tell: Callable[[str], None]) ->
 
     tell(f"{run}: is exported to Hugging Face's layout and compared in transformers first")
     export_huggingface(load_source(run), folder)
-    write_text(folder / "chat_template.jinja", STORY_TEMPLATE)
+    if chat_template.read_chat_template(folder) is None:
+        write_text(folder / chat_template.FILE, STORY_TEMPLATE)
     return folder
 
 
 def llama_server(program: str, file: Path, place: Place) -> Command:
     """Return the command of llama.cpp's own server (``llama-server``)."""
+    from tiny_lm.export.serve_config import LLAMACPP_SLOTS
+
     facts = _gguf_facts(file)
     words = [program, "-m", str(file), "--alias", file.stem, *_address(place)]
     # The context is divided between the slots.
-    words += ["-np", str(SLOTS), "-c", str(SLOTS * facts.context_length), "--offline"]
+    words += ["-np", str(LLAMACPP_SLOTS), "-c", str(LLAMACPP_SLOTS * facts.context_length), "--offline"]
     if not facts.has_template:
         words += ["--chat-template", STORY_TEMPLATE]
     # Pages of other sites may not call it. As a variable, since older versions do not know the option.
@@ -256,7 +257,7 @@ def vllm(model: Path, place: Place) -> Command:
     words = [place.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     words += ["--served-model-name", _name(model), "--max-model-len", str(context), *_address(place)]
     words += ["--dtype", "bfloat16"] if on_gpu else ["--dtype", "float32", "--enforce-eager"]
-    if not _has_template(model):
+    if chat_template.read_chat_template(model) is None:
         words += ["--chat-template", STORY_TEMPLATE]
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     if not on_gpu:
@@ -276,13 +277,6 @@ def _address(place: Place) -> list[str]:
 
 def _name(model: Path) -> str:
     return model.resolve().name
-
-
-def _has_template(model: Path) -> bool:
-    if (model / "chat_template.jinja").is_file():
-        return True
-    config = model / "tokenizer_config.json"
-    return config.is_file() and "chat_template" in read_json(config)
 
 
 @dataclass(frozen=True)
@@ -343,10 +337,8 @@ def _wait_until_ready(engine: str, command: Command, process: "subprocess.Popen[
                     f"--engine {engine}: ended with exit code {process.returncode} before it answered; what it said "
                     "stands above"
                 )
-            try:
+            with suppress(httpx.TransportError):  # does not listen yet
                 if client.get(command.ready).status_code == 200:
                     return
-            except httpx.TransportError:
-                pass  # does not listen yet
             time.sleep(0.2)
     raise UserError(f"--engine {engine}: did not answer at {place.url} within {seconds:.0f} seconds")
