@@ -223,7 +223,7 @@ class ModelLoop:
                 self._advance(self._batch, everyone=everyone)
                 shown = now if everyone else shown
         except BaseException as error:
-            _LOG.exception("a model loop ended by an error")
+            _LOG.exception("the loop of a model ended by an error; the model answers no more")
             with self._lock:
                 self._error = error
                 tickets = [*self._running.values(), *self._waiting]

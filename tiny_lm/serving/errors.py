@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 
 from tiny_lm.errors import UserError
-from tiny_lm.serving.batching import LoopStoppedError, QueueFull
+from tiny_lm.serving.batching import LoopDiedError, LoopStoppedError, QueueFull
 from tiny_lm.serving.generation import ClientGoneError, StoppedError, TimeIsUpError
 
 RETRY_SECONDS = 2
@@ -51,7 +51,7 @@ def error_response(
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
     """Return an error as a response."""
-    extra = {"retry-after": str(RETRY_SECONDS)} if status in (429, 503) else {}
+    extra = {"retry-after": str(RETRY_SECONDS)} if status == 429 or code == "stopping" else {}
     body = error_body(path, status, message, param=param, code=code)
     return JSONResponse(body, status, {**extra, **(headers or {})})
 
@@ -64,6 +64,8 @@ def describe(error: Exception) -> ApiError:
         return ApiError(504, "the request took longer than this server allows", code="timeout")
     if isinstance(error, (StoppedError, LoopStoppedError)):
         return ApiError(503, "the server is stopping", code="stopping")
+    if isinstance(error, LoopDiedError):
+        return ApiError(503, "this model has failed; the server's log says why", code="model_failed")
     if isinstance(error, QueueFull):
         return ApiError(429, "too many requests are waiting: try again in a moment", code="queue_full")
     if isinstance(error, UserError):
@@ -91,7 +93,16 @@ def install(app: FastAPI) -> None:
         return Response(status_code=499)  # as nginx notes a client that went away
 
     app.add_exception_handler(ClientGoneError, tell_nobody)
-    for kind in (ApiError, TimeIsUpError, StoppedError, LoopStoppedError, QueueFull, UserError, Exception):
+    for kind in (
+        ApiError,
+        TimeIsUpError,
+        StoppedError,
+        LoopStoppedError,
+        LoopDiedError,
+        QueueFull,
+        UserError,
+        Exception,
+    ):
         app.add_exception_handler(kind, tell)
     app.add_exception_handler(HTTPException, tell_http)
     app.add_exception_handler(RequestValidationError, tell_invalid)
