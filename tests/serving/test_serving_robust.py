@@ -215,6 +215,10 @@ def test_what_cannot_be_served_is_told_in_one_line(
     assert "both named 'fox'" in fail(run_folder, f"fox={run_folder / 'checkpoints' / 'last.ckpt'}")
     assert "the API key is empty" in fail(run_folder, "--api-key", "")
     assert "slots must be between" in fail(run_folder, "--slots", "0")
+    with monkeypatch.context() as patch:
+        patch.setattr("tiny_lm.serving.models.free_memory", lambda device: 2**20)
+        told = fail(run_folder, "--slots", "1024", "--port", "0")
+        assert "1024 texts at once take 16 MiB, and 1 are free: choose fewer --slots" in told
     assert "cannot be listened at" in fail(run_folder, "--host", "203.0.113.7")
     for name in [name for name in sys.modules if name.startswith("tiny_lm.serving")]:
         monkeypatch.delitem(sys.modules, name)
