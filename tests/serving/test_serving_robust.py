@@ -110,6 +110,25 @@ def test_a_stream_that_takes_too_long_ends_with_an_error(narrow: Served) -> None
     assert last.get("done") or "longer than this server allows" in last["error"]
 
 
+@pytest.mark.parametrize("head", ["Content-Length: 100", "Transfer-Encoding: chunked"])
+def test_a_body_that_does_not_come_is_not_waited_for(narrow: Served, head: str) -> None:
+    host, port = narrow.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        lines = (
+            "POST /v1/completions HTTP/1.1",
+            "Host: localhost",
+            "Authorization: Bearer secret",
+            head,
+            "",
+            "2\r\n{ \r\n",
+        )
+        connection.sendall("\r\n".join(lines).encode())
+        answer = b""
+        while part := connection.recv(4096):  # until the server closes
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 408") and b"the body did not come within 2 seconds" in answer
+
+
 @pytest.mark.parametrize("header", ["", "Bearer", "Bearer wrong", "Basic secret", "Bearer secre", "Bearer secret2"])
 def test_without_the_key_nothing_is_told(narrow: Served, header: str) -> None:
     headers = {"authorization": header} if header else {}

@@ -86,7 +86,15 @@ def create_app(
 
     add_api_page(app)
     errors.install(app)
-    app.add_middleware(Guard, gate=gate, metrics=catalogue.metrics, hosts=hosts, key=key, body_bytes=limits.body_bytes)
+    app.add_middleware(
+        Guard,
+        gate=gate,
+        metrics=catalogue.metrics,
+        hosts=hosts,
+        key=key,
+        body_bytes=limits.body_bytes,
+        body_seconds=min(limits.body_seconds, limits.seconds),
+    )
     return app
 
 

@@ -1,6 +1,7 @@
 """Errors as clients of the two APIs expect them."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -82,7 +83,10 @@ def install(app: FastAPI) -> None:
 
     async def tell_http(request: HttpRequest, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        return error_response(request.url.path, error.status_code, str(error.detail), headers=error.headers)
+        message = _body_problem(error)
+        if error.status_code == 404:
+            message = f"there is no {request.url.path[:100]} here; there are: {', '.join(app.openapi()['paths'])}"
+        return error_response(request.url.path, error.status_code, message, headers=error.headers)
 
     async def tell_invalid(request: HttpRequest, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
@@ -108,15 +112,48 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, tell_invalid)
 
 
+def _body_problem(error: HTTPException) -> str:
+    """Return what is wrong with a request or its body in one line."""
+    if isinstance(error.__cause__, UnicodeDecodeError):
+        return "the body is no JSON: it is not UTF-8"
+    if isinstance(error.__cause__, RecursionError):
+        return "the body is nested too deeply"
+    return str(error.detail)
+
+
+_KINDS = {
+    "prompt": "a text, token ids, or a list of texts or of lists of ids",
+    "stop": "a text or a list of texts",
+    "content": "a text or a list of parts",
+}
+"""What a field holds that takes several kinds of values."""
+
+
 def _first_problem(error: RequestValidationError) -> tuple[str, str | None]:
     """Return what is wrong with a body in one line, and the field at its top level."""
-    problem = error.errors()[0]
+    problems = error.errors()
+    problem = problems[0]
     if problem["type"] == "json_invalid":
         return f"the body is no JSON ({problem['ctx']['error']}, character {problem['loc'][1]})", None
-    # Parts such as `list[str]` name a kind of value where there are several, and are no place in the body.
-    place = [str(part) for part in problem["loc"][1:] if str(part).isidentifier() or isinstance(part, int)]
-    message = problem["msg"].removeprefix("Value error, ")
+    place = _place(problem)
     if not place:
-        return f"the body: {message} (is its content type application/json?)", None
-    several = len(error.errors()) > 1 and len({each["loc"][:2] for each in error.errors()}) == 1
-    return f"{place[0] if several else '.'.join(place)}: {message}", place[0]
+        return "the body must be a JSON object, and its content type application/json", None
+    # Where a field takes several kinds of values there is a problem for each kind; one within a value says more.
+    alike = [each for each in problems if each["loc"][: len(place) + 1] == problem["loc"][: len(place) + 1]]
+    telling = [each for each in alike if not each["type"].endswith("_type")]
+    if len(alike) > 1 and not telling and place[-1] in _KINDS:
+        return f"{'.'.join(place)}: must be {_KINDS[place[-1]]}", place[0]
+    problem = telling[0] if telling else problem
+    place = _place(problem)
+    if problem.get("ctx", {}).get("max_length") == 0:
+        return f"{'.'.join(place)}: is not supported by this server: leave it out, or empty", place[0]
+    return f"{'.'.join(place)}: {problem['msg'].removeprefix('Value error, ')}", place[0]
+
+
+def _place(problem: Mapping[str, Any]) -> list[str]:
+    """Return the fields and numbers that lead to a problem, without the names of kinds that stand between them."""
+    parts = problem["loc"][1:]
+    return [str(part) for part in parts if isinstance(part, int) or (part.isidentifier() and part not in _KIND_NAMES)]
+
+
+_KIND_NAMES = {"str", "int", "float", "bool"}

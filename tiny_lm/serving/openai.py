@@ -30,6 +30,7 @@ def openai_router(catalogue: Catalogue) -> APIRouter:
     """Return the routes below ``/v1``."""
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
+    @router.head("/models", include_in_schema=False)
     @router.get("/models", response_model=schema.ModelList)
     async def list_models() -> Any:
         """List the models that are served."""
