@@ -85,7 +85,9 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         message = _body_problem(error)
         if error.status_code == 404:
-            message = f"there is no {request.url.path[:100]} here; there are: {', '.join(app.openapi()['paths'])}"
+            path = request.url.path
+            alike = [each for each in app.openapi()["paths"] if each.startswith("/api/") == path.startswith("/api/")]
+            message = f"there is no {path[:100]} here; there are: {', '.join(alike)}"
         return error_response(request.url.path, error.status_code, message, headers=error.headers)
 
     async def tell_invalid(request: HttpRequest, error: Exception) -> JSONResponse:
