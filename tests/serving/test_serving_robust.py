@@ -129,6 +129,18 @@ def test_a_body_that_does_not_come_is_not_waited_for(narrow: Served, head: str) 
     assert answer.startswith(b"HTTP/1.1 408") and b"the body did not come within 2 seconds" in answer
 
 
+def test_headers_have_an_end(server: Served) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")  # no Host, as health checks ask
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")
+        with pytest.raises(OSError):  # the server closes
+            for _ in range(10_000):
+                connection.sendall(b"a" * 2**14)
+
+
 @pytest.mark.parametrize("header", ["", "Bearer", "Bearer wrong", "Basic secret", "Bearer secre", "Bearer secret2"])
 def test_without_the_key_nothing_is_told(narrow: Served, header: str) -> None:
     headers = {"authorization": header} if header else {}

@@ -98,7 +98,8 @@ class Guard:
     def _refusal(self, scope: Scope) -> Response | None:
         """Return why a request is refused before it is read, or None."""
         headers, path = Headers(scope=scope), scope["path"]
-        if not self._is_ours(headers.get("host", "")):
+        # Browsers name the host; what asks without a name (HTTP/1.0, as some health checks do) is none.
+        if "host" in headers and not self._is_ours(headers["host"]):
             message = "this server does not answer to that host name (tiny-lm serve --allow-host NAME admits one)"
             return error_response(path, 403, message, code="host_not_allowed")
         origin = headers.get("origin")
