@@ -1,4 +1,4 @@
-"""Benchmarks of the Language Model Evaluation Harness (lm-eval) on a run folder."""
+"""Benchmarks of the Language Model Evaluation Harness (lm-eval) on a run or an export."""
 
 import importlib.util
 import logging
@@ -23,7 +23,7 @@ def run_harness(
     """Run tasks of the harness on a run and return its results, as ``lm_eval.simple_evaluate`` does.
 
     Args:
-        run: a run folder, or a checkpoint inside one.
+        run: a run folder, a checkpoint inside one, or a folder that ``tiny-lm export huggingface`` wrote.
         tasks: their names.
         include_path: a folder of further tasks; the harness's own ones are not searched then.
         num_fewshot: examples before each question; None: as the task says.
