@@ -89,7 +89,7 @@ def _views(material: Material) -> dict[str, Any]:
     model = view_model(material)
     moments = read_moments(material.samples)
     story = _read_story(material)
-    charts = training_charts(material.events)
+    charts = training_charts(material.events, _epoch(material))
     position = _position_chart(material.evaluation)
     return {
         "title": material.run.name,
@@ -121,6 +121,12 @@ def _views(material: Material) -> dict[str, Any]:
         "missing": material.missing,
         "data": _page_data([*charts, *([position] if position else [])], story),
     }
+
+
+def _epoch(material: Material) -> float | None:
+    """Return the optimizer steps in which the training text is read once."""
+    tokens, step = material.number("train_tokens"), material.number("tokens_per_step")
+    return tokens / step if tokens and step else None
 
 
 def _read_story(material: Material) -> ReadStory | None:
