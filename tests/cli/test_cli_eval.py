@@ -79,6 +79,20 @@ def test_one_run_and_two(runs: Path, cli: Callable[..., Any]) -> None:
     assert (found["stream"]["method"], found["stream"]["stride"]) == ("sliding", 8)
     assert found["generated"][0]["prompt"] == "A bear"
     assert found["checkpoint"].endswith("last.ckpt")
+    # Streams that were moved: the report reads them where the command says that they are.
+    page = runs / "runs" / "bpe" / "report.html"
+    assert 'id="heat"' in page.read_text()
+    (runs / "data").rename(runs / "moved")
+    assert cli("report", "runs/bpe").code == 0
+    assert 'id="heat"' not in page.read_text()
+    where = [f"--set=data.{name}_path=moved/bpe-tokenized/{name}.bin" for name in ("train", "val")]
+    for words in (["report", "runs/bpe"], ["eval", "runs/bpe", *QUICK]):
+        page.unlink()
+        assert cli(*words, *where).code == 0
+        assert 'id="heat"' in page.read_text()
+    assert (
+        "unknown key 'val_pat'; did you mean 'val_path'?" in cli("report", "runs/bpe", "--set", "data.val_pat=x").stderr
+    )
 
 
 class _Judge(BaseHTTPRequestHandler):

@@ -149,6 +149,9 @@ def test_bad_names_are_told_in_one_line(trained: Run, tmp_path: Path, monkeypatc
         run_harness(trained.folder, ["tiny_ending"], include_path=TASKS)
     with pytest.raises(UserError, match="no such folder"):
         run_harness(trained.folder, ["tiny_endings"], include_path=tmp_path / "absent")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"--tasks tiny_endings: their questions could not be read \(.*endings.jsonl"):
+        run_harness(trained.folder, ["tiny_endings"], include_path=TASKS)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'tiny-lm\[eval\]'"):
         run_harness(trained.folder, ["tiny_endings"])

@@ -89,7 +89,7 @@ def evaluate(
                     failure = error
             evaluations.append(evaluation)
             stories.append(_continue(subject, generate or [], options))
-        _draw(subject, plot, console)
+        _draw(subject, options, plot, console)
     if as_json:
         _print_json(evaluations, stories)
     elif len(evaluations) == 1:
@@ -140,9 +140,9 @@ def _continue(subject: "Subject", prompts: list[str], options: "EvaluationOption
     )
 
 
-def _draw(subject: "Subject", plot: bool, console: "Console") -> None:
+def _draw(subject: "Subject", options: "EvaluationOptions", plot: bool, console: "Console") -> None:
     """Draw what belongs to one run, and write its report anew."""
-    write_report_beside(subject.run)
+    write_report_beside(subject.run, options.settings)
     if plot:
         from tiny_lm.evaluation.plots import plot_run
 

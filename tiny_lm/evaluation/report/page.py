@@ -1,5 +1,6 @@
 """The page: every section's view, put into the templates that lie beside this file."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -50,15 +51,19 @@ class ReadStory:
         return fmean(token.bits for token in self.tokens or [])
 
 
-def write_report(run: Run) -> Path:
+def write_report(run: Run, settings: Sequence[str] = ()) -> Path:
     """Write ``report.html`` into the folder of a run, in training or at its end, and return its path.
 
     What the folder lacks is left out of the page, which says so.
 
+    Args:
+        run: the run folder.
+        settings: overrides of its data config, such as ``data.val_path=...`` for a stream that was moved.
+
     Raises:
-        UserError: ``run.json`` is damaged, or the page cannot be written.
+        UserError: ``run.json`` is damaged, a setting is unknown, or the page cannot be written.
     """
-    write_text(run.report, _render(gather(run)))
+    write_text(run.report, _render(gather(run, settings)))
     return run.report
 
 
