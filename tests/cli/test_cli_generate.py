@@ -150,12 +150,23 @@ class Terminal:
         """Read until so many more characters have come."""
         self._read_until(lambda: len(self._unread) >= characters, f"{characters} characters", seconds)
 
+    def interrupt_until(self, wanted: str) -> None:
+        """Press Ctrl-C until ``wanted`` comes: just after its prompt, readline sees one only with the next key."""
+        for _ in range(10):
+            self.type(b"\x03")
+            if self._comes(lambda: wanted in self._unread, 6):
+                break
+        self.wait_for(wanted, 0)
+
     def _read_until(self, come: Callable[[], bool], what: str, seconds: float) -> None:
+        assert self._comes(come, seconds), f"{what} did not come: {self._unread[-500:]!r}"
+
+    def _comes(self, come: Callable[[], bool], seconds: float) -> bool:
         end = time.monotonic() + seconds
-        while not come():
-            assert time.monotonic() < end, f"{what} did not come: {self._unread[-500:]!r}"
+        while not come() and time.monotonic() < end:
             if select.select([self._end], [], [], 1)[0]:
                 self._unread += os.read(self._end, 65536).decode(errors="replace")
+        return come()
 
     def close(self) -> None:
         self.process.kill()
@@ -188,8 +199,7 @@ def test_ctrl_c_stops_the_story_and_not_the_session(terminal: Terminal) -> None:
     terminal.type(b"\x03")  # Ctrl-C: the terminal makes a signal of it
     terminal.wait_for("(stopped)")
     terminal.wait_for("> ")
-    terminal.type(b"\x03")
-    terminal.wait_for("/quit or Ctrl-D leaves")
+    terminal.interrupt_until("/quit or Ctrl-D leaves")
     for command in (b"/min-new-tokens 0\n", b"/max-new-tokens 5\n", b"A bear\n"):
         terminal.wait_for("> ")
         terminal.type(command)
