@@ -70,6 +70,19 @@ def test_a_chat_goes_on_with_the_story(client: ollama.Client, generator: TextGen
     assert stopped.done_reason == "stop"
 
 
+def test_what_means_nothing_here_is_passed_over(client: ollama.Client, generator: TextGenerator) -> None:
+    [expected] = generator.generate_batch(
+        ["One day"], Request(9, sampling=Sampling(0.0, 40, 0.9, repetition_penalty=1.1))
+    )
+    options = {"num_predict": 9, "temperature": 0, "num_ctx": 4096, "mirostat": 1, "num_thread": 3}
+    told = client.generate("fox", "One day", options=options, keep_alive="5m", raw=True, format="", context=[])
+    assert told.response == expected.text
+
+
+def test_an_older_name_of_the_model_field_is_understood(server: Served) -> None:
+    assert server.client.post("/api/show", json={"name": "fox"}).json()["details"]["family"] == "gpt2"
+
+
 def test_an_empty_request_loads_the_model(client: ollama.Client) -> None:
     assert client.generate("fox").done_reason == "load"
     assert client.chat("fox").done_reason == "load"
@@ -90,6 +103,11 @@ def test_what_cannot_be_honoured_is_refused(client: ollama.Client) -> None:
     with pytest.raises(ollama.ResponseError, match="format") as refused:
         client.generate("fox", "One day", format="json")
     assert refused.value.status_code == 400
+    for field in ({"format": {"type": "object"}}, {"template": "{{ .Prompt }}!"}, {"context": [1, 2]}):
+        with pytest.raises(ollama.ResponseError, match=f"{next(iter(field))}: is not supported by this server"):
+            client.generate("fox", "One day", **field)
+    with pytest.raises(ollama.ResponseError, match="there is no /api/embed here"):
+        client.embed("fox", "One day")
     with pytest.raises(ollama.ResponseError, match="suffix"):
         client.generate("fox", "One day", suffix="the end")
     with pytest.raises(ollama.ResponseError, match="think"):

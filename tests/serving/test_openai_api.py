@@ -215,6 +215,7 @@ def test_the_async_client_gets_many_texts_at_once(server: Served, generator: Tex
         ({"logit_bias": {"5": 1.0}}, "logit_bias"),
         ({"suffix": "The end"}, "suffix"),
         ({"best_of": 2}, "best_of"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"model": None}, "model"),
         ({"model": "../../etc/passwd"}, "model"),
     ],
@@ -253,7 +254,44 @@ def test_other_content_paths_and_methods_are_refused_in_the_same_shape(server: S
         response = client.request(method, path)
         assert response.status_code == status
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
-    assert client.get("/api/nothing").json() == {"error": "Not Found"}
+    for path, first in (("/api/embed", "/api/version"), ("/v1/models/", "/v1/models"), ("/completions", "/v1/models")):
+        assert f"there is no {path} here; there are: {first}, " in str(client.get(path).json()["error"])
+    for path in ("/v1/models", "/api/tags", "/api/version", "/health"):
+        assert (client.head(path).status_code, client.head(path).content) == (200, b"")
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b'{"prompt": 3}', "prompt: must be a text, token ids, or a list of texts or of lists of ids"),
+        (b'{"prompt": [1, "a"]}', "prompt: must be a text, token ids, or a list of texts or of lists of ids"),
+        (b'{"prompt": [[1], [-1]]}', "prompt.1.0: Input should be greater than or equal to 0"),
+        (b'{"prompt": %s}' % (b"[" * 900 + b"]" * 900), "prompt: must be a text, token ids, or a list"),
+        (b'{"metadata": %s}' % (b"[" * 90_000 + b"]" * 90_000), "the body is nested too deeply"),
+        (b'{"stop": [null]}', "stop: must be a text or a list of texts"),
+        (b'{"logit_bias": {"50": 1}}', "logit_bias: is not supported by this server: leave it out, or empty"),
+        (b'{"prompt": "B\xe4r"}', "the body is no JSON: it is not UTF-8"),
+        (b'{"prompt": "One" "day"}', "the body is no JSON (Expecting ',' delimiter, character"),
+        (b"[1]", "the body must be a JSON object, and its content type application/json"),
+    ],
+)
+def test_what_is_wrong_is_said_in_words(server: Served, body: bytes, told: str) -> None:
+    content = body.replace(b"{", b'{"model": "fox", ', 1)
+    error = server.client.post("/v1/completions", content=content).json()["error"]
+    assert error["message"].startswith(told) and error["type"] == "invalid_request_error"
+
+
+def test_parts_of_a_chat_that_are_no_text_are_named(server: Served) -> None:
+    image = [{"type": "image_url", "image_url": {"url": "http://localhost/fox.png"}}]
+    for fields, told in (
+        ({"messages": [{"role": "user", "content": image}]}, "messages.0.content.0.type: Input should be 'text'"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content: must be a text or a list of parts"),
+        ({"modalities": ["text", "audio"]}, "modalities.1: Input should be 'text'"),
+        ({"function_call": {"name": "clock"}}, "function_call: Input should be 'none' or 'auto'"),
+    ):
+        body = {"model": "fox", "messages": [{"role": "user", "content": "One day"}], "max_tokens": 1, **fields}
+        response = server.client.post("/v1/chat/completions", json=body)
+        assert (response.status_code, response.json()["error"]["message"]) == (400, told)
 
 
 def test_a_body_that_is_too_large_is_refused_unread(server: Served) -> None:

@@ -12,10 +12,16 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from fastapi.testclient import TestClient
 from served import Serve, Served, start, stop, wait_for
 
 from tiny_lm.cli import main
 from tiny_lm.inference import TextGenerator
+from tiny_lm.inference.batch import TextBatch
+from tiny_lm.inference.request import GrowingText
+from tiny_lm.serving.app import create_app
+from tiny_lm.serving.batching import ModelLoop
+from tiny_lm.serving.models import ServedModel
 
 LONG: dict[str, Any] = {"model": "fox", "prompt": "One day", "max_tokens": 90_000, "min_tokens": 90_000}
 SHORT: dict[str, Any] = {"model": "fox", "prompt": "One day", "max_tokens": 8, "temperature": 0}
@@ -102,6 +108,37 @@ def test_a_stream_that_takes_too_long_ends_with_an_error(narrow: Served) -> None
     )
     last = json.loads(response.text.splitlines()[-1])
     assert last.get("done") or "longer than this server allows" in last["error"]
+
+
+@pytest.mark.parametrize("head", ["Content-Length: 100", "Transfer-Encoding: chunked"])
+def test_a_body_that_does_not_come_is_not_waited_for(narrow: Served, head: str) -> None:
+    host, port = narrow.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        lines = (
+            "POST /v1/completions HTTP/1.1",
+            "Host: localhost",
+            "Authorization: Bearer secret",
+            head,
+            "",
+            "2\r\n{ \r\n",
+        )
+        connection.sendall("\r\n".join(lines).encode())
+        answer = b""
+        while part := connection.recv(4096):  # until the server closes
+            answer += part
+    assert answer.startswith(b"HTTP/1.1 408") and b"the body did not come within 2 seconds" in answer
+
+
+def test_headers_have_an_end(server: Served) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")  # no Host, as health checks ask
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")
+        with pytest.raises(OSError):  # the server closes
+            for _ in range(10_000):
+                connection.sendall(b"a" * 2**14)
 
 
 @pytest.mark.parametrize("header", ["", "Bearer", "Bearer wrong", "Basic secret", "Bearer secre", "Bearer secret2"])
@@ -209,8 +246,61 @@ def test_what_cannot_be_served_is_told_in_one_line(
     assert "both named 'fox'" in fail(run_folder, f"fox={run_folder / 'checkpoints' / 'last.ckpt'}")
     assert "the API key is empty" in fail(run_folder, "--api-key", "")
     assert "slots must be between" in fail(run_folder, "--slots", "0")
+    with monkeypatch.context() as patch:
+        patch.setattr("tiny_lm.serving.models.free_memory", lambda device: 2**20)
+        told = fail(run_folder, "--slots", "1024", "--port", "0")
+        assert "1024 texts at once take 16 MiB, and 1 are free: choose fewer --slots" in told
     assert "cannot be listened at" in fail(run_folder, "--host", "203.0.113.7")
     for name in [name for name in sys.modules if name.startswith("tiny_lm.serving")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert "needs uvicorn, which is not installed: pip install 'tiny-lm[serve]'" in fail(run_folder)
+
+
+@pytest.fixture
+def half(generator: TextGenerator) -> Iterator[TestClient]:
+    """Two models, of which one fails after a few steps."""
+
+    class Failing(TextGenerator):
+        def new_batch(self, rows: int, *, prompt_tokens: int | None = None) -> TextBatch:
+            batch = super().new_batch(rows, prompt_tokens=prompt_tokens)
+            step, steps = batch.step, iter(range(4))
+
+            def failing_step() -> list[tuple[GrowingText, str]]:
+                if next(steps, None) is None:
+                    raise MemoryError("no room")
+                return step()
+
+            batch.step = failing_step  # type: ignore[method-assign]
+            return batch
+
+    def served(name: str, generator: TextGenerator) -> ServedModel:
+        return ServedModel(name, generator, ModelLoop(generator, refresh=0), None, 0, "")
+
+    failing = Failing(generator.model, generator.tokenizer)
+    with TestClient(create_app([served("fox", generator), served("owl", failing)]), "http://localhost") as client:
+        yield client
+
+
+def test_a_model_that_fails_takes_no_other_with_it(half: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    owl = {"model": "owl", "prompt": "One day", "max_tokens": 40, "min_tokens": 40}
+    assert half.get("/health").json() == {"status": "ok"} and half.head("/health").status_code == 200
+    assert half.post("/v1/completions", json={**owl, "max_tokens": 2, "min_tokens": 2}).status_code == 200
+    *_, last = [line for line in half.post("/v1/completions", json={**owl, "stream": True}).iter_lines() if line]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "model_failed"
+    for path, body in (
+        ("/v1/completions", owl),
+        ("/v1/completions", {**owl, "stream": True}),
+        ("/v1/completions", {**owl, "max_tokens": 0, "min_tokens": 0, "echo": True, "logprobs": 0}),
+        ("/v1/chat/completions", {"model": "owl", "messages": [{"role": "user", "content": "One day"}]}),
+    ):
+        refused = half.post(path, json=body)
+        assert refused.status_code == 503 and "retry-after" not in refused.headers
+        error = refused.json()["error"]
+        assert (error["type"], error["code"], error["param"]) == ("server_error", "model_failed", None)
+    assert half.post("/api/generate", json={"model": "owl", "prompt": "One"}).json()["error"].startswith("this model")
+    assert half.get("/health").status_code == 503 and half.head("/health").status_code == 503
+    assert half.get("/health").json() == {"status": "failed", "failed": ["owl"]}
+    assert 'tiny_lm_model_failed{model="owl"} 1.0' in half.get("/metrics").text
+    assert [str(record.exc_info[1]) for record in caplog.records if record.exc_info] == ["no room"]  # told once
+    assert half.post("/v1/completions", json={**owl, "model": "fox"}).json()["usage"]["completion_tokens"] == 40

@@ -26,7 +26,7 @@ def estimate(
     settings: Settings = None,
 ) -> None:
     """Estimate the memory that training takes, by formula: nothing is built."""
-    from tiny_lm.training.batch_size import free_memory
+    from tiny_lm.training.free_memory import free_memory
     from tiny_lm.training.memory import estimate_memory, find_savings
 
     setup, _ = _load(profile, model_config, training_config, data_config, settings)
@@ -57,7 +57,8 @@ def find_batch_size(
     Each is tried with the state of the optimizer and a validation. Where a data config or a profile says how many
     windows make a step, only micro-batches that divide them are tried, and accumulation keeps the step as it is.
     """
-    from tiny_lm.training.batch_size import find_batch_sizes, free_memory
+    from tiny_lm.training.batch_size import find_batch_sizes
+    from tiny_lm.training.free_memory import free_memory
 
     setup, windows_per_step = _load(profile, model_config, training_config, data_config, settings)
     free = memory * 1e9 if memory is not None else free_memory(setup.device) * (1 - margin)

@@ -58,26 +58,30 @@ def serve(
         ) from None
     from tiny_lm.serving.guard import Gate, hosts_of
     from tiny_lm.serving.limits import Limits
-    from tiny_lm.serving.models import find_models, load_model
+    from tiny_lm.serving.models import check_memory, find_models, load_model
 
     limits = Limits(max_tokens=max_tokens, seconds=timeout, slots=slots, queue=queue)
     key = os.environ.get(_KEY_VARIABLE) if api_key is None else api_key
     if key is not None and not key.strip():
         raise UserError("the API key is empty: give one, or leave --api-key and " + _KEY_VARIABLE + " out")
     found = find_models(runs)
-    listening = server.listen(host, port)
-    models = [load_model(name, path, limits, device=device) for name, path in found.items()]
-    gate = Gate()
-    app = create_app(models, limits=limits, key=key and key.strip(), hosts=hosts_of(host, allow_host or ()), gate=gate)
-    url = server.url_of(listening)
-    print(url, flush=True)
-    _tell(f"serving {', '.join(found)}; OpenAI's API is below {url}/v1, Ollama's below {url}/api; Ctrl-C stops")
+    with server.listen(host, port) as listening:
+        models = [load_model(name, path, limits, device=device) for name, path in found.items()]
+        taken = check_memory(models, limits)
+        gate = Gate()
+        app = create_app(
+            models, limits=limits, key=key and key.strip(), hosts=hosts_of(host, allow_host or ()), gate=gate
+        )
+        url = server.url_of(listening)
+        print(url, flush=True)
+        _tell(f"{slots} texts of each model at once; their keys and values take {taken / 2**20:,.0f} MiB in all")
+        _tell(f"serving {', '.join(found)}; OpenAI's API is below {url}/v1, Ollama's below {url}/api; Ctrl-C stops")
 
-    def end_stories() -> None:
-        for model in models:
-            model.loop.stop(grace=0)
+        def end_stories() -> None:
+            for model in models:
+                model.loop.stop(grace=0)
 
-    server.run(app, listening, gate, grace=grace, end_stories=end_stories, tell=_tell)
+        server.run(app, listening, gate, grace=grace, end_stories=end_stories, tell=_tell)
 
 
 def _serve_with(engine: str, runs: list[str], host: str, port: int, python: str | None) -> None:

@@ -15,7 +15,7 @@ from tiny_lm.inference.decoding import Continuation
 from tiny_lm.inference.packing import pack
 from tiny_lm.inference.request import Generated, GrowingText, Request
 from tiny_lm.inference.sampling import Sampling
-from tiny_lm.inference.scoring import Score, token_logprobs
+from tiny_lm.inference.scoring import PromptScore, Score, token_logprobs
 from tiny_lm.model import ModelConfig, Transformer
 from tiny_lm.model.checkpoint import CheckpointModel, load_checkpoint_model
 from tiny_lm.model.huggingface_folder import load_huggingface_model
@@ -273,6 +273,19 @@ class TextGenerator:
             ids, self._no_text, request.sampling, seed, ends, request.min_new_tokens, request.logprobs
         )
         return GrowingText(self.tokenizer, prompt, wanted, request)
+
+    def new_score(self, prompt: Sequence[int], *, top: int = 0) -> PromptScore:
+        """Return a place where the log-probabilities of a prompt's tokens are computed part by part.
+
+        Args:
+            prompt: ids, at least one.
+            top: tell so many likeliest tokens in each place.
+
+        Raises:
+            UserError: the prompt is longer than the context, or an id is none of the tokenizer's.
+        """
+        self.tokenizer.decode(prompt)
+        return PromptScore(self._packed, prompt, top=top)
 
     def new_batch(self, rows: int, *, prompt_tokens: int | None = None) -> TextBatch:
         """Return a place where texts that :meth:`begin` made are continued; the arguments are those of BatchDecoder."""

@@ -11,10 +11,12 @@ import copy
 import platform
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from tiny_lm.model import MultiHeadAttention, Transformer, attend
-from tiny_lm.model.layers import FeedForward
+from tiny_lm.model.layers import FeedForward, SwiGLU
 
 _FEW_ROWS = 32
 """The layout is the best one for products with about so many vectors; for one it is as good as any."""
@@ -49,6 +51,13 @@ class PackedLinear(nn.Module):
         self._bias = None if bias is None else bias.detach()
         self._activation, self._form = activation
 
+    @classmethod
+    def joined(cls, *parts: nn.Linear) -> Self:
+        """Make one product of several that read the same; all have biases or none has."""
+        biases = tuple(part.bias for part in parts)
+        weight = torch.cat([part.weight for part in parts])  # [out, in]
+        return cls(weight, None if biases[0] is None else torch.cat(biases))
+
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., in] to [..., out]."""
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, self._activation, [], self._form)
@@ -60,15 +69,27 @@ class PackedProjection:
 
     def __init__(self, attention: MultiHeadAttention) -> None:
         parts = (attention.W_q, attention.W_k, attention.W_v)
-        has_bias = attention.W_q.bias is not None
-        bias = torch.cat([part.bias for part in parts]) if has_bias else None
-        self._linear = PackedLinear(torch.cat([part.weight for part in parts]), bias)
+        self._linear = PackedLinear.joined(*parts)
         self._heads = attention.heads
         self._sizes = [part.out_features // attention.head_size for part in parts]
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """Do what ``MultiHeadAttention.project`` does."""
         return torch.split(self._heads(self._linear.forward(x)), self._sizes, dim=1)  # [B, H+G+G, T, K] -> three
+
+
+class PackedSwiGLU(nn.Module):
+    """``SwiGLU`` with gate and up as one product."""
+
+    def __init__(self, ffn: SwiGLU) -> None:
+        super().__init__()
+        self.gate_up, self.down = PackedLinear.joined(ffn.w1, ffn.w3), PackedLinear.joined(ffn.w2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` [B, T, D] to [B, T, D]."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [B, T, F] each
+        y: Tensor = self.down(F.silu(gate) * up)
+        return y
 
 
 def pack(model: Transformer) -> Transformer:
@@ -90,8 +111,10 @@ def pack(model: Transformer) -> Transformer:
             module.fc1 = PackedLinear(module.fc1.weight, module.fc1.bias, ("gelu", "tanh"))  # type: ignore[assignment]
             module.activation = nn.Identity()  # type: ignore[assignment]
         for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(child.weight, child.bias))
+            if isinstance(child, SwiGLU):
+                setattr(module, name, PackedSwiGLU(child))
+            elif isinstance(child, nn.Linear):
+                setattr(module, name, PackedLinear.joined(child))
     _call_directly(packed)
     return packed
 

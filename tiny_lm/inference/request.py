@@ -72,6 +72,7 @@ class GrowingText:
         wanted: what is asked of the decoder.
         pieces: what each token made certain of the text.
         drawn: the tokens with log-probabilities, if these were asked for.
+        end: the token that ended the text, if one did and log-probabilities were asked for.
         tokens: number of tokens drawn, the one that ended the text included.
         finish_reason: None while it goes on.
     """
@@ -80,6 +81,7 @@ class GrowingText:
         self.prompt, self.wanted = prompt, wanted
         self.pieces: list[str] = []
         self.drawn: list[Drawn] = []
+        self.end: Drawn | None = None
         self.tokens = 0
         self.finish_reason: FinishReason | None = None if request.max_new_tokens else "length"
         self._ids: list[int] = []
@@ -93,6 +95,7 @@ class GrowingText:
         piece = ""
         if drawn.id in self.wanted.ends:
             self.finish_reason = "stop"
+            self.end = drawn if self.wanted.logprobs is not None else None
         else:
             self._ids.append(drawn.id)
             if self.wanted.logprobs is not None:

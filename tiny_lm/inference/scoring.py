@@ -8,7 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tiny_lm.model import Transformer
+from tiny_lm.errors import UserError
+from tiny_lm.model import KVCache, Transformer
+
+_ROUND = 16
+"""Parts of a prompt are read in lengths that are multiples of this, for the reason that ``prefill`` has."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,70 @@ def token_logprobs(model: Transformer, ids: Sequence[int]) -> list[float]:
         logprobs += logits.log_softmax(dim=-1).gather(-1, window[-new:, None]).squeeze(-1).tolist()
         start += step
     return logprobs
+
+
+@dataclass(frozen=True)
+class ReadToken:
+    """A token of a prompt, as the model saw it come."""
+
+    id: int
+    logprob: float | None
+    """Its log-probability after the tokens before it; None for the first one."""
+    top: tuple[tuple[int, float], ...]
+    """The likeliest tokens in its place, with their log-probabilities; none in the place of the first one."""
+
+
+class PromptScore:
+    """The log-probabilities of a prompt's tokens, computed in parts, so that others have their turn in between.
+
+    Attributes:
+        tokens: those that were read so far.
+    """
+
+    def __init__(self, model: Transformer, ids: Sequence[int], *, top: int = 0) -> None:
+        """Read nothing yet.
+
+        Args:
+            model: in evaluation mode, on any device.
+            ids: the prompt, at least one token.
+            top: tell so many likeliest tokens in each place.
+
+        Raises:
+            UserError: the prompt is longer than the context.
+        """
+        if len(ids) > model.config.context_length:
+            raise UserError(f"the prompt has {len(ids):,} tokens and the context {model.config.context_length:,}")
+        self._model, self._ids, self._top = model, ids, min(top, model.config.vocab_size)
+        self._cache: KVCache | None = None  # while it is read
+        self.tokens = [ReadToken(ids[0], None, ())]
+
+    @property
+    def done(self) -> bool:
+        """Whether all tokens were read."""
+        return len(self.tokens) == len(self._ids)
+
+    @torch.inference_mode()
+    def advance(self, most: int) -> None:
+        """Read the next ``most`` tokens, or those that are left."""
+        if self.done:
+            return
+        if self._cache is None:
+            self._cache = self._model.new_cache(1)
+        held = len(self.tokens) - 1
+        targets = self._ids[held + 1 : held + 1 + most]
+        width = min(-(-len(targets) // _ROUND) * _ROUND, self._cache.max_length - held)
+        ids = torch.zeros(1, width, dtype=torch.int64)  # [1, T]; behind the tokens anything may stand
+        ids[0, : len(targets)] = torch.tensor(self._ids[held : held + len(targets)])
+        device = self._cache.keys[0].device
+        hidden = self._model.hidden_states(ids.to(device), self._cache)  # [1, T, D]
+        self._cache.lengths = [held + len(targets)]
+        logprobs = self._model.lm_head(hidden)[0, : len(targets)].float().log_softmax(dim=-1)  # [T, V]
+        own = logprobs.gather(-1, torch.tensor(targets, device=device)[:, None]).squeeze(-1).tolist()
+        values, likeliest = (part.tolist() for part in logprobs.topk(self._top, dim=-1))
+        for token, logprob, *place in zip(targets, own, likeliest, values, strict=True):
+            self.tokens.append(ReadToken(token, logprob, tuple(zip(*place, strict=True))))
+        if len(self.tokens) == len(self._ids):
+            self._cache = None
 
 
 def measure_surprise(

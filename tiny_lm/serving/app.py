@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Literal
 
 from fastapi import FastAPI, Security
 from fastapi.responses import PlainTextResponse, Response
@@ -64,10 +64,15 @@ def create_app(
     app.include_router(openai_router(catalogue), dependencies=secured, responses=_errors(openai_schema.ErrorBody))
     app.include_router(ollama_router(catalogue), dependencies=secured, responses=_errors(ollama_schema.ErrorBody))
 
-    @app.get("/health", tags=["Server"])
-    async def health() -> dict[str, str]:
-        """Tell that the server takes requests."""
-        return {"status": "ok"}
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health", tags=["Server"], responses={503: {"model": FailedHealth, "description": "A model has failed."}})
+    async def health(response: Response) -> Health | FailedHealth:
+        """Tell that the server takes requests, or which models have failed."""
+        failed = [model.name for model in catalogue.models if model.loop.failed]
+        if failed:
+            response.status_code = 503
+            return FailedHealth(status="failed", failed=failed)
+        return Health(status="ok")
 
     @app.get("/metrics", tags=["Server"], response_class=PlainTextResponse, dependencies=secured)
     async def metrics() -> Response:
@@ -81,8 +86,29 @@ def create_app(
 
     add_api_page(app)
     errors.install(app)
-    app.add_middleware(Guard, gate=gate, metrics=catalogue.metrics, hosts=hosts, key=key, body_bytes=limits.body_bytes)
+    app.add_middleware(
+        Guard,
+        gate=gate,
+        metrics=catalogue.metrics,
+        hosts=hosts,
+        key=key,
+        body_bytes=limits.body_bytes,
+        body_seconds=min(limits.body_seconds, limits.seconds),
+    )
     return app
+
+
+class Health(BaseModel):
+    """A server that works."""
+
+    status: Literal["ok"]
+
+
+class FailedHealth(BaseModel):
+    """A server that works but for some models."""
+
+    status: Literal["failed"]
+    failed: list[str]
 
 
 def _errors(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
@@ -94,7 +120,7 @@ def _errors(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
         404: "There is no such model.",
         413: "The body is too large.",
         429: "Too many requests are waiting.",
-        503: "The server is stopping.",
+        503: "The server is stopping, or the model has failed.",
         504: "The request took longer than this server allows.",
         "4XX": "The request cannot be honoured.",
     }

@@ -8,6 +8,7 @@ threads than the machine has cores, the threads of GNU's OpenMP sleep between tw
 many tokens a second. So a loop without work gives its thread up, and :func:`apart` does the computing of others.
 """
 
+import logging
 import threading
 import time
 from collections import deque
@@ -19,6 +20,7 @@ from typing import Any, TypeVar
 from tiny_lm.inference import Request, TextGenerator
 from tiny_lm.inference.batch import TextBatch
 from tiny_lm.inference.request import GrowingText
+from tiny_lm.inference.scoring import PromptScore
 from tiny_lm.serving.ticket import CancelledError, LoopDiedError, Piece, Ticket, Waiter, wake
 
 __all__ = [
@@ -34,6 +36,8 @@ __all__ = [
 ]
 
 _T = TypeVar("_T")
+
+_LOG = logging.getLogger(__name__)
 
 _PROMPT_TOKENS = 256
 """So many tokens of prompts are read in a step: running texts go on while a long prompt is read."""
@@ -115,6 +119,7 @@ class ModelLoop:
         # Only the loop's thread writes these.
         self._batch: TextBatch | None = None
         self._running: dict[GrowingText, Ticket] = {}
+        self._scoring: deque[Ticket] = deque()  # those of them whose prompt is still to be scored
         self._tokens = self._read = self._steps = self._finished = self._cancelled = 0
 
     def start(self) -> None:
@@ -136,13 +141,26 @@ class ModelLoop:
             cancelled=self._cancelled,
         )
 
-    def submit(self, prompt: str | Sequence[int], request: Request, *, seed: int | None = None) -> Ticket:
+    @property
+    def failed(self) -> bool:
+        """Whether the loop ended by an error."""
+        return self._error is not None
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        request: Request,
+        *,
+        seed: int | None = None,
+        score: PromptScore | None = None,
+    ) -> Ticket:
         """Hand in a text to continue; any thread may.
 
         Args:
             prompt: text, or ids, which are taken as they are.
             request: how to go on.
             seed: the same seed gives the same text, whoever else is there; None for another one each time.
+            score: of the prompt; it is computed before the text is begun, unless it is there.
 
         Raises:
             UserError: as :meth:`TextGenerator.begin`.
@@ -151,8 +169,8 @@ class ModelLoop:
             LoopDiedError: the loop ended by an error.
         """
         text = self._generator.begin(prompt, request, seed=seed)
-        ticket = Ticket(text, self._leave)
-        if text.finish_reason is not None:
+        ticket = Ticket(text, self._leave, score)
+        if text.finish_reason is not None and score is None:
             ticket.show(end=True)
             return ticket
         with self._lock:
@@ -199,15 +217,18 @@ class ModelLoop:
                 self._batch = self._generator.new_batch(self._slots, prompt_tokens=self._prompt_tokens)
             shown = 0.0
             while self._admit(self._batch):
+                self._score(self._batch)
                 now = time.monotonic()
                 everyone = now - shown >= self._refresh
                 self._advance(self._batch, everyone=everyone)
                 shown = now if everyone else shown
         except BaseException as error:
+            _LOG.exception("the loop of a model ended by an error; the model answers no more")
             with self._lock:
                 self._error = error
                 tickets = [*self._running.values(), *self._waiting]
                 self._running.clear()
+                self._scoring.clear()
                 self._waiting.clear()
             wake([waiter for ticket in tickets for waiter in ticket.fail(error)])
 
@@ -220,11 +241,14 @@ class ModelLoop:
                 for ticket in [*self._waiting, *self._running.values()] if late else []:
                     ticket.cancel()
                 self._take_out(batch)
-                while self._waiting and batch.free:
+                while self._waiting and len(self._running) < self._slots:
                     ticket = self._waiting.popleft()
-                    batch.join(ticket.text)
                     self._running[ticket.text] = ticket
                     self._read += ticket.prompt_tokens
+                    if ticket.score is None:
+                        batch.join(ticket.text)
+                    else:
+                        self._scoring.append(ticket)
                 if self._running:
                     return True
                 if self._deadline is not None or idle:
@@ -236,13 +260,33 @@ class ModelLoop:
         """Give the places of cancelled texts back."""
         for ticket in self._left:
             if self._running.pop(ticket.text, None):
-                batch.leave(ticket.text)
+                if ticket in self._scoring:
+                    self._scoring.remove(ticket)
+                else:
+                    batch.leave(ticket.text)
             elif ticket in self._waiting:
                 self._waiting.remove(ticket)
             else:
                 continue
             self._cancelled += 1
         self._left.clear()
+
+    def _score(self, batch: TextBatch) -> None:
+        """Read a part of the prompt whose turn it is to be scored; behind its last part its text is begun."""
+        if not self._scoring:
+            return
+        ticket = self._scoring[0]
+        assert ticket.score is not None
+        ticket.score.advance(self._prompt_tokens)
+        if not ticket.score.done:
+            return
+        self._scoring.popleft()
+        if ticket.text.finish_reason is None:
+            batch.join(ticket.text)
+        else:  # no token was asked for
+            del self._running[ticket.text]
+            self._finished += 1
+            wake(ticket.show(end=True))
 
     def _advance(self, batch: TextBatch, *, everyone: bool) -> None:
         """Make a step; show the readers of all texts what is new, or only of those that begin or end."""

@@ -38,7 +38,14 @@ class Catalogue:
         return model
 
     def begin(
-        self, model: ServedModel, prompts: Sequence[list[int]], request: Request, *, n: int = 1, seed: int | None = None
+        self,
+        model: ServedModel,
+        prompts: Sequence[list[int]],
+        request: Request,
+        *,
+        n: int = 1,
+        seed: int | None = None,
+        scores_prompts: bool = False,
     ) -> Generation:
         """Hand prompts to the loop of a model, as :func:`begin` does."""
         return begin(
@@ -47,6 +54,7 @@ class Catalogue:
             request,
             n=n,
             seed=seed,
+            scores_prompts=scores_prompts,
             limits=self.limits,
             on_first=lambda seconds: self.metrics.first_token(model.name, seconds),
         )

@@ -1,6 +1,7 @@
 """Errors as clients of the two APIs expect them."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -9,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 
 from tiny_lm.errors import UserError
-from tiny_lm.serving.batching import LoopStoppedError, QueueFull
+from tiny_lm.serving.batching import LoopDiedError, LoopStoppedError, QueueFull
 from tiny_lm.serving.generation import ClientGoneError, StoppedError, TimeIsUpError
 
 RETRY_SECONDS = 2
@@ -51,7 +52,7 @@ def error_response(
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
     """Return an error as a response."""
-    extra = {"retry-after": str(RETRY_SECONDS)} if status in (429, 503) else {}
+    extra = {"retry-after": str(RETRY_SECONDS)} if status == 429 or code == "stopping" else {}
     body = error_body(path, status, message, param=param, code=code)
     return JSONResponse(body, status, {**extra, **(headers or {})})
 
@@ -64,6 +65,8 @@ def describe(error: Exception) -> ApiError:
         return ApiError(504, "the request took longer than this server allows", code="timeout")
     if isinstance(error, (StoppedError, LoopStoppedError)):
         return ApiError(503, "the server is stopping", code="stopping")
+    if isinstance(error, LoopDiedError):
+        return ApiError(503, "this model has failed; the server's log says why", code="model_failed")
     if isinstance(error, QueueFull):
         return ApiError(429, "too many requests are waiting: try again in a moment", code="queue_full")
     if isinstance(error, UserError):
@@ -80,7 +83,12 @@ def install(app: FastAPI) -> None:
 
     async def tell_http(request: HttpRequest, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        return error_response(request.url.path, error.status_code, str(error.detail), headers=error.headers)
+        message = _body_problem(error)
+        if error.status_code == 404:
+            path = request.url.path
+            alike = [each for each in app.openapi()["paths"] if each.startswith("/api/") == path.startswith("/api/")]
+            message = f"there is no {path[:100]} here; there are: {', '.join(alike)}"
+        return error_response(request.url.path, error.status_code, message, headers=error.headers)
 
     async def tell_invalid(request: HttpRequest, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
@@ -91,21 +99,63 @@ def install(app: FastAPI) -> None:
         return Response(status_code=499)  # as nginx notes a client that went away
 
     app.add_exception_handler(ClientGoneError, tell_nobody)
-    for kind in (ApiError, TimeIsUpError, StoppedError, LoopStoppedError, QueueFull, UserError, Exception):
+    for kind in (
+        ApiError,
+        TimeIsUpError,
+        StoppedError,
+        LoopStoppedError,
+        LoopDiedError,
+        QueueFull,
+        UserError,
+        Exception,
+    ):
         app.add_exception_handler(kind, tell)
     app.add_exception_handler(HTTPException, tell_http)
     app.add_exception_handler(RequestValidationError, tell_invalid)
 
 
+def _body_problem(error: HTTPException) -> str:
+    """Return what is wrong with a request or its body in one line."""
+    if isinstance(error.__cause__, UnicodeDecodeError):
+        return "the body is no JSON: it is not UTF-8"
+    if isinstance(error.__cause__, RecursionError):
+        return "the body is nested too deeply"
+    return str(error.detail)
+
+
+_KINDS = {
+    "prompt": "a text, token ids, or a list of texts or of lists of ids",
+    "stop": "a text or a list of texts",
+    "content": "a text or a list of parts",
+}
+"""What a field holds that takes several kinds of values."""
+
+
 def _first_problem(error: RequestValidationError) -> tuple[str, str | None]:
     """Return what is wrong with a body in one line, and the field at its top level."""
-    problem = error.errors()[0]
+    problems = error.errors()
+    problem = problems[0]
     if problem["type"] == "json_invalid":
         return f"the body is no JSON ({problem['ctx']['error']}, character {problem['loc'][1]})", None
-    # Parts such as `list[str]` name a kind of value where there are several, and are no place in the body.
-    place = [str(part) for part in problem["loc"][1:] if str(part).isidentifier() or isinstance(part, int)]
-    message = problem["msg"].removeprefix("Value error, ")
+    place = _place(problem)
     if not place:
-        return f"the body: {message} (is its content type application/json?)", None
-    several = len(error.errors()) > 1 and len({each["loc"][:2] for each in error.errors()}) == 1
-    return f"{place[0] if several else '.'.join(place)}: {message}", place[0]
+        return "the body must be a JSON object, and its content type application/json", None
+    # Where a field takes several kinds of values there is a problem for each kind; one within a value says more.
+    alike = [each for each in problems if each["loc"][: len(place) + 1] == problem["loc"][: len(place) + 1]]
+    telling = [each for each in alike if not each["type"].endswith("_type")]
+    if len(alike) > 1 and not telling and place[-1] in _KINDS:
+        return f"{'.'.join(place)}: must be {_KINDS[place[-1]]}", place[0]
+    problem = telling[0] if telling else problem
+    place = _place(problem)
+    if problem.get("ctx", {}).get("max_length") == 0:
+        return f"{'.'.join(place)}: is not supported by this server: leave it out, or empty", place[0]
+    return f"{'.'.join(place)}: {problem['msg'].removeprefix('Value error, ')}", place[0]
+
+
+def _place(problem: Mapping[str, Any]) -> list[str]:
+    """Return the fields and numbers that lead to a problem, without the names of kinds that stand between them."""
+    parts = problem["loc"][1:]
+    return [str(part) for part in parts if isinstance(part, int) or (part.isidentifier() and part not in _KIND_NAMES)]
+
+
+_KIND_NAMES = {"str", "int", "float", "bool"}

@@ -9,6 +9,7 @@ from tiny_lm.errors import UserError
 from tiny_lm.inference import Request
 from tiny_lm.inference.decoding import Drawn
 from tiny_lm.inference.request import FinishReason
+from tiny_lm.inference.scoring import ReadToken
 from tiny_lm.serving.batching import Piece, Ticket
 from tiny_lm.serving.chat import Message, story_beginning
 from tiny_lm.serving.limits import MOST_PROMPTS, Limits
@@ -37,12 +38,16 @@ class Choice:
     text: str = ""
     drawn: list[Drawn] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    end: Drawn | None = None
+    prompt: tuple[ReadToken, ...] = ()
 
     def add(self, piece: Piece) -> None:
         """Put the next piece behind."""
         self.text += piece.text
         self.drawn += piece.drawn
         self.finish_reason = piece.finish_reason or self.finish_reason
+        self.end = piece.end or self.end
+        self.prompt = piece.prompt or self.prompt
 
 
 class Generation:
@@ -152,6 +157,7 @@ def begin(
     *,
     n: int = 1,
     seed: int | None = None,
+    scores_prompts: bool = False,
     limits: Limits,
     on_first: Callable[[float], None],
 ) -> Generation:
@@ -163,6 +169,7 @@ def begin(
         request: how to go on.
         n: texts for each prompt; text i of a prompt has ``seed + i``.
         seed: any integer; None for another text each time.
+        scores_prompts: tell the log-probabilities of the prompts' tokens too.
         limits: the time that all may take.
         on_first: is told the seconds until the first piece of text.
 
@@ -175,8 +182,10 @@ def begin(
     tickets: list[Ticket] = []
     try:
         for ids in prompts:
+            score = model.generator.new_score(ids, top=request.logprobs or 0) if scores_prompts else None
             for number in range(n):
-                tickets.append(model.loop.submit(ids, request, seed=None if seed is None else seed % _SEEDS + number))
+                own_seed = None if seed is None else seed % _SEEDS + number
+                tickets.append(model.loop.submit(ids, request, seed=own_seed, score=score))
     except Exception:
         for ticket in tickets:
             ticket.cancel()

@@ -1,5 +1,6 @@
 """Who may ask, how much at once, and until when: what is checked before a request is read."""
 
+import asyncio
 import hmac
 import ipaddress
 import time
@@ -49,6 +50,7 @@ class Guard:
         hosts: Sequence[str],
         key: str | None,
         body_bytes: int,
+        body_seconds: float,
     ) -> None:
         """Guard ``app``.
 
@@ -59,8 +61,10 @@ class Guard:
             hosts: names under which clients may call the server; ``*`` for any.
             key: what clients must send as a bearer token; None: nothing.
             body_bytes: most bytes of a body.
+            body_seconds: most time that a body may take to come.
         """
-        self._app, self._gate, self._metrics, self._body_bytes = app, gate, metrics, body_bytes
+        self._app, self._gate, self._metrics = app, gate, metrics
+        self._body_bytes, self._body_seconds = body_bytes, body_seconds
         self._hosts = {host.lower().strip("[]") for host in hosts}
         self._key = None if key is None else key.encode()
 
@@ -94,7 +98,8 @@ class Guard:
     def _refusal(self, scope: Scope) -> Response | None:
         """Return why a request is refused before it is read, or None."""
         headers, path = Headers(scope=scope), scope["path"]
-        if not self._is_ours(headers.get("host", "")):
+        # Browsers name the host; what asks without a name (HTTP/1.0, as some health checks do) is none.
+        if "host" in headers and not self._is_ours(headers["host"]):
             message = "this server does not answer to that host name (tiny-lm serve --allow-host NAME admits one)"
             return error_response(path, 403, message, code="host_not_allowed")
         origin = headers.get("origin")
@@ -129,15 +134,22 @@ class Guard:
         return scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), self._key)
 
     def _limited(self, receive: Receive) -> Receive:
-        """Return ``receive`` with an end to the body, for one that does not tell its length."""
-        seen = 0
+        """Return ``receive`` with an end to the body: in bytes, for one that does not tell its length, and in time."""
+        seen, whole, started = 0, False, time.monotonic()
 
         async def limited() -> Message:
-            nonlocal seen
-            message = await receive()
+            nonlocal seen, whole
+            if whole:
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), started + self._body_seconds - time.monotonic())
+            except asyncio.TimeoutError:
+                told = f"the body did not come within {self._body_seconds:g} seconds"
+                raise HTTPException(408, told, headers={"connection": "close"}) from None
             seen += len(message.get("body", b""))
             if seen > self._body_bytes:
                 raise HTTPException(413, self._too_large(), headers={"connection": "close"})
+            whole = not message.get("more_body", False)
             return message
 
         return limited

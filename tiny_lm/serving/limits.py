@@ -23,6 +23,7 @@ class Limits:
 
     Attributes:
         body_bytes: of the body of a request.
+        body_seconds: until the body of a request is there.
         max_tokens: most tokens of a text; who asks for more gets these.
         seconds: from the arrival of a request to the end of its answer.
         slots: texts of a model that are told at once.
@@ -30,6 +31,7 @@ class Limits:
     """
 
     body_bytes: int = 2**20
+    body_seconds: float = 30.0
     max_tokens: int = 4096
     seconds: float = 300.0
     slots: int = 32

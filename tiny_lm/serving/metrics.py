@@ -59,9 +59,11 @@ class _Loops(Collector):
         running = GaugeMetricFamily("tiny_lm_texts_running", "Texts that are being told.", labels=["model"])
         waiting = GaugeMetricFamily("tiny_lm_texts_waiting", "Texts that wait for a slot.", labels=["model"])
         tokens = CounterMetricFamily("tiny_lm_generated_tokens", "Tokens told.", labels=["model"])
+        failed = GaugeMetricFamily("tiny_lm_model_failed", "1 once the model's loop has failed.", labels=["model"])
         for model in self._models:
             stats = model.loop.stats
             running.add_metric([model.name], stats.running)
             waiting.add_metric([model.name], stats.waiting)
             tokens.add_metric([model.name], stats.tokens)
-        yield from (running, waiting, tokens)
+            failed.add_metric([model.name], model.loop.failed)
+        yield from (running, waiting, tokens, failed)

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from tiny_lm.config import nearest
 from tiny_lm.errors import UserError
@@ -12,6 +13,8 @@ from tiny_lm.runs import Run
 from tiny_lm.serving.batching import ModelLoop, apart
 from tiny_lm.serving.chat import ChatTemplate, load_chat_template
 from tiny_lm.serving.limits import Limits
+from tiny_lm.training.device import Device
+from tiny_lm.training.free_memory import free_memory
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,26 @@ def load_model(name: str, path: Path, limits: Limits, *, device: str | None = No
     for weight in generator.model.state_dict().values():
         digest.update(weight.detach().float().cpu().contiguous().numpy().data)
     return ServedModel(name, generator, loop, template, int(_written(path)), digest.hexdigest())
+
+
+def check_memory(models: Sequence[ServedModel], limits: Limits) -> int:
+    """Return the bytes that the keys and values of all texts at once take, which each model takes at its first request.
+
+    Raises:
+        UserError: they are more than is free.
+    """
+    rows = [model.generator.model.new_cache(1) for model in models]
+    taken = limits.slots * sum(part.nbytes for row in rows for part in (*row.keys, *row.values))
+    try:
+        free = free_memory(cast(Device, models[0].generator.model.token_emb.weight.device.type))
+    except UserError:  # this system does not tell
+        return taken
+    if taken > free:
+        raise UserError(
+            f"keys and values of {limits.slots} texts at once take {taken / 2**20:,.0f} MiB, and "
+            f"{free / 2**20:,.0f} are free: choose fewer --slots"
+        )
+    return taken
 
 
 def _template_folder(path: Path) -> Path:

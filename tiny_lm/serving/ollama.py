@@ -33,11 +33,13 @@ def ollama_router(catalogue: Catalogue) -> APIRouter:
     """Return the routes below ``/api``."""
     router = APIRouter(prefix="/api", tags=["Ollama"])
 
+    @router.head("/version", include_in_schema=False)
     @router.get("/version", response_model=schema.Version)
     async def version() -> Any:
         """Tell the version of Ollama whose API this is part of."""
         return {"version": API_VERSION}
 
+    @router.head("/tags", include_in_schema=False)
     @router.get("/tags", response_model=schema.Tags)
     async def tags() -> Any:
         """List the models that are served."""

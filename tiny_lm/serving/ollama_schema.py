@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import AliasChoices, BaseModel, Field
 
 from tiny_lm.serving.limits import PROMPT_CHARACTERS
 from tiny_lm.serving.openai_schema import StopString, Strict
@@ -32,7 +32,7 @@ class Options(Strict):
 class ModelRequest(Strict):
     """What every request names."""
 
-    model: _Name
+    model: _Name = Field(validation_alias=AliasChoices("model", "name"))  # the older name that some clients send
 
 
 class GeneratingRequest(ModelRequest):
@@ -40,7 +40,9 @@ class GeneratingRequest(ModelRequest):
 
     stream: bool | None = None
     options: Options | None = None
-    format: Annotated[str, Field(max_length=0)] | None = Field(None, description="must be empty")
+    format: Annotated[str, Field(max_length=0)] | Annotated[dict[str, Any], Field(max_length=0)] | None = Field(
+        None, description="must be empty"
+    )
     think: Literal[False] | None = None
 
 
@@ -51,6 +53,8 @@ class GenerateRequest(GeneratingRequest):
     system: _Text | None = None
     raw: bool | None = Field(None, description="leave the chat template out")
     suffix: Annotated[str, Field(max_length=0)] | None = Field(None, description="must be empty")
+    template: Annotated[str, Field(max_length=0)] | None = Field(None, description="must be empty")
+    context: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="must be empty")
     images: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="must be empty")
 
 

@@ -1,5 +1,7 @@
 """The API of OpenAI: models, completions, chat."""
 
+import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter
@@ -14,7 +16,7 @@ from tiny_lm.serving.chat import Message
 from tiny_lm.serving.errors import ApiError
 from tiny_lm.serving.generation import Generation, encode, prompt_of_messages
 from tiny_lm.serving.models import ServedModel
-from tiny_lm.serving.openai_answers import Answers, ChatAnswers, CompletionAnswers
+from tiny_lm.serving.openai_answers import Answers, ChatAnswers, CompletionAnswers, Echo
 from tiny_lm.serving.streaming import TextStream, while_connected
 
 _COMPLETION_TOKENS = 16
@@ -28,6 +30,7 @@ def openai_router(catalogue: Catalogue) -> APIRouter:
     """Return the routes below ``/v1``."""
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
+    @router.head("/models", include_in_schema=False)
     @router.get("/models", response_model=schema.ModelList)
     async def list_models() -> Any:
         """List the models that are served."""
@@ -42,12 +45,24 @@ def openai_router(catalogue: Catalogue) -> APIRouter:
     async def complete(body: schema.CompletionRequest, request: HttpRequest) -> Response:
         """Go on with a beginning, or with several."""
         model = catalogue.find(body.model)
-        prompts = await _prompts(model, body.prompt)
+        given = _several(body.prompt)
+        prompts = await _prompts(model, given)
         most = catalogue.limits.tokens(_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens)
         asked = _request(body, most, logprobs=body.logprobs)
-        generation = catalogue.begin(model, prompts, asked, n=body.n or 1, seed=body.seed)
-        echoes = [model.generator.tokenizer.decode(ids) if body.echo else "" for ids in prompts]
-        answers = CompletionAnswers(model, body.n or 1, echoes, tells_logprobs=body.logprobs is not None)
+        scores_prompts = bool(body.echo) and body.logprobs is not None
+        generation = catalogue.begin(
+            model, prompts, asked, n=body.n or 1, seed=body.seed, scores_prompts=scores_prompts
+        )
+        echoes = [
+            Echo(model.generator.tokenizer.decode(ids), unsaid=1 if isinstance(each, str) else 0)
+            for each, ids in zip(given, prompts, strict=True)
+        ]
+        answers = CompletionAnswers(
+            model,
+            body.n or 1,
+            echoes if body.echo else [Echo()] * len(prompts),
+            tells_logprobs=body.logprobs is not None,
+        )
         return await _answer(body, request, generation, answers)
 
     @router.post("/chat/completions", response_model=None, responses=_responses(schema.ChatCompletion))
@@ -91,16 +106,18 @@ async def _answer(
         tells_usage = bool(body.stream_options and body.stream_options.include_usage)
         return TextStream(answers.events(generation, tells_usage=tells_usage), generation, "text/event-stream")
     choices = await while_connected(request, generation, generation.choices())
+    if any(choice.prompt for choice in choices):  # long enough to keep others waiting
+        return await asyncio.to_thread(lambda: JSONResponse(answers.whole(choices, generation)))
     return JSONResponse(answers.whole(choices, generation))
 
 
-async def _prompts(model: ServedModel, prompt: schema.Prompt | None) -> list[list[int]]:
-    """Return the ids of the prompts of a completion.
+async def _prompts(model: ServedModel, given: Sequence[str | list[int]]) -> list[list[int]]:
+    """Return the ids of the prompts of a completion: bos before texts, and ids as they are.
 
     Raises:
         ApiError: one is longer than the context, or holds no id of the model's tokenizer.
     """
-    ids = [each if isinstance(each, list) else await encode(model, each) for each in _several(prompt)]
+    ids = [each if isinstance(each, list) else await encode(model, each) for each in given]
     size = model.generator.tokenizer.vocab_size
     for each in ids:
         if len(each) > model.context_length:

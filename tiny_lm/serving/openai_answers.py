@@ -5,14 +5,16 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tiny_lm.inference.decoding import Drawn
+from tiny_lm.inference.scoring import ReadToken
 from tiny_lm.serving.batching import Piece
 from tiny_lm.serving.errors import describe, error_body
 from tiny_lm.serving.generation import Choice, Generation
 from tiny_lm.serving.models import ServedModel
-from tiny_lm.tokenizer import Tokenizer
+from tiny_lm.tokenizer import StreamDecoder, Tokenizer
 
 _LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON lacks."""
@@ -52,6 +54,10 @@ class Answers(ABC):
     def piece(self, index: int, piece: Piece) -> dict[str, Any]:
         """Return a piece of a text as a choice of an event."""
 
+    def _likeliest(self, token: Drawn | ReadToken) -> list[tuple[int, float]]:
+        """Return the likeliest tokens in the place of one; the model may have rows that are no token."""
+        return [(id_, logprob) for id_, logprob in token.top if id_ < self._tokenizer.vocab_size]
+
     def whole(self, choices: Sequence[Choice], generation: Generation) -> dict[str, Any]:
         """Return an answer that comes whole."""
         told = [self.choice(index, choice) for index, choice in enumerate(choices)]
@@ -77,47 +83,82 @@ class Answers(ABC):
         yield "data: [DONE]\n\n"
 
 
+@dataclass(frozen=True)
+class Echo:
+    """What is told of a prompt before its texts.
+
+    Attributes:
+        text: the prompt itself, or nothing.
+        unsaid: tokens at the beginning of the prompt that are not the client's: the bos that is put before a text.
+    """
+
+    text: str = ""
+    unsaid: int = 0
+
+
 class CompletionAnswers(Answers):
     """Answers to ``/v1/completions``."""
 
     prefix, whole_object, event_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: ServedModel, n: int, echoes: Sequence[str], *, tells_logprobs: bool) -> None:
+    def __init__(self, model: ServedModel, n: int, echoes: Sequence[Echo], *, tells_logprobs: bool) -> None:
         """Tell ``n`` texts for each prompt; ``echoes`` are told before each prompt's texts."""
         super().__init__(model, tells_logprobs=tells_logprobs)
         self._echoes = [echo for echo in echoes for _ in range(n)]
-        self._offsets = [len(echo) for echo in self._echoes]
+        self._offsets = [len(echo.text) for echo in self._echoes]
         self._decoders = [self._tokenizer.stream_decoder() for _ in self._echoes]
 
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
         """Return a finished text."""
-        return self._choice(index, self._echoes[index] + choice.text, choice.drawn, choice.finish_reason)
+        return self._choice(index, self._echoes[index].text + choice.text, choice)
 
     def beginning(self) -> list[dict[str, Any]]:
-        """Return the echoes of the prompts."""
-        return [self._choice(index, echo, (), None) for index, echo in enumerate(self._echoes) if echo]
+        """Return the echoes of the prompts; with log-probabilities they come when these are there."""
+        if self._tells_logprobs:
+            return []
+        return [self._choice(index, echo.text, Choice()) for index, echo in enumerate(self._echoes) if echo.text]
 
     def piece(self, index: int, piece: Piece) -> dict[str, Any]:
         """Return a piece of a text."""
-        return self._choice(index, piece.text, piece.drawn, piece.finish_reason)
+        return self._choice(index, self._echoes[index].text + piece.text if piece.prompt else piece.text, piece)
 
-    def _choice(self, index: int, text: str, drawn: Sequence[Drawn], finish_reason: str | None) -> dict[str, Any]:
-        logprobs = self._logprobs(index, drawn) if self._tells_logprobs else None
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+    def _choice(self, index: int, text: str, part: Piece | Choice) -> dict[str, Any]:
+        logprobs = self._logprobs(index, part) if self._tells_logprobs else None
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": part.finish_reason}
 
-    def _logprobs(self, index: int, drawn: Sequence[Drawn]) -> dict[str, Any]:
-        offsets = []
-        for token in drawn:
-            offsets.append(self._offsets[index])
-            self._offsets[index] += len(self._decoders[index].push(token.id))
-        text = self._tokenizer.token_text
-        tops = [{text(id_): _finite(logprob) for id_, logprob in token.top} for token in drawn]
+    def _logprobs(self, index: int, part: Piece | Choice) -> dict[str, Any]:
+        """Return the log-probabilities of the tokens of a part, with the one that ends the text, as usage counts it."""
+        unsaid = self._echoes[index].unsaid
+        read, drawn = part.prompt[unsaid:], [*part.drawn, *([part.end] if part.end else [])]
+        offsets, _ = self._offsets_of(part.prompt, self._tokenizer.stream_decoder(), 0)
+        drawn_offsets, self._offsets[index] = self._offsets_of(drawn, self._decoders[index], self._offsets[index])
+        told: list[Drawn | ReadToken] = [*read, *drawn]
+        tops = [self._top(token) for token in told]
+        logprobs = [None if token.logprob is None else _finite(token.logprob) for token in told]
+        if read:  # nothing of the client's stands before it
+            tops[0] = logprobs[0] = None
         return {
-            "tokens": [text(token.id) for token in drawn],
-            "token_logprobs": [_finite(token.logprob) for token in drawn],
+            "tokens": [self._tokenizer.token_text(token.id) for token in told],
+            "token_logprobs": logprobs,
             "top_logprobs": tops,
-            "text_offset": offsets,
+            "text_offset": offsets[unsaid:] + drawn_offsets,
         }
+
+    def _top(self, token: Drawn | ReadToken) -> dict[str, float] | None:
+        """Return the likeliest tokens in the place of one, and that token itself."""
+        top: dict[str, float] = {}
+        for id_, logprob in (*self._likeliest(token), (token.id, token.logprob)):
+            top.setdefault(self._tokenizer.token_text(id_), _finite(logprob))  # of two that look alike the likelier
+        return top
+
+    @staticmethod
+    def _offsets_of(tokens: Sequence[Drawn | ReadToken], decoder: StreamDecoder, begin: int) -> tuple[list[int], int]:
+        """Return where each token begins in a text, the first one at ``begin``, and where the last one ends."""
+        offsets = []
+        for token in tokens:
+            offsets.append(begin)
+            begin += len(decoder.push(token.id))
+        return offsets, begin
 
 
 class ChatAnswers(Answers):
@@ -158,7 +199,7 @@ class ChatAnswers(Answers):
             return None
         told = []
         for token in drawn:
-            tops = [_chat_token(self._tokenizer, id_, logprob) for id_, logprob in token.top]
+            tops = [_chat_token(self._tokenizer, id_, logprob) for id_, logprob in self._likeliest(token)]
             told.append({**_chat_token(self._tokenizer, token.id, token.logprob), "top_logprobs": tops})
         return {"content": told}
 

@@ -22,6 +22,16 @@ Prompt = (
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
+_DEEPEST_LIST = 2
+"""Lists of numbers stand inside each other so often, at most (several prompts of token ids)."""
+
+
+def _whole_numbers_as_integers(value: object, *, depth: int) -> object:
+    if isinstance(value, list) and depth:
+        return [_whole_numbers_as_integers(each, depth=depth - 1) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 class Strict(BaseModel):
     """A body whose types are taken by the letter: the string ``"3"`` is no number."""
 
@@ -31,15 +41,19 @@ class Strict(BaseModel):
     @classmethod
     def _take_whole_numbers_as_integers(cls, value: object) -> object:
         """JSON knows one kind of numbers: 1.0 is an integer too, and some clients write it that way."""
-        if isinstance(value, list):
-            return [cls._take_whole_numbers_as_integers(each) for each in value]
-        return int(value) if isinstance(value, float) and value.is_integer() else value
+        return _whole_numbers_as_integers(value, depth=_DEEPEST_LIST)
 
 
 class StreamOptions(Strict):
     """How a text is streamed."""
 
     include_usage: bool | None = None
+
+
+class ResponseFormat(Strict):
+    """The form of an answer, which is text."""
+
+    type: Literal["text"]
 
 
 class SampledRequest(Strict):
@@ -60,6 +74,7 @@ class SampledRequest(Strict):
     logit_bias: dict[str, float] | None = Field(None, max_length=0, description="must be empty")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 or -1 for all tokens")
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
@@ -92,12 +107,6 @@ class ChatMessage(Strict):
     content: PromptText | Annotated[list[ContentPart], Field(max_length=1024)] | None = None
 
 
-class ResponseFormat(Strict):
-    """The form of an answer, which is text."""
-
-    type: Literal["text"]
-
-
 class ChatRequest(SampledRequest):
     """Messages that are answered."""
 
@@ -105,9 +114,10 @@ class ChatRequest(SampledRequest):
     max_completion_tokens: int | None = Field(None, ge=0, lt=2**31, description="goes before max_tokens")
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, description="implies logprobs, if not false")
-    response_format: ResponseFormat | None = None
+    modalities: list[Literal["text"]] | None = Field(None, max_length=16)
     tools: list[dict[str, Any]] | None = Field(None, max_length=1024, description="read, and never called")
     tool_choice: Literal["none", "auto"] | None = None
+    function_call: Literal["none", "auto"] | None = Field(None, description="an older name of tool_choice")
 
 
 class Usage(BaseModel):

@@ -10,12 +10,16 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tiny_lm.errors import UserError
 from tiny_lm.serving.guard import Gate
 
 _LAST_SECONDS = 5
 """Time for the last bytes of answers to be sent, after the stories have ended."""
+
+_HEADER_BYTES = 2**16
+"""Most bytes of headers that are waited for."""
 
 _SWITCH_SECONDS = 0.0005
 """After so long the thread of the requests leaves Python to that of the model, and the other way round. With Python's
@@ -45,6 +49,34 @@ def url_of(listening: socket.socket) -> str:
     if host in ("0.0.0.0", "::"):
         host = "localhost"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Protocol(HttpToolsProtocol):
+    """HTTP with an end to headers, which are kept until the last one is there."""
+
+    _unparsed = 0  # bytes since a request, or a part of its body, was last complete
+
+    def data_received(self, data: bytes) -> None:
+        """Read what came, unless it is too much of what is no body."""
+        self._unparsed += len(data)
+        super().data_received(data)
+        if self._unparsed > _HEADER_BYTES and not self.transport.is_closing():
+            self.send_400_response("The headers are too large.")
+
+    def on_headers_complete(self) -> None:
+        """Begin the request."""
+        self._unparsed = 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of the body, which the application limits."""
+        self._unparsed = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """End the request."""
+        self._unparsed = 0
+        super().on_message_complete()
 
 
 class Server(uvicorn.Server):
@@ -110,6 +142,7 @@ def run(
     """
     config = uvicorn.Config(
         app,
+        http=_Protocol,
         log_level="warning",
         access_log=False,
         ws="none",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tiny_lm.inference import Generated
 from tiny_lm.inference.decoding import Drawn
 from tiny_lm.inference.request import FinishReason, GrowingText
+from tiny_lm.inference.scoring import PromptScore, ReadToken
 
 Waiter = asyncio.Future[None] | threading.Event
 
@@ -29,11 +30,15 @@ class Piece:
         text: whole characters; may be empty.
         drawn: the tokens, if log-probabilities were asked for.
         finish_reason: in the last piece, how the text ended; else None.
+        end: in the last piece, the token that ended the text, if one did and log-probabilities were asked for.
+        prompt: in the first piece, the tokens of the prompt, if their log-probabilities were asked for.
     """
 
     text: str
     drawn: tuple[Drawn, ...]
     finish_reason: FinishReason | None
+    end: Drawn | None = None
+    prompt: tuple[ReadToken, ...] = ()
 
 
 class Ticket:
@@ -43,17 +48,18 @@ class Ticket:
 
     Attributes:
         text: what the loop works on.
+        score: the log-probabilities of the prompt, which the loop computes first, if they were asked for.
         prompt_tokens: tokens of the prompt.
     """
 
-    def __init__(self, text: GrowingText, leave: Callable[["Ticket"], None]) -> None:
+    def __init__(self, text: GrowingText, leave: Callable[["Ticket"], None], score: PromptScore | None = None) -> None:
         """Wait for ``text``; ``leave`` is called when it is given up."""
-        self.text = text
+        self.text, self.score = text, score
         self.prompt_tokens = len(text.wanted.prompt)
         self._leave = leave
         self._lock = threading.Lock()  # holds what follows
         self._shown = self._taken = 0  # steps of the text that may be read, and that were
-        self._ended = self._cancelled = self._read = False
+        self._ended = self._cancelled = self._read = self._begun = False
         self._error: BaseException | None = None
         self._waiters: list[Waiter] = []
 
@@ -131,8 +137,10 @@ class Ticket:
                 return None
             new = slice(self._taken, self._shown)
             self._taken = self._shown
-            reason = self.text.finish_reason if self._ended else None
-        return Piece("".join(self.text.pieces[new]), tuple(self.text.drawn[new]), reason)
+            reason, end = (self.text.finish_reason, self.text.end) if self._ended else (None, None)
+            prompt = tuple(self.score.tokens) if self.score and not self._begun else ()
+            self._begun = True
+        return Piece("".join(self.text.pieces[new]), tuple(self.text.drawn[new]), reason, end, prompt)
 
     def _woken(self) -> list[Waiter]:
         waiters, self._waiters = self._waiters, []

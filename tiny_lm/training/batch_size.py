@@ -8,16 +8,14 @@ reach the limit by what the smaller ones took is not tried.
 
 import gc
 import multiprocessing
-import os
 import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -275,39 +273,3 @@ def _limit_memory(memory: int) -> None:
         resource.setrlimit(
             resource.RLIMIT_DATA, (memory if most == resource.RLIM_INFINITY else min(memory, most), most)
         )
-
-
-# --- how much there is -----------------------------------------------------------------------------------------------
-
-
-def free_memory(device: Device) -> int:
-    """Return the bytes that a training run can still take on a device, and on a CPU within the limits of its cgroup.
-
-    Raises:
-        UserError: this system does not tell.
-    """
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
-    if device == "mps":
-        return torch.mps.recommended_max_memory()
-    try:
-        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(fields["MemAvailable"].split()[0]) * 2**10
-    except (OSError, KeyError, ValueError):  # no Linux
-        try:
-            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-        except (AttributeError, OSError, ValueError):
-            raise UserError("how much memory is free cannot be found out here: give it with --memory") from None
-    return min([free, *_cgroup_rests()])
-
-
-def _cgroup_rests() -> Iterator[int]:
-    """Yield what the limits of this process's control groups leave (a container's memory limit is one)."""
-    for folder, limit, used in (
-        (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
-        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        with suppress(OSError, ValueError, KeyError):  # no such file, or the word "max"
-            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            taken = int((folder / used).read_text()) - int(statistics["inactive_file"])  # files give their cache back
-            yield int((folder / limit).read_text()) - taken

@@ -1,0 +1,44 @@
+"""How much memory there is to take."""
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from tiny_lm.errors import UserError
+from tiny_lm.training.device import Device
+
+
+def free_memory(device: Device) -> int:
+    """Return the bytes that can still be taken on a device, and on a CPU within the limits of its cgroup.
+
+    Raises:
+        UserError: this system does not tell.
+    """
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    if device == "mps":
+        return torch.mps.recommended_max_memory()
+    try:
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(fields["MemAvailable"].split()[0]) * 2**10
+    except (OSError, KeyError, ValueError):  # no Linux
+        try:
+            free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        except (AttributeError, OSError, ValueError):
+            raise UserError("how much memory is free cannot be found out here: give it with --memory") from None
+    return min([free, *_cgroup_rests()])
+
+
+def _cgroup_rests() -> Iterator[int]:
+    """Yield what the limits of this process's control groups leave (a container's memory limit is one)."""
+    for folder, limit, used in (
+        (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        with suppress(OSError, ValueError, KeyError):  # no such file, or the word "max"
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            taken = int((folder / used).read_text()) - int(statistics["inactive_file"])  # files give their cache back
+            yield int((folder / limit).read_text()) - taken
