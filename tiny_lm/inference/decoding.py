@@ -21,7 +21,7 @@ _ROUND = 16
 """Prompts are read in lengths that are multiples of this: oneDNN compiles, and keeps, a product for each new shape."""
 
 
-def prefill(model: Transformer, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+def read(model: Transformer, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
     """Read prompts of any lengths, each behind what its row of the cache holds.
 
     Args:
@@ -30,7 +30,8 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], cache: KVCache
         cache: of as many rows.
 
     Returns:
-        the logits ``[B, V]`` after the last token of each.
+        what the head sees, ``[B, T, D]``; T is the length of the longest prompt or more, and what stands behind a
+        prompt means nothing.
     """
     lengths = [len(prompt) for prompt in prompts]
     held = cache.lengths
@@ -38,11 +39,16 @@ def prefill(model: Transformer, prompts: Sequence[Sequence[int]], cache: KVCache
     ids = torch.zeros(len(prompts), width, dtype=torch.int64)  # [B, T]; behind short prompts anything may stand
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
-    device = cache.keys[0].device
-    hidden = model.hidden_states(ids.to(device), cache)  # [B, T, D]
+    hidden = model.hidden_states(ids.to(cache.keys[0].device), cache)  # [B, T, D]
     cache.lengths = [a + b for a, b in zip(held, lengths, strict=True)]  # forgets what was read behind them
-    last = torch.tensor(lengths, device=device) - 1
-    logits: Tensor = model.lm_head(hidden[torch.arange(len(prompts), device=device), last])
+    return hidden
+
+
+def prefill(model: Transformer, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+    """Read prompts as :func:`read` does, and return the logits ``[B, V]`` after the last token of each."""
+    hidden = read(model, prompts, cache)  # [B, T, D]
+    last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=hidden.device)
+    logits: Tensor = model.lm_head(hidden[torch.arange(len(prompts), device=hidden.device), last])
     return logits
 
 

@@ -9,10 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiny_lm.errors import UserError
+from tiny_lm.inference.decoding import read
 from tiny_lm.model import KVCache, Transformer
-
-_ROUND = 16
-"""Parts of a prompt are read in lengths that are multiples of this, for the reason that ``prefill`` has."""
 
 
 @dataclass(frozen=True)
@@ -137,14 +135,9 @@ class PromptScore:
             self._cache = self._model.new_cache(1)
         held = len(self.tokens) - 1
         targets = self._ids[held + 1 : held + 1 + most]
-        width = min(-(-len(targets) // _ROUND) * _ROUND, self._cache.max_length - held)
-        ids = torch.zeros(1, width, dtype=torch.int64)  # [1, T]; behind the tokens anything may stand
-        ids[0, : len(targets)] = torch.tensor(self._ids[held : held + len(targets)])
-        device = self._cache.keys[0].device
-        hidden = self._model.hidden_states(ids.to(device), self._cache)  # [1, T, D]
-        self._cache.lengths = [held + len(targets)]
+        hidden = read(self._model, [self._ids[held : held + len(targets)]], self._cache)  # [1, T, D]
         logprobs = self._model.lm_head(hidden)[0, : len(targets)].float().log_softmax(dim=-1)  # [T, V]
-        own = logprobs.gather(-1, torch.tensor(targets, device=device)[:, None]).squeeze(-1).tolist()
+        own = logprobs.gather(-1, torch.tensor(targets, device=logprobs.device)[:, None]).squeeze(-1).tolist()
         values, likeliest = (part.tolist() for part in logprobs.topk(self._top, dim=-1))
         for token, logprob, *place in zip(targets, own, likeliest, values, strict=True):
             self.tokens.append(ReadToken(token, logprob, tuple(zip(*place, strict=True))))
