@@ -179,6 +179,8 @@ def open_run(path: str | Path) -> Run:
         UserError: there is no such folder, or it is no run.
     """
     folder = Path(path)
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file, and no run folder")
     if not folder.is_dir():
         known = [str(record.parent) for record in RUNS_FOLDER.glob("*/run.json")]
         raise UserError(f"{folder}: no such run folder{nearest(str(folder), known)}")

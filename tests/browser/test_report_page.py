@@ -63,6 +63,14 @@ def test_the_page_is_calm_at_every_width(
     page = opened.page
     page.screenshot(path=tmp_path / f"report-{scheme}-{width}.png", full_page=True)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    names = page.evaluate(
+        """[...document.querySelectorAll('.measures th')].map((name) => {
+            const range = document.createRange();
+            range.selectNodeContents(name);
+            return range.getClientRects().length;
+        })"""
+    )
+    assert set(names) == {1}  # each on one line
     page.evaluate("document.querySelectorAll('details').forEach((details) => details.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     outside = page.evaluate(
@@ -85,7 +93,7 @@ def test_charts_are_drawn_and_tell_their_values(open_page: Callable[..., Opened]
     boxes = page.eval_on_selector_all(
         "[data-chart] path.line", "paths => paths.map((p) => p.getBoundingClientRect()).map((b) => [b.width, b.height])"
     )
-    assert len(boxes) == 7  # three of losses, three of training, one of the evaluation
+    assert len(boxes) == 9  # three of losses, one of the rate, two of norm and speed each, one of the evaluation
     assert all(width > 150 for width, _ in boxes)
     assert boxes[0][1] > 100  # the loss fell
     plot = page.locator("[data-chart=loss] .plot")
@@ -103,6 +111,12 @@ def test_charts_are_drawn_and_tell_their_values(open_page: Callable[..., Opened]
 
 def test_a_token_tells_what_the_model_thought(open_page: Callable[..., Opened]) -> None:
     page = open_page().page
+    chosen = page.locator("#heat .t.on")  # before anything is pointed at: the most surprising one
+    assert chosen.count() == 1
+    assert float(page.locator("#heat-note .odds").inner_text().split(" · ")[1].removesuffix(" bits")) == pytest.approx(
+        max(token["bits"] for token in page.evaluate("JSON.parse(document.getElementById('data').textContent).tokens")),
+        abs=0.06,
+    )
     token = page.locator("#heat .t[data-i='12']")
     token.hover()
     note = page.locator("#heat-note")

@@ -79,6 +79,20 @@ def test_one_run_and_two(runs: Path, cli: Callable[..., Any]) -> None:
     assert (found["stream"]["method"], found["stream"]["stride"]) == ("sliding", 8)
     assert found["generated"][0]["prompt"] == "A bear"
     assert found["checkpoint"].endswith("last.ckpt")
+    # Streams that were moved: the report reads them where the command says that they are.
+    page = runs / "runs" / "bpe" / "report.html"
+    assert 'id="heat"' in page.read_text()
+    (runs / "data").rename(runs / "moved")
+    assert cli("report", "runs/bpe").code == 0
+    assert 'id="heat"' not in page.read_text()
+    where = [f"--set=data.{name}_path=moved/bpe-tokenized/{name}.bin" for name in ("train", "val")]
+    for words in (["report", "runs/bpe"], ["eval", "runs/bpe", *QUICK]):
+        page.unlink()
+        assert cli(*words, *where).code == 0
+        assert 'id="heat"' in page.read_text()
+    assert (
+        "unknown key 'val_pat'; did you mean 'val_path'?" in cli("report", "runs/bpe", "--set", "data.val_pat=x").stderr
+    )
 
 
 class _Judge(BaseHTTPRequestHandler):
@@ -86,9 +100,10 @@ class _Judge(BaseHTTPRequestHandler):
         self.send_error(404)
 
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["content-length"]))
-        marks = {"grammar": 3, "creativity": 2, "consistency": 4, "plot": 1}
-        body = json.dumps({"choices": [{"message": {"content": json.dumps(marks)}}]}).encode()
+        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        marks = json.dumps({"grammar": 3, "creativity": 2, "consistency": 4, "plot": 1})
+        content = marks if asked["model"] == "big" else "Once upon a time,\nthere was a judge."
+        body = json.dumps({"choices": [{"message": {"content": content}}]}).encode()
         self.send_response(200)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -116,6 +131,15 @@ def test_a_judge_and_everything_a_user_may_get_wrong(runs: Path, cli: Callable[.
     evaluation = json.loads((runs / "runs" / "bpe" / "evaluation.json").read_text())
     assert evaluation["judge"]["grades"]["plot"] == 1.0
     assert len((runs / "runs" / "bpe" / evaluation["judge"]["answers"]).read_text().splitlines()) == 3
+
+    # A judge that tells stories itself: what was measured is told all the same, of both runs.
+    result = cli("eval", "runs/bpe", "runs/char", *QUICK, "--judge", judge_url, "--judge-model", "storyteller")
+    assert result.code == 2
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["run", "runs/bpe", "runs/char"]
+    last = result.stderr.splitlines()[-1]
+    assert "graded none of 3 stories (the answer holds no JSON object with marks; it begins 'Once upon a time," in last
+    assert last.endswith("see runs/bpe/judge.jsonl")
+    assert json.loads((runs / "runs" / "bpe" / "evaluation.json").read_text())["judge"] is None
 
     shutil.copytree("runs/bpe", "runs/new")
     shutil.rmtree("runs/new/checkpoints")

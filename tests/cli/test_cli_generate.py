@@ -88,6 +88,9 @@ def test_a_prompt_beyond_the_context_is_told_or_refused(cli: Cli, run_folder: Pa
         (["--prompt-file", "nowhere.txt"], "nowhere.txt: could not be read"),
         (["--checkpoint", "x.ckpt"], "name a run folder, or a checkpoint with --checkpoint"),
         (["--num-samples", "0"], "Invalid value for '--num-samples'"),
+        (["--device", "tpu"], "device 'tpu': this machine, or this torch, has none; it has: cpu"),
+        (["--device", "meta"], "device 'meta': this machine"),
+        (["--interactive", "--json"], "--interactive tells one story at a time"),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], message: str, cli: Cli, run_folder: Path) -> None:
@@ -98,8 +101,9 @@ def test_bad_input_is_one_line(words: list[str], message: str, cli: Cli, run_fol
 
 def test_a_session_through_a_pipe(cli: Cli, run_folder: Path, tmp_path: Path) -> None:
     saved = tmp_path / "stories.txt"
-    typed = ["One day", "/again", "/temprature 3", "/temperature hot", "/temperature -1", "/temperature 0", "/stop ."]
-    typed += ["/settings", "A bear", f"/save {saved}"]
+    typed = ["/history", "/save x", "One day", "/again", "/temprature 3", "/temperature hot", "/temperature -1"]
+    typed += ["/seed -1", "/top-k 5", "/top-k off", "/top-p 0.5", "/top-p off", "/temperature 0", "/stop .", "/stop"]
+    typed += ["A bear", "/settings", f"/save {saved}", "exit", "this is read by nobody"]
     code = "from tiny_lm.cli import main; main()"
     words = [sys.executable, "-c", code, "generate", str(run_folder), "--interactive"]
     result = subprocess.run(
@@ -110,10 +114,16 @@ def test_a_session_through_a_pipe(cli: Cli, run_folder: Path, tmp_path: Path) ->
     story = generator.generate("One day", 10, seed=4)
     bear = generator.generate("A bear", 10, temperature=0, stop=["."])
     assert result.stdout == f"{story}\n{story}\n{bear}\n"
-    assert "error: /temprature is no command; did you mean 'temperature'?" in result.stderr
+    assert result.stderr.count("error: there is no story yet: type a beginning\n") == 2
+    assert "error: /temprature is no command; did you mean /temperature?\n" in result.stderr
     assert "error: /temperature needs a number, such as /temperature 1.0 (it got 'hot')" in result.stderr
     assert "error: temperature must be between 0 and 100 (it is -1.0)" in result.stderr
-    assert "/temperature 0.0\n" in result.stderr and "/seed 4\n" in result.stderr
+    assert "error: seed must be between 0 and " in result.stderr
+    told = result.stderr.partition("error: seed")[2].splitlines()[1:]
+    changes = ["/top-k 5", "/top-k off", "/top-p 0.5", "/top-p off", "/temperature 0.0", '/stop "."', '/stop "."']
+    assert told[: len(changes)] == changes  # each is told
+    assert "/seed 4\n" in result.stderr and "/repetition-penalty off\n" in result.stderr
+    assert result.stderr.endswith(f"{saved}: 3 stories\n")
     assert saved.read_text() == "".join(f"{text}\n<|endoftext|>\n" for text in (story, story, bear))
 
 
@@ -140,12 +150,23 @@ class Terminal:
         """Read until so many more characters have come."""
         self._read_until(lambda: len(self._unread) >= characters, f"{characters} characters", seconds)
 
+    def interrupt_until(self, wanted: str) -> None:
+        """Press Ctrl-C until ``wanted`` comes: just after its prompt, readline sees one only with the next key."""
+        for _ in range(10):
+            self.type(b"\x03")
+            if self._comes(lambda: wanted in self._unread, 6):
+                break
+        self.wait_for(wanted, 0)
+
     def _read_until(self, come: Callable[[], bool], what: str, seconds: float) -> None:
+        assert self._comes(come, seconds), f"{what} did not come: {self._unread[-500:]!r}"
+
+    def _comes(self, come: Callable[[], bool], seconds: float) -> bool:
         end = time.monotonic() + seconds
-        while not come():
-            assert time.monotonic() < end, f"{what} did not come: {self._unread[-500:]!r}"
+        while not come() and time.monotonic() < end:
             if select.select([self._end], [], [], 1)[0]:
                 self._unread += os.read(self._end, 65536).decode(errors="replace")
+        return come()
 
     def close(self) -> None:
         self.process.kill()
@@ -178,8 +199,7 @@ def test_ctrl_c_stops_the_story_and_not_the_session(terminal: Terminal) -> None:
     terminal.type(b"\x03")  # Ctrl-C: the terminal makes a signal of it
     terminal.wait_for("(stopped)")
     terminal.wait_for("> ")
-    terminal.type(b"\x03")
-    terminal.wait_for("/quit or Ctrl-D leaves")
+    terminal.interrupt_until("/quit or Ctrl-D leaves")
     for command in (b"/min-new-tokens 0\n", b"/max-new-tokens 5\n", b"A bear\n"):
         terminal.wait_for("> ")
         terminal.type(command)

@@ -1,5 +1,5 @@
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,9 @@ def test_a_report_is_written_again_and_named(workplace: Path, cli: Callable[...,
 def test_a_report_of_no_run_is_one_line(workplace: Path, cli: Callable[..., object]) -> None:
     result = cli("report", "runs/y")
     assert (result.code, result.stderr) == (2, "error: runs/y: no such run folder\n")
+    (workplace / "metrics.jsonl").touch()
+    result = cli("report", "metrics.jsonl")
+    assert (result.code, result.stderr) == (2, "error: metrics.jsonl: is a file, and no run folder\n")
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"configs": {"a": 1}, "metrics": {"val_loss": "\\ud800"}}'])
@@ -35,7 +38,7 @@ def test_a_failed_report_is_a_warning(workplace: Path, capsys: pytest.CaptureFix
 def test_a_fault_of_the_page_does_not_stop_a_run(
     workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_run: Run) -> Path:
+    def fail(_run: Run, _settings: Sequence[str]) -> Path:
         raise ZeroDivisionError("on\nthe page")
 
     monkeypatch.setattr("tiny_lm.evaluation.report.write_report", fail)

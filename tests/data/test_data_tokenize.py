@@ -24,6 +24,23 @@ def test_stream_holds_each_document_between_bos_and_eos(
     assert ids == expected
 
 
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_a_chat_template_goes_with_the_tokenizer(
+    place: str, tokenizer: Tokenizer, stories: list[str], tmp_path: Path
+) -> None:
+    """Wherever Hugging Face's folders keep it."""
+    folder, template = tmp_path / "chatty", "{{ bos_token }}{{ messages[0].content }}"
+    tokenizer.save(folder)
+    content = {**json.loads((folder / "tokenizer_config.json").read_text()), "chat_template": template}
+    (folder / place).write_text(json.dumps(content) if place.endswith(".json") else template)
+    corpus = {"train": stories[:20], "val": stories[280:]}
+    tokenize_corpus(load_tokenizer(folder), corpus, tmp_path / "stream", source="stories")
+    carried = load_tokenizer(tmp_path / "stream" / "tokenizer")
+    assert (carried.chat_template, carried.hash) == (template, tokenizer.hash)
+    tokenize_corpus(tokenizer, corpus, tmp_path / "stream", source="stories")  # with one that has none
+    assert load_tokenizer(tmp_path / "stream" / "tokenizer").chat_template is None
+
+
 def test_metadata_counts_what_is_there(stream_folder: Path, tokenizer: Tokenizer, stories: list[str]) -> None:
     metadata = StreamMetadata.read(stream_folder)
     train = metadata.files["train.bin"]

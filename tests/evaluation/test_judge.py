@@ -171,8 +171,8 @@ def test_an_answer_that_drips_ends_at_the_time_limit(serve: Callable[..., Server
 
 
 def test_a_wrong_key_ends_it_at_once(serve: Callable[..., Server], tmp_path: Path) -> None:
-    server = serve((401, {}, b'{"error": "no such key"}'))
-    with pytest.raises(UserError, match=r"HTTP 401: .*no such key"):
+    server = serve((401, {}, b'{"error": {"message": "no such\\nkey", "code": 7}}'))
+    with pytest.raises(UserError, match=r"completions: HTTP 401: no such key$"):
         judge(server).grade(STORIES, tmp_path / "judge.jsonl")
     assert len(server.requests) == 1
 

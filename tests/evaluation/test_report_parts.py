@@ -7,6 +7,7 @@ from report_runs import small_model
 
 from tiny_lm.evaluation.report.attention import describe_habit, map_attention, measure_spread, recording
 from tiny_lm.evaluation.report.charts import Line, Scale, draw, envelope
+from tiny_lm.evaluation.report.curves import training_charts
 from tiny_lm.evaluation.report.samples import Moment, ToldStory, choose_moments, read_moments
 from tiny_lm.evaluation.report.surprise import measure_tokens
 from tiny_lm.model import build_model
@@ -143,6 +144,27 @@ def test_a_chart_keeps_its_points_inside() -> None:
     assert draw("x", "X", "", [Line("x", [])]) is None
     flat = draw("x", "X", "", [Line("x", [(3, 0.0)])])
     assert flat and len(flat.lines[0].marks) == 1
+
+
+def test_steps_are_written_so_that_they_do_not_touch() -> None:
+    def labels(last: int) -> list[str]:
+        chart = draw("x", "X", "", [Line("x", [(1, 0.0), (last, 1.0)])])
+        assert chart
+        return [label for _, label in chart.x_ticks]
+
+    assert labels(5000) == ["1,000", "2,000", "3,000", "4,000", "5,000"]
+    assert labels(120_000) == ["25k", "50k", "75k", "100k"]
+    assert labels(30_000_000)[:2] == ["10M", "20M"]
+
+
+def test_the_ends_of_epochs_are_marked_where_they_are_few() -> None:
+    events = [{"step": step, "train_loss": 5.0 - step / 200} for step in range(10, 501, 10)]
+    loss = training_charts(events, 220.0)[0]
+    assert [name for _, name in loss.events] == ["text read once", "twice"]
+    places = {step: left for step, _, left, _ in loss.data["lines"][0]["points"]}  # type: ignore[index]  # JSON values
+    assert [left for left, _ in loss.events] == pytest.approx([places[220], places[440]], abs=0.01)
+    for none in (None, 500.0, 600.0, 50.0):
+        assert training_charts(events, none)[0].events == []
 
 
 def test_an_envelope_keeps_what_stands_out() -> None:

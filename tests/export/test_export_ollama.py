@@ -72,6 +72,7 @@ def test_gpt2s_one_special_token_is_one_stop_string(source: Source) -> None:
     class OneSpecial:
         specials = (eos,)
         bos_id = eos_id = eos.id
+        chat_template = None
 
     one = dataclasses.replace(source, tokenizer=OneSpecial())
     assert parameters(read_modelfile(modelfile(one, "x.gguf")))["stop"] == ["<eos>"]

@@ -23,7 +23,7 @@ from tiny_lm.model import Transformer
 from tiny_lm.model.checkpoint import load_checkpoint_model, read_checkpoint
 from tiny_lm.model.huggingface_folder import load_huggingface_model
 from tiny_lm.runs import Run
-from tiny_lm.tokenizer import TokenizerConfig, train_tokenizer
+from tiny_lm.tokenizer import TokenizerConfig, load_tokenizer, train_tokenizer
 from tiny_lm.training.fit import TrainingResult, train
 
 Fit = Callable[..., TrainingResult]
@@ -102,6 +102,31 @@ def test_a_resumed_run_does_not_read_it_again(
     fit(config=quiet, max_steps=14, init_from="elsewhere", resume_from=run.last_checkpoint)
     assert '-> "elsewhere": not read, since a run goes on with weights of its own' in capsys.readouterr().err
     assert math.isfinite(losses(run)[14])
+
+
+def test_the_chat_template_goes_on_with_the_model(
+    taught: Callable[..., Run], fit: Fit, data_config: Callable[..., BinDataConfig], tmp_path: Path
+) -> None:
+    quiet, origin, exported = model("gpt2", dropout=0.0), taught("gpt2"), tmp_path / "exported"
+    template = origin.tokenizer / "chat_template.jinja"
+    template.write_text("theirs: {{ messages }}")
+    exported.mkdir()
+    write_huggingface(load_source(origin.folder), exported)
+    for number, source in enumerate([origin.folder, origin.step_checkpoint(30), exported]):
+        begun = Run(tmp_path / f"begun-{number}")
+        fit(run=begun, config=quiet, max_steps=1, init_from=str(source))
+        assert load_tokenizer(begun.tokenizer).chat_template == "theirs: {{ messages }}"
+    # one that was put beside the run since stays when the run goes on
+    (begun.tokenizer / "chat_template.jinja").write_text("mine: {{ messages }}")
+    fit(run=begun, config=quiet, max_steps=2, init_from=str(exported), resume_from=begun.last_checkpoint)
+    assert load_tokenizer(begun.tokenizer).chat_template == "mine: {{ messages }}"
+    # and one that lies beside the tokenizer of the streams is nearer to the run than that of the first weights
+    stream = shutil.copytree(Path(data_config().train_path).parent, tmp_path / "stream")
+    (stream / "tokenizer" / "chat_template.jinja").write_text("ours: {{ messages }}")
+    own = BinDataConfig(str(stream / "train.bin"), str(stream / "val.bin"), block_size=32, batch_size=4)
+    last = Run(tmp_path / "last")
+    train(quiet, training(max_steps=1, init_from=str(origin.folder)), own, last)
+    assert load_tokenizer(last.tokenizer).chat_template == "ours: {{ messages }}"
 
 
 def test_another_model_is_refused(taught: Callable[..., Run], fit: Fit, run: Run) -> None:

@@ -75,26 +75,32 @@ def evaluate(
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     subjects = [open_subject(run, options) for run in runs]
     evaluations, stories = [], []
-    for subject in subjects:
+    failure: UserError | None = None
+    for run, subject in zip(runs, subjects, strict=True):
         if len(subjects) > 1:
-            console.print(f"evaluating {subject.run.folder}", markup=False)
+            console.print(f"evaluating {run}", markup=False)
         with stages(console) as progress:
             evaluation = evaluate_run(subject, options, progress)
             evaluation.save(subject.run)
-            if grader:
-                evaluation = _grade(grader, subject, evaluation, progress)
+            if grader and not failure:
+                try:
+                    evaluation = _grade(grader, subject, evaluation, progress)
+                except UserError as error:  # what was measured is told before
+                    failure = error
             evaluations.append(evaluation)
             stories.append(_continue(subject, generate or [], options))
-        _draw(subject, plot, console)
+        _draw(subject, options, plot, console)
     if as_json:
         _print_json(evaluations, stories)
-        return
-    if len(evaluations) == 1:
+    elif len(evaluations) == 1:
         _print_rows(evaluations[0])
+        _print_stories(evaluations, stories)
     else:
         _print_comparison(evaluations)
         _compare(subjects, evaluations, console)
-    _print_stories(evaluations, stories)
+        _print_stories(evaluations, stories)
+    if failure:
+        raise failure
 
 
 def _open_judge(url: str | None, model: str | None, key_variable: str | None) -> "Judge | None":
@@ -134,9 +140,9 @@ def _continue(subject: "Subject", prompts: list[str], options: "EvaluationOption
     )
 
 
-def _draw(subject: "Subject", plot: bool, console: "Console") -> None:
+def _draw(subject: "Subject", options: "EvaluationOptions", plot: bool, console: "Console") -> None:
     """Draw what belongs to one run, and write its report anew."""
-    write_report_beside(subject.run)
+    write_report_beside(subject.run, options.settings)
     if plot:
         from tiny_lm.evaluation.plots import plot_run
 

@@ -74,6 +74,8 @@ def generate(
     request = Request(
         max_new_tokens, min_new_tokens, sampling, tuple(stop or ()), tuple(stop_token or ()), add_bos, strict
     )
+    if interactive and (as_json or num_samples > 1):
+        raise UserError("--interactive tells one story at a time, as text: leave out --json and --num-samples")
     prompts = [*(prompt or ()), *(_read_prompts(prompt_file) if prompt_file else ())]
     generator = _open(run, checkpoint, model_config, tokenizer_dir or tokenizer, tokenizer_config, device)
     if interactive:

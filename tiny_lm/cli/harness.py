@@ -10,7 +10,9 @@ from tiny_lm.errors import UserError
 
 
 def harness(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint inside one.")],
+    run: Annotated[
+        str, typer.Argument(metavar="RUN", help="A run folder, a checkpoint inside one, or an exported folder.")
+    ],
     tasks: Annotated[str, typer.Option(metavar="NAME[,NAME...]", help="Tasks of lm-eval, such as piqa.")],
     include_path: Annotated[Path | None, typer.Option(help="A folder of your own tasks, and only those.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples before each question.")] = None,

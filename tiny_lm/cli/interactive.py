@@ -1,26 +1,39 @@
 """``tiny-lm generate RUN --interactive``: type a beginning, get a story, change how it is told."""
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from random import randrange
 from typing import Any
 
 from tiny_lm.cli.generate import tell_dropped
-from tiny_lm.config import nearest
 from tiny_lm.errors import UserError
 from tiny_lm.files import write_text
 from tiny_lm.inference import Request, Sampling, TextGenerator
 
 _HELP = """\
-Type the beginning of a story and press Enter. Ctrl-C stops the story; Ctrl-D or /quit leaves.
+Type the beginning of a story and press Enter; Enter alone leaves the beginning to the model.
+Ctrl-C stops the story; Ctrl-D or /quit leaves.
   /again              tell the last story once more, with other random numbers
   /more               go on with the last story
   /history            what was told so far          /save FILE   write it to a file
-  /settings           how stories are told          /NAME VALUE  change it, such as /temperature 0.7
-  /seed N | /seed off the same seed tells the same story
+  /settings           how stories are told          /NAME VALUE  change it, such as /temperature 0.7 or /top-k off
+  /seed N             the same seed tells the same story, until /seed off
   /help               this text"""
+
+_MOST_SEED = 2**62
+_OFF: dict[str, float] = {
+    "top-k": 0,
+    "top-p": 1.0,
+    "min-p": 0.0,
+    "repetition-penalty": 1.0,
+    "presence-penalty": 0.0,
+    "frequency-penalty": 0.0,
+}
+"""Settings that can be off, with the value that says so."""
 
 
 class Session:
@@ -34,7 +47,7 @@ class Session:
         self._generator = generator
         self._request = request
         self._seed = seed
-        self._prompt: str | None = None
+        self._prompt = ""
         self.history: list[str] = []
         self._commands: dict[str, Callable[[str], None]] = {
             "again": self._again,
@@ -43,7 +56,8 @@ class Session:
             "save": self._save,
             "settings": self._show_settings,
             "help": lambda _: print(_HELP, file=sys.stderr),
-            "seed": self._set_seed,
+            "quit": self._leave,
+            "exit": self._leave,
             **{name: self._setter(name) for name in self._settings()},
         }
 
@@ -56,25 +70,29 @@ class Session:
             self.handle(prompt)
         while True:
             try:
-                line = input("> " if sys.stdin.isatty() else "")
-                if line.strip() in ("/quit", "/exit"):
-                    return
-                self.handle(line)
+                self.handle(input("> " if sys.stdin.isatty() else ""))
             except EOFError:
                 return
             except KeyboardInterrupt:  # at the prompt, or twice in a story
                 print("\n(/quit or Ctrl-D leaves)", file=sys.stderr)
 
     def handle(self, line: str) -> None:
-        """Do what a line says: a command, or the beginning of a story. A mistake costs one line on standard error."""
+        """Do what a line says: a command, or the beginning of a story. A mistake costs one line on standard error.
+
+        Raises:
+            EOFError: it asks to leave.
+        """
+        if line.strip() in ("quit", "exit"):  # rather than the beginning of a story
+            self._leave("")
         try:
             if not line.startswith("/"):
-                self._tell(line)
+                self._tell(line if line.strip() else "")
                 return
             name, _, argument = line[1:].strip().partition(" ")
             name = name.replace("_", "-")
             if name not in self._commands:
-                raise UserError(f"/{name} is no command{nearest(name, self._commands)}; /help lists them")
+                close = get_close_matches(name, self._commands, n=1)
+                raise UserError(f"/{name} is no command; " + (f"did you mean /{close[0]}?" if close else "see /help"))
             self._commands[name](argument.strip())
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -100,27 +118,35 @@ class Session:
         sys.stdout.flush()
         self.history.append(story)
 
+    def _leave(self, _: str) -> None:
+        raise EOFError
+
     def _again(self, _: str) -> None:
-        if self._prompt is None:
-            raise UserError("there is no story yet: type a beginning")
+        self._need_a_story()
         self._tell(self._prompt)
 
     def _more(self, _: str) -> None:
-        if not self.history:
-            raise UserError("there is no story yet: type a beginning")
+        self._need_a_story()
         self._tell(self.history[-1])
 
+    def _need_a_story(self) -> None:
+        if not self.history:
+            raise UserError("there is no story yet: type a beginning")
+
     def _show_history(self, _: str) -> None:
+        self._need_a_story()
         for number, story in enumerate(self.history, start=1):
             print(f"--- {number}\n{story}")
 
     def _save(self, name: str) -> None:
+        self._need_a_story()
         if not name:
             raise UserError("/save needs the name of a file, such as /save stories.txt")
         if Path(name).exists():
             raise UserError(f"{name}: is there already; choose another name")
         write_text(Path(name), "".join(f"{story}\n<|endoftext|>\n" for story in self.history))
-        print(f"{name}: {len(self.history)} stories", file=sys.stderr)
+        stories = f"{len(self.history)} stories" if len(self.history) > 1 else "1 story"
+        print(f"{name}: {stories}", file=sys.stderr)
 
     # --- settings ----------------------------------------------------------------------------------------------------
 
@@ -128,28 +154,46 @@ class Session:
         """Return what can be changed, by the name of its command."""
         request = {name: getattr(self._request, name) for name in ("max_new_tokens", "min_new_tokens", "stop")}
         sampling = {field.name: getattr(self._request.sampling, field.name) for field in fields(Sampling)}
-        return {name.replace("_", "-"): value for name, value in {**request, **sampling}.items()}
+        found = {name.replace("_", "-"): value for name, value in {**request, **sampling}.items()}
+        return {**found, "seed": self._seed}
 
     def _show_settings(self, _: str) -> None:
-        for name, value in {**self._settings(), "seed": self._seed}.items():
-            print(f"/{name} {'off' if value is None or value == () else value}", file=sys.stderr)
+        for name in self._settings():
+            self._show_setting(name)
 
-    def _set_seed(self, value: str) -> None:
-        self._seed = None if value == "off" else _number(value, int, "seed")
+    def _show_setting(self, name: str) -> None:
+        value = self._settings()[name]
+        if name == "stop":
+            value = " ".join(json.dumps(stop, ensure_ascii=False) for stop in value)
+        is_off = value is None or value == "" or (name in _OFF and value == _OFF[name])
+        print(f"/{name} {'off' if is_off else value}", file=sys.stderr)
 
     def _setter(self, name: str) -> Callable[[str], None]:
+        """Return the command that changes a setting, or tells it where no value is given."""
+
         def change(value: str) -> None:
-            key = name.replace("-", "_")
-            if key == "stop":
-                stops = () if value in ("", "off") else (value.replace("\\n", "\n"),)
-                self._request = replace(self._request, stop=stops)
-            elif key in ("max_new_tokens", "min_new_tokens"):
-                self._request = replace(self._request, **{key: _number(value, int, name)})
-            else:
-                parsed = _number(value, int if key == "top_k" else float, name)
-                self._request = replace(self._request, sampling=replace(self._request.sampling, **{key: parsed}))
+            if value:
+                self._set(name, value)
+            self._show_setting(name)
 
         return change
+
+    def _set(self, name: str, value: str) -> None:
+        key = name.replace("-", "_")
+        if name == "seed":
+            seed = None if value == "off" else _number(value, int, name)
+            if seed is not None and not 0 <= seed <= _MOST_SEED:
+                raise UserError(f"seed must be between 0 and {_MOST_SEED:,} (it is {seed})")
+            self._seed = seed
+        elif name == "stop":
+            stops = () if value == "off" else (value.replace("\\n", "\n"),)
+            self._request = replace(self._request, stop=stops)
+        elif name in ("max-new-tokens", "min-new-tokens"):
+            self._request = replace(self._request, **{key: _number(value, int, name)})
+        else:
+            value = str(_OFF[name]) if value == "off" and name in _OFF else value
+            parsed = _number(value, int if name == "top-k" else float, name)
+            self._request = replace(self._request, sampling=replace(self._request.sampling, **{key: parsed}))
 
 
 def _number(value: str, kind: type[int] | type[float], name: str) -> Any:

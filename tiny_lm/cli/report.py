@@ -2,29 +2,37 @@
 
 import sys
 import traceback
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
+from tiny_lm.cli.options import Settings
 from tiny_lm.errors import UserError
 from tiny_lm.runs import Run, open_run
 
 
 def report(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
+    settings: Settings = None,
 ) -> None:
     """Write report.html into a run folder and print its path: one page to look at, on its own in any browser."""
     from tiny_lm.evaluation.report import write_report
 
-    print(write_report(open_run(run)))
+    print(write_report(open_run(run), settings or ()))
 
 
-def write_report_beside(run: Run) -> None:
-    """Write the report of a run that a command has just ended; where that fails, warn in one line and go on."""
+def write_report_beside(run: Run, settings: Sequence[str] = ()) -> None:
+    """Write the report of a run that a command has just ended; where that fails, warn in one line and go on.
+
+    Args:
+        run: the run folder.
+        settings: as of :func:`tiny_lm.evaluation.report.write_report`.
+    """
     try:
         from tiny_lm.evaluation.report import write_report
 
-        write_report(run)
+        write_report(run, settings)
     except UserError as error:
         print(f"warning: no report was written: {error}", file=sys.stderr)
     except Exception as error:  # training took hours, and its result is safe: no fault of the page may hide it

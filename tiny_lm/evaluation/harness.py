@@ -1,4 +1,4 @@
-"""Benchmarks of the Language Model Evaluation Harness (lm-eval) on a run folder."""
+"""Benchmarks of the Language Model Evaluation Harness (lm-eval) on a run or an export."""
 
 import importlib.util
 import logging
@@ -23,7 +23,7 @@ def run_harness(
     """Run tasks of the harness on a run and return its results, as ``lm_eval.simple_evaluate`` does.
 
     Args:
-        run: a run folder, or a checkpoint inside one.
+        run: a run folder, a checkpoint inside one, or a folder that ``tiny-lm export huggingface`` wrote.
         tasks: their names.
         include_path: a folder of further tasks; the harness's own ones are not searched then.
         num_fewshot: examples before each question; None: as the task says.
@@ -31,7 +31,8 @@ def run_harness(
         batch_size: texts that are scored at a time.
 
     Raises:
-        UserError: lm-eval is not installed, a task is unknown, or the run cannot be loaded.
+        UserError: lm-eval is not installed, a task is unknown, its questions are not to be had, or the run cannot be
+            loaded.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("the harness needs lm-eval: pip install 'tiny-lm[eval]'")
@@ -50,12 +51,17 @@ def run_harness(
             if not manager.match_tasks([task]):
                 close = get_close_matches(task, manager.all_tasks, n=1)  # of many thousands
                 raise UserError(f"--tasks {task}: no such task{f'; did you mean {close[0]!r}?' if close else ''}")
-        found: dict[str, Any] = simple_evaluate(
-            model=HarnessModel(str(run), batch_size=batch_size),
-            tasks=list(tasks),
-            num_fewshot=num_fewshot,
-            limit=limit,
-            task_manager=manager,
-            bootstrap_iters=1000,
-        )
+        model = HarnessModel(str(run), batch_size=batch_size)
+        try:
+            found: dict[str, Any] = simple_evaluate(
+                model=model,
+                tasks=list(tasks),
+                num_fewshot=num_fewshot,
+                limit=limit,
+                task_manager=manager,
+                bootstrap_iters=1000,
+            )
+        except OSError as error:  # no network, no such data set, no such file
+            told = " ".join(str(error).split())[:300]
+            raise UserError(f"--tasks {','.join(tasks)}: their questions could not be read ({told})") from error
     return found

@@ -1,4 +1,4 @@
-"""A run folder as a model of the Language Model Evaluation Harness; importing this registers it as ``tiny-lm``.
+"""A run or an export as a model of the Language Model Evaluation Harness; importing this registers it as ``tiny-lm``.
 
 The harness has no way to find models of other packages by itself, so import this module before it is called::
 
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
+import lm_eval.models  # noqa: F401 (the harness registers its own models only while it knows of no other)
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -33,10 +34,10 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness ships no ty
     def __init__(
         self, run: str, batch_size: int | str = 16, max_batch_size: int | None = None, device: str | None = None
     ) -> None:
-        """Load the best checkpoint of a run.
+        """Load the best checkpoint of a run, or an export.
 
         Args:
-            run: a run folder, or a checkpoint inside one.
+            run: a run folder, a checkpoint inside one, or a folder in Hugging Face's layout.
             batch_size: texts that are scored at a time; the harness's ``auto`` is 16.
             max_batch_size: taken, since the harness gives it; ``batch_size`` decides.
             device: where to run; by default a GPU if there is one.
@@ -45,7 +46,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness ships no ty
             UserError: there is no such run, or it has no checkpoint.
         """
         super().__init__()
-        self.generator = TextGenerator.from_run(run, device=device)
+        self.generator = TextGenerator.from_path(run, device=device)
         self.max_length = self.generator.model.config.context_length
         self._batch_size = 16 if str(batch_size).startswith("auto") else int(batch_size)
         self._device = self.generator.model.token_emb.weight.device

@@ -218,8 +218,8 @@ class Judge:
                 if status == 200:
                     answer.error = None
                     return body
-                said = " ".join(body.decode("utf-8", errors="replace").split())[:200]
-                answer.answer, answer.error = body.decode("utf-8", errors="replace"), f"HTTP {status}: {said}"
+                answer.answer = body.decode("utf-8", errors="replace")
+                answer.error = f"HTTP {status}: {_message(answer.answer)}"
                 if status not in (408, 409, 429) and status < 500:
                     raise _RefusedError(answer.error)
                 wait = _retry_after(headers, wait)
@@ -261,6 +261,15 @@ def _reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
+def _message(body: str) -> str:
+    """Return what a refusal says: OpenAI's servers wrap it in an object."""
+    try:
+        said = json.loads(body)["error"]["message"]
+    except (ValueError, RecursionError, LookupError, TypeError):
+        said = body
+    return " ".join(str(said).split())[:200]
+
+
 def _content(body: bytes) -> str:
     """Return what the model wrote, out of a chat completion.
 
@@ -297,7 +306,8 @@ def parse_grades(text: str) -> dict[str, int]:
                 found = value
         place = text.find("{", end)
     if found is None:
-        raise ValueError("the answer holds no JSON object with marks")
+        begins = " ".join(text[:200].split())[:40]
+        raise ValueError(f"the answer holds no JSON object with marks; it begins {begins!r}")
     grades = {}
     for aspect in ASPECTS:
         grade = found.get(aspect)

@@ -27,7 +27,7 @@ from tiny_lm.files import atomic_folder, check_free, write_json, write_text
 from tiny_lm.model import num_parameters
 from tiny_lm.model.huggingface import Dtype, to_huggingface_config, to_huggingface_state
 from tiny_lm.model.huggingface_folder import WEIGHTS_FILE
-from tiny_lm.tokenizer import Tokenizer, chat_template
+from tiny_lm.tokenizer import Tokenizer
 from tiny_lm.tokenizer.sentencepiece import SentencePieceTokenizer
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -131,11 +131,9 @@ def write_settings(source: Source, folder: Path, *, dtype: Dtype = "float32") ->
     tokenizer = source.tokenizer
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     write_json(folder / "config.json", to_huggingface_config(source.config, **ids, dtype=dtype))
-    tokenizer.save(folder)  # also what load_tokenizer needs to give the very same tokenizer
+    tokenizer.save(folder)  # also what load_tokenizer needs to give the very same tokenizer, and its chat template
     write_json(folder / "tokenizer.json", {**tokenizer.to_json(), "post_processor": begin_with_bos(tokenizer)})
     write_json(folder / "tokenizer_config.json", _tokenizer_config(source))
-    if source.chat_template is not None:
-        write_text(folder / chat_template.FILE, source.chat_template)
     write_json(folder / "special_tokens_map.json", _special_tokens_map(tokenizer))
     write_json(folder / "generation_config.json", _generation_config(source))
 

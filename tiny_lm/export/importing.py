@@ -7,12 +7,11 @@ import torch
 
 from tiny_lm.errors import UserError
 from tiny_lm.export.source import load_source
-from tiny_lm.files import atomic_folder, atomic_path, write_text
+from tiny_lm.files import atomic_folder, atomic_path
 from tiny_lm.model import num_parameters
 from tiny_lm.model.checkpoint import CHECKPOINT_KEY
 from tiny_lm.model.huggingface_folder import load_huggingface_model
 from tiny_lm.runs import Run, environment
-from tiny_lm.tokenizer import chat_template
 from tiny_lm.tokenizer.huggingface_import import load_huggingface_tokenizer
 
 
@@ -31,11 +30,10 @@ def import_model(folder: Path, output_dir: Path) -> Run:
     """
     if (folder / "run.json").is_file():
         source = load_source(folder)
-        model, config, tokenizer, template = source.model, source.config, source.tokenizer, source.chat_template
+        model, config, tokenizer = source.model, source.config, source.tokenizer
     else:
         model, config = load_huggingface_model(folder)
         tokenizer = load_huggingface_tokenizer(folder)
-        template = chat_template.read_chat_template(folder)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, but its model only {config.vocab_size}"
@@ -49,8 +47,6 @@ def import_model(folder: Path, output_dir: Path) -> Run:
         run = Run(temporary)
         config.save(run.configs / "model.yaml")
         tokenizer.save(run.tokenizer)
-        if template is not None:
-            write_text(run.tokenizer / chat_template.FILE, template)
         with atomic_path(run.last_checkpoint) as file:
             torch.save(checkpoint, file)
         run.update_record(

@@ -16,7 +16,6 @@ from tiny_lm.model import ModelConfig, Transformer, load_model_config
 from tiny_lm.model.checkpoint import load_checkpoint_model
 from tiny_lm.runs import Run, open_run, read_metrics
 from tiny_lm.tokenizer import Tokenizer, load_tokenizer
-from tiny_lm.tokenizer.chat_template import read_chat_template
 
 _VALIDATION_TOKENS = 32_768
 """Most tokens of the validation stream that an export is compared on."""
@@ -47,7 +46,6 @@ class Source:
         step: optimizer step at which the weights were saved.
         record: the run's ``run.json``; empty without a run.
         validation: text to compare on.
-        chat_template: in Jinja, if one lies beside the tokenizer.
         scores: what the run's validation at that step measured, by the keys of ``metrics.jsonl``, if it did.
     """
 
@@ -58,8 +56,12 @@ class Source:
     step: int
     record: dict[str, Any]
     validation: Validation
-    chat_template: str | None = None
     scores: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def chat_template(self) -> str | None:
+        """In Jinja, if one lies beside the tokenizer."""
+        return self.tokenizer.chat_template
 
     def with_weights_as(self, dtype: torch.dtype) -> "Source":
         """Return the same with all weights rounded to ``dtype`` and computed in float32."""
@@ -125,9 +127,8 @@ def load_checkpoint_source(
     record = run.read_record() if in_run else {}
     model = loaded.model.float()
     scores = _scores(run, loaded.step) if in_run else {}
-    template = read_chat_template(tokenizer_path if tokenizer_path.is_dir() else tokenizer_path.parent)
     validation = _validation(run, tokenizer)
-    return Source(name, model, loaded.config, tokenizer, loaded.step, record, validation, template, scores)
+    return Source(name, model, loaded.config, tokenizer, loaded.step, record, validation, scores)
 
 
 def _scores(run: Run, step: int) -> dict[str, float]:

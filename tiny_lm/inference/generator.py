@@ -314,5 +314,18 @@ class TextGenerator:
 
 
 def choose_device(device: str | None) -> torch.device:
-    """Return the device of that name, or a GPU if there is one, or the CPU."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Return the device of that name, or a GPU if there is one, or the CPU.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        others = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        found = ", ".join(["cpu", *(name for name, is_there in others.items() if is_there)])
+        raise UserError(f"device {device!r}: this machine, or this torch, has none; it has: {found}") from None
+    return chosen

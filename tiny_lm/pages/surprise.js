@@ -27,6 +27,7 @@ const surprise = (() => {
   };
 
   // Lets the spans ".t" of `text`, numbered by data-i, explain themselves in `note`; `at` gives the token of a number.
+  // Returns the function that shows one of them.
   const explain = (text, note, at) => {
     let current = -1;
     const show = (index) => {
@@ -44,6 +45,7 @@ const surprise = (() => {
       event.preventDefault();
       show(current + arrows[event.key]);
     });
+    return show;
   };
   return {make, quoted, clamp, arrows, explain};
 })();

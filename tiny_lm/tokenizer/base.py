@@ -17,7 +17,8 @@ from typing_extensions import Self
 
 from tiny_lm.config import shorten
 from tiny_lm.errors import UserError
-from tiny_lm.files import write_json
+from tiny_lm.files import write_json, write_text
+from tiny_lm.tokenizer.chat_template import FILE as CHAT_TEMPLATE_FILE
 from tiny_lm.tokenizer.config import STANDARD_SPECIALS, check_special_tokens
 
 FORMAT = 1
@@ -54,6 +55,7 @@ class Tokenizer(ABC):
         vocab_size: number of tokens, the special ones included.
         special_tokens: id by role.
         training: facts about the training, kept in ``metadata.json``.
+        chat_template: that lies beside the tokenizer, in Jinja, if one does; it goes wherever the tokenizer is saved.
     """
 
     kind: ClassVar[str]
@@ -82,6 +84,7 @@ class Tokenizer(ABC):
         self.special_tokens = {token.role: token.id for token in self.specials}
         self.vocab_size = len(base) + len(ids)
         self.training: dict[str, Any] = {}
+        self.chat_template: str | None = None
         # Two tables by id: what decoding yields without and with the control tokens.
         by_id = {token.id: token for token in self.specials}
         texts = [by_id[i].text.encode() for i in range(len(base), self.vocab_size)]
@@ -277,6 +280,8 @@ class Tokenizer(ABC):
         except OSError as error:
             raise UserError(f"{folder}: could not be written ({error.strerror or error})") from error
         write_json(folder / "tokenizer_config.json", self._transformers_config())
+        if self.chat_template is not None:
+            write_text(folder / CHAT_TEMPLATE_FILE, self.chat_template)
         write_json(folder / "metadata.json", self._metadata())
 
     def _transformers_config(self) -> dict[str, Any]:

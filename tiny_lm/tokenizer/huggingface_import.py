@@ -9,6 +9,7 @@ from tiny_lm.errors import UserError
 from tiny_lm.files import read_json
 from tiny_lm.tokenizer.base import Tokenizer, vocabulary
 from tiny_lm.tokenizer.bpe import GPT2_PATTERN, BPETokenizer, byte_level, from_byte_level
+from tiny_lm.tokenizer.chat_template import read_chat_template
 from tiny_lm.tokenizer.config import GPT2_SPECIALS, STANDARD_SPECIALS
 from tiny_lm.tokenizer.gpt2 import GPT2Tokenizer
 from tiny_lm.tokenizer.load import load_tokenizer
@@ -50,6 +51,7 @@ def load_huggingface_tokenizer(folder: Path) -> Tokenizer:
     theirs = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in model.get("merges", [])]
     if ours != theirs:
         raise UserError(f"{file}: its merges are not in the order of its tokens, so tiny-lm would yield other ids")
+    tokenizer.chat_template = read_chat_template(folder)
     return tokenizer
 
 

@@ -9,6 +9,7 @@ from tiny_lm.files import read_json
 from tiny_lm.tokenizer.base import FORMAT, Tokenizer
 from tiny_lm.tokenizer.bpe import BPETokenizer
 from tiny_lm.tokenizer.char import CharTokenizer
+from tiny_lm.tokenizer.chat_template import read_chat_template
 from tiny_lm.tokenizer.gpt2 import GPT2Tokenizer
 from tiny_lm.tokenizer.sentencepiece import SentencePieceTokenizer
 
@@ -50,6 +51,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     _check(tokenizer, metadata, folder)
     training = metadata.get("training")
     tokenizer.training = training if isinstance(training, dict) else {}
+    tokenizer.chat_template = read_chat_template(folder)
     return tokenizer
 
 

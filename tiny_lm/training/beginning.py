@@ -9,6 +9,7 @@ from tiny_lm.model.checkpoint import load_checkpoint_model
 from tiny_lm.model.huggingface_folder import load_huggingface_model
 from tiny_lm.runs import Run, open_run
 from tiny_lm.tokenizer import Tokenizer
+from tiny_lm.tokenizer.chat_template import read_chat_template
 from tiny_lm.tokenizer.huggingface_import import load_huggingface_tokenizer
 
 _PARTS = ("architecture", "vocab_size", "d_model", "n_layers", "n_heads", "kv_heads", "head_size", "ffn_size")
@@ -21,7 +22,7 @@ def begin_with(path: Path, model: Transformer, tokenizer: Tokenizer) -> dict[str
     Args:
         path: a run folder (its best checkpoint), a ``.ckpt`` file, or a folder in Hugging Face's layout.
         model: gets the weights.
-        tokenizer: that wrote the streams it is to be trained on.
+        tokenizer: that wrote the streams it is to be trained on; gets the chat template, unless it has one of its own.
 
     Returns:
         what ``run.json`` says of them: ``path``, and the ``step`` at which they were saved where it is known.
@@ -32,10 +33,14 @@ def begin_with(path: Path, model: Transformer, tokenizer: Tokenizer) -> dict[str
     origin: dict[str, Any] = {"path": str(path)}
     if (path / "config.json").is_file():
         found, _ = load_huggingface_model(path)
-        tokenizer_hash = load_huggingface_tokenizer(path).hash
+        theirs = load_huggingface_tokenizer(path)
+        tokenizer_hash, template = theirs.hash, theirs.chat_template
     else:
-        loaded = load_checkpoint_model(path if path.suffix == ".ckpt" else _open(path).model_checkpoint())
+        is_checkpoint = path.suffix == ".ckpt"
+        run = Run(path.parent.parent) if is_checkpoint else _open(path)
+        loaded = load_checkpoint_model(path if is_checkpoint else run.model_checkpoint())
         found, tokenizer_hash = loaded.model, loaded.tokenizer_hash
+        template = read_chat_template(run.tokenizer)
         origin["step"] = loaded.step
     _check_model(path, found.config, model.config)
     if tokenizer_hash != tokenizer.hash:
@@ -44,6 +49,8 @@ def begin_with(path: Path, model: Transformer, tokenizer: Tokenizer) -> dict[str
             "text; encode the text with its own: tiny-lm tokenize --tokenizer"
         )
     model.load_state_dict(found.state_dict())
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = template
     return origin
 
 

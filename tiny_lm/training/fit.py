@@ -21,6 +21,7 @@ from tiny_lm.errors import UserError
 from tiny_lm.model import ModelConfig, flops_per_token, num_parameters
 from tiny_lm.runs import Run, environment
 from tiny_lm.tokenizer import Tokenizer, load_tokenizer
+from tiny_lm.tokenizer.chat_template import read_chat_template
 from tiny_lm.training.acceleration import (
     choose_compile,
     compiled_loss,
@@ -197,6 +198,7 @@ def _begin(
     """Write down what is about to be trained."""
     for section, config in zip(("model", "training", "data"), configs, strict=True):
         config.save(run.configs / f"{section}.yaml")
+    tokenizer.chat_template = read_chat_template(run.tokenizer) or tokenizer.chat_template  # it may have been put there
     tokenizer.save(run.tokenizer)
     run.update_record(status="running", configs=list(names), environment=environment(), **facts)
 

@@ -17,7 +17,7 @@ Curve = list[tuple[int, float]]
 
 _MOST_POINTS = 400  # of a curve in the page, whatever the run's length
 _LOG_DIGITS = ((1, 1.2, 1.5, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8), (1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1,))
-_CLOSEST = 7.0  # per cent between two labels of an axis
+_CLOSEST = {True: 7.0, False: 12.0}  # per cent between two labels of the upright axis, in a large and a small chart
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,13 @@ class Chart:
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     lines: list[DrawnLine]
+    events: list[tuple[float, str]]
+    """Place from the left, and name, of what happened at a moment."""
     data: dict[str, object]
     """For the script that reads values off: by line, its points with their place from the left and from the top."""
     summary: str
     """What a reader who does not see the chart is told."""
+    large: bool
 
 
 @dataclass(frozen=True)
@@ -119,9 +122,11 @@ def draw(
     lines: Sequence[Line],
     *,
     x_name: str = "optimizer step",
+    events: Sequence[tuple[float, str]] = (),
     log_x: bool = False,
     log: bool = False,
     from_zero: bool = False,
+    large: bool = False,
 ) -> Chart | None:
     """Lay out a chart.
 
@@ -131,9 +136,11 @@ def draw(
         unit: of the values.
         lines: at least one with points, or there is no chart.
         x_name: what runs along the horizontal axis.
+        events: moments on that axis that explain the curves, with their names; those outside it are left out.
         log_x: a logarithmic horizontal axis, where all steps are positive.
         log: a logarithmic vertical axis, where all values are positive.
         from_zero: the vertical axis begins at 0.
+        large: as wide as the page, and higher.
     """
     lines = [line for line in lines if line.curve]
     if not lines:
@@ -147,9 +154,10 @@ def draw(
         title=title,
         unit=unit,
         x_name=x_name,
-        x_ticks=[(100 * x.place(tick), f"{tick:,.0f}") for tick in x.ticks() if float(tick).is_integer()],
-        y_ticks=_labels(y),
+        x_ticks=[(100 * x.place(tick), _step_label(tick, x)) for tick in x.ticks() if float(tick).is_integer()],
+        y_ticks=_labels(y, _CLOSEST[large]),
         lines=[_draw_line(line, x, y, x_name) for line in lines],
+        events=[(100 * x.place(at), name) for at, name in events if x.low < at < x.high],
         data={
             "x": x_name,
             "lines": [
@@ -162,6 +170,7 @@ def draw(
             ],
         },
         summary="; ".join(_summarize(line, x_name) for line in lines),
+        large=large,
     )
 
 
@@ -179,12 +188,20 @@ def _y_scale(low: float, high: float, log: bool, from_zero: bool) -> Scale:
     return Scale(low if from_zero and low == 0 else low - air, high + air)
 
 
-def _labels(y: Scale) -> list[tuple[float, str]]:
+def _step_label(tick: float, x: Scale) -> str:
+    """Return a step as the axis writes it: in thousands, or millions, where whole numbers would touch each other."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if tick and x.high >= 10 * size:
+            return f"{tick / size:,g}{unit}"
+    return f"{tick:,.0f}"
+
+
+def _labels(y: Scale, closest: float) -> list[tuple[float, str]]:
     """Return place and text of the marks of a vertical axis, without those that would overlap."""
     labels: list[tuple[float, str]] = []
     for tick in y.ticks():
         top = _top(y, tick)
-        if not labels or abs(labels[-1][0] - top) >= _CLOSEST:
+        if not labels or abs(labels[-1][0] - top) >= closest:
             labels.append((top, number(tick)))
     return labels
 

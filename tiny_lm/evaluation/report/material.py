@@ -1,11 +1,11 @@
 """What a report is made from: all that lies in a run folder, and for each part that does not, a line that says so."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tiny_lm.config import read_yaml
+from tiny_lm.config import parse_overrides, read_yaml
 from tiny_lm.data import BinDataConfig
 from tiny_lm.data.bin import TokenStream, open_stream
 from tiny_lm.data.metadata import FileStatistics, StreamMetadata
@@ -68,12 +68,17 @@ class Material:
         return value if isinstance(value, str) else ""
 
 
-def gather(run: Run) -> Material:
+def gather(run: Run, settings: Sequence[str] = ()) -> Material:
     """Read a run folder, whatever it lacks.
 
+    Args:
+        run: the run folder.
+        settings: overrides of its data config, by which its streams are looked for.
+
     Raises:
-        UserError: ``run.json`` is damaged: then it is no run folder.
+        UserError: ``run.json`` is damaged: then it is no run folder; or a setting is none of the data config.
     """
+    overrides = parse_overrides(list(settings), ["data"])["data"]
     missing: dict[str, str] = {}
 
     def attempt(part: str, read: Callable[[], _T]) -> _T | None:
@@ -85,6 +90,8 @@ def gather(run: Run) -> Material:
 
     record = run.read_record()
     files = {section: run.configs / f"{section}.yaml" for section in SECTIONS}
+    if overrides:
+        BinDataConfig.from_yaml(files["data"], overrides)  # a mistake in them is told, not written onto the page
     configs = {section: attempt(f"{section} config", lambda f=file: read_yaml(f)) for section, file in files.items()}  # type: ignore[misc]  # mypy knows no type of a default
     texts = {section: attempt(f"{section} config", lambda f=file: _read(f)) for section, file in files.items()}  # type: ignore[misc]
     tokenizer = attempt("tokenizer", lambda: load_tokenizer(run.tokenizer))
@@ -93,7 +100,7 @@ def gather(run: Run) -> Material:
     if checkpoint and not tokenizer:
         missing["model"] = "without its tokenizer it cannot read"
     context = model.config.context_length if model else None
-    streams = attempt("streams", lambda: _open_streams(files["data"], tokenizer, context))
+    streams = attempt("streams", lambda: _open_streams(files["data"], overrides, tokenizer, context))
     return Material(
         run=run,
         record=record,
@@ -121,8 +128,10 @@ def _load(checkpoint: Path, tokenizer: Tokenizer) -> CheckpointModel:
     return model
 
 
-def _open_streams(config_file: Path, tokenizer: Tokenizer | None, context: int | None) -> Streams:
-    config = BinDataConfig.from_yaml(config_file)
+def _open_streams(
+    config_file: Path, overrides: dict[str, Any], tokenizer: Tokenizer | None, context: int | None
+) -> Streams:
+    config = BinDataConfig.from_yaml(config_file, overrides)
     stream = open_stream(config.val_path, config)
     if tokenizer is None or stream.metadata.tokenizer_hash != tokenizer.hash:
         raise UserError(f"{config.val_path}: was written by another tokenizer since")

@@ -77,7 +77,7 @@ def figures(material: Material, model: ModelView | None) -> list[Figure]:
     found = [
         (loss, Figure("Validation loss", fixed(loss, 3), "nats per token, on text it never saw")),
         (perplexity, Figure("Perplexity", number(perplexity), "as if choosing among so many tokens")),
-        (bits, Figure("Bits per byte", fixed(bits, 3), "compares across tokenizers; bare text has 8")),
+        (bits, Figure("Bits per byte", fixed(bits, 3), "compares across tokenizers; bare text has\N{NO-BREAK SPACE}8")),
         (tokens, Figure("Tokens read", short(tokens), _epochs(material) or "in training")),
         (seconds, Figure("Time", duration(seconds), f"{number(steps)} optimizer steps" if steps else "of training")),
         (parameters, Figure("Parameters", short(parameters), "numbers that training sets")),
@@ -121,6 +121,8 @@ def recipe_rows(material: Material) -> Rows:
         return []
     optimizer = {"muon": "Muon on hidden matrices, AdamW on the rest", "adamw": "AdamW"}
     schedule = {"wsd": "warm-up, stable, decay", "none": "constant"}
+    decay = {"linear": "falling to 0 in a line", "cosine": "falling to 0 as a cosine"}
+    fall = str(config.get("weight_decay_schedule"))
     windows = [data.get("batch_size"), config.get("accumulate_grad_batches", 1)]
     batch = f"{math.prod(windows)} windows of {data.get('block_size')} tokens" if None not in windows else ""
     step = material.number("tokens_per_step")
@@ -131,7 +133,7 @@ def recipe_rows(material: Material) -> Rows:
         ("First weights", begun + (f", step {begun_step:,.0f}" if begun_step else "")),
         ("Optimizer", optimizer.get(str(config.get("optimizer")), str(config.get("optimizer")))),
         ("Learning rate", f"{rate} ({schedule.get(str(config.get('scheduler')), config.get('scheduler'))})"),
-        ("Weight decay", f"{number(config.get('weight_decay'))}, {config.get('weight_decay_schedule')}"),
+        ("Weight decay", f"{number(config.get('weight_decay'))}, {decay.get(fall, fall)}"),
         ("Batch", f"{batch}, {number(step)} tokens" if batch and step else batch),
         (
             "Steps",

@@ -1,5 +1,6 @@
 """The page: every section's view, put into the templates that lie beside this file."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -50,15 +51,19 @@ class ReadStory:
         return fmean(token.bits for token in self.tokens or [])
 
 
-def write_report(run: Run) -> Path:
+def write_report(run: Run, settings: Sequence[str] = ()) -> Path:
     """Write ``report.html`` into the folder of a run, in training or at its end, and return its path.
 
     What the folder lacks is left out of the page, which says so.
 
+    Args:
+        run: the run folder.
+        settings: overrides of its data config, such as ``data.val_path=...`` for a stream that was moved.
+
     Raises:
-        UserError: ``run.json`` is damaged, or the page cannot be written.
+        UserError: ``run.json`` is damaged, a setting is unknown, or the page cannot be written.
     """
-    write_text(run.report, _render(gather(run)))
+    write_text(run.report, _render(gather(run, settings)))
     return run.report
 
 
@@ -89,7 +94,7 @@ def _views(material: Material) -> dict[str, Any]:
     model = view_model(material)
     moments = read_moments(material.samples)
     story = _read_story(material)
-    charts = training_charts(material.events)
+    charts = training_charts(material.events, _epoch(material))
     position = _position_chart(material.evaluation)
     return {
         "title": material.run.name,
@@ -121,6 +126,12 @@ def _views(material: Material) -> dict[str, Any]:
         "missing": material.missing,
         "data": _page_data([*charts, *([position] if position else [])], story),
     }
+
+
+def _epoch(material: Material) -> float | None:
+    """Return the optimizer steps in which the training text is read once."""
+    tokens, step = material.number("train_tokens"), material.number("tokens_per_step")
+    return tokens / step if tokens and step else None
 
 
 def _read_story(material: Material) -> ReadStory | None:

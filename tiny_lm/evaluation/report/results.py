@@ -1,5 +1,6 @@
 """``evaluation.json``, as far as a report shows it."""
 
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,20 @@ class Lengths:
 
 
 @dataclass(config=_open)
-class Copied:
-    """The longest passages that a story has in common with the training text."""
+class CopyLengths:
+    """Tokens of the longest passage that texts have in common with the training text."""
 
     longest: int
     mean_longest: float
+
+
+@dataclass(config=_open)
+class Copied(CopyLengths):
+    """The longest passages that a story has in common with the training text."""
+
     text: str = ""
+    validation: CopyLengths | None = None
+    """The same of validation stories, which nobody copied."""
 
 
 @dataclass(config=_open)
@@ -103,6 +112,14 @@ class Evaluation:
     quality: Quality | None = None
     samples: tuple[Sample, ...] = ()
     judge: dict[str, Any] | None = None
+
+    @property
+    def when(self) -> str:
+        """The time of the evaluation, as the page writes times."""
+        try:
+            return f"{datetime.fromisoformat(self.created):%d %B %Y, %H:%M} UTC"
+        except ValueError:
+            return self.created
 
     @property
     def grades(self) -> dict[str, float]:

@@ -46,7 +46,10 @@
 
   // --- surprise: what the model thought ---------------------------------------------------------------------------
   const heat = document.getElementById("heat");
-  if (heat) surprise.explain(heat, document.getElementById("heat-note"), (index) => data.tokens[index]);
+  if (heat) {
+    const show = surprise.explain(heat, document.getElementById("heat-note"), (index) => data.tokens[index]);
+    show(data.tokens.reduce((best, token, index) => token.bits > data.tokens[best].bits ? index : best, 0));
+  }
 
   // --- attention --------------------------------------------------------------------------------------------------
   const view = document.getElementById("attention-view");
