@@ -9,7 +9,6 @@ reach the limit by what the smaller ones took is not tried.
 import gc
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import time
@@ -25,7 +24,7 @@ import torch
 from tiny_lm.errors import UserError
 from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.device import Device
-from tiny_lm.training.memory import Setup, estimate_memory
+from tiny_lm.training.memory import Setup, estimate_memory, is_out_of_memory
 from tiny_lm.training.monitors import peak_memory
 from tiny_lm.training.rehearsal import StepTimes, rehearse
 
@@ -149,8 +148,8 @@ def _try_on_gpu(setup: Setup, windows_per_step: int | None, windows: int) -> Tri
         times = rehearse(
             setup.model, _accumulating(setup.training, windows_per_step, windows), windows, setup.block_size
         )
-    except RuntimeError as error:  # of which torch.OutOfMemoryError is one; MPS has none of its own
-        if not _is_out_of_memory(error):
+    except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+        if not is_out_of_memory(error):
             raise
     gc.collect()
     used = estimate_memory(replace(setup, windows=windows)).total
@@ -170,10 +169,6 @@ def _gpu_limit(device: Device, memory: int) -> Iterator[None]:
         yield
     finally:
         gpu.set_per_process_memory_fraction(1.0)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or re.search(r"out of memory|allocate memory", str(error)) is not None
 
 
 def _accumulating(training: TrainingConfig, windows_per_step: int | None, windows: int) -> TrainingConfig:
@@ -259,7 +254,7 @@ def _answer(connection: Connection, setup: Setup, windows_per_step: int | None, 
             training = _accumulating(setup.training, windows_per_step, windows)
             times = rehearse(setup.model, training, windows, setup.block_size)
         except Exception as error:
-            connection.send(None if _is_out_of_memory(error) else error)
+            connection.send(None if is_out_of_memory(error) else error)
             return
         peak = peak_memory().get("process_peak_memory_mb")  # not known on Windows
         used = _predict(setup, windows, []) if peak is None else int(peak * 2**20)

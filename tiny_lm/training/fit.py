@@ -35,6 +35,7 @@ from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.device import Device, choose_device, choose_precision, describe_device, tell_choice
 from tiny_lm.training.ema import WeightAverage
 from tiny_lm.training.guard import LossGuard
+from tiny_lm.training.memory import is_out_of_memory
 from tiny_lm.training.module import CausalLMModule
 from tiny_lm.training.monitors import Event, GpuStatsMonitor, OptimizerStepProgressBar, TokensMonitor, peak_memory
 from tiny_lm.training.parallel import (
@@ -253,7 +254,7 @@ def _fit(
         if processes.is_main:
             with suppress(UserError):  # a full disk takes the record no more than the checkpoint
                 run.update_record(status="failed")
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise UserError(
                 "out of memory: lower batch_size and raise accumulate_grad_batches as much, or set "
                 "gradient_checkpointing: true"
