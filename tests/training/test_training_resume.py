@@ -311,7 +311,7 @@ def test_a_write_that_goes_wrong_is_noticed_and_leaves_the_good_one(
         file.write(b"\0" * 512)
 
     monkeypatch.setattr(torch, "save", save_badly)
-    with pytest.raises(UserError, match=r"/best.ckpt: was not read back as it was written"):
+    with pytest.raises(UserError, match=r"/best.ckpt: was not read back .*; the last good checkpoint is \S+4.ckpt"):
         fit(resume_from=run.last_checkpoint)
     assert run.last_checkpoint.read_bytes() == good
     assert names(run) == ["best.ckpt", "last.ckpt", "step-00000004.ckpt"]
@@ -363,7 +363,7 @@ def test_what_must_not_change(fit: Fit, run: Run) -> None:
     fit()
     with pytest.raises(UserError, match=r"holds another model than the model config \(d_model 32 and not 64\); resume"):
         fit(resume_from=run.last_checkpoint, config=model(d_model=64))
-    with pytest.raises(UserError, match="stands at step 12 of max_steps 12: nothing is left to train"):
+    with pytest.raises(UserError, match="stands at step 12 of max_steps 12: nothing is left to train; to go on, raise"):
         fit(resume_from=run.last_checkpoint)
     with pytest.raises(UserError, match="trained with optimizer adamw and not muon: the state in the checkpoint"):
         fit(resume_from=run.last_checkpoint, optimizer="muon", max_steps=20)

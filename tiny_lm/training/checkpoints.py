@@ -112,7 +112,10 @@ class CheckpointWriter(StepCallback):
 
     def _write(self, trainer: pl.Trainer, step: int, *, due: bool, best: bool) -> None:
         path = self._run.step_checkpoint(step) if due else self._run.best_checkpoint
-        trainer.save_checkpoint(path)
+        try:
+            trainer.save_checkpoint(path)
+        except UserError as error:
+            raise UserError(f"{error}; {self._guard.last_checkpoint()}") from error
         if due and trainer.is_global_zero:
             link(path, self._run.last_checkpoint)
             if best:

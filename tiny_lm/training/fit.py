@@ -276,11 +276,7 @@ def _fit(
 
 def _check_fit(model_config: ModelConfig, data: BinTokenDataModule) -> Tokenizer:
     """Check that model and streams fit each other; return the tokenizer that wrote the streams."""
-    if data.config.block_size > model_config.context_length:
-        raise UserError(
-            f"block_size {data.config.block_size} of the data config is above context_length "
-            f"{model_config.context_length} of the model config"
-        )
+    check_block_size(model_config, data.config)
     metadata = data.train_stream.metadata
     if metadata.vocab_size > model_config.vocab_size:
         raise UserError(
@@ -294,6 +290,19 @@ def _check_fit(model_config: ModelConfig, data: BinTokenDataModule) -> Tokenizer
             f"{folder}: is not the tokenizer that wrote {data.config.train_path}; run `tiny-lm tokenize` again"
         )
     return tokenizer
+
+
+def check_block_size(model_config: ModelConfig, data_config: BinDataConfig) -> None:
+    """Check that the model can read a whole window.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if data_config.block_size > model_config.context_length:
+        raise UserError(
+            f"block_size {data_config.block_size} of the data config is above context_length "
+            f"{model_config.context_length} of the model config"
+        )
 
 
 @contextmanager

@@ -117,7 +117,7 @@ class LossGuard(StepCallback):
         if self._config.spike_threshold is not None:
             raise UserError(f"{told}; spike_threshold is {self._config.spike_threshold}: {self._way_out()}")
         if not self._jumped:
-            self._console.print(f"warning: {told}; {self._last_checkpoint()}", markup=False)
+            self._console.print(f"warning: {told}; {self.last_checkpoint()}", markup=False)
         self._jumped = True
 
     def _compare(self, loss: float) -> tuple[float, float]:
@@ -155,7 +155,8 @@ class LossGuard(StepCallback):
             quotes.append(f"\n--- window {window}: {place} ---\n{text}\n")
         return "".join(quotes)
 
-    def _last_checkpoint(self) -> str:
+    def last_checkpoint(self) -> str:
+        """Say where the last good checkpoint is, as the end of a line."""
         if not self._run.last_checkpoint.is_file():
             return "no checkpoint was written yet"
         saved = self._run.saved_steps()
@@ -167,7 +168,7 @@ class LossGuard(StepCallback):
         begin = "go on" if self._run.last_checkpoint.is_file() else "begin again"
         rate = max(config.learning_rate / 2, config.min_lr)
         return (
-            f"{self._last_checkpoint()}; {begin} with a lower rate: tiny-lm train --resume {self._run.folder} "
+            f"{self.last_checkpoint()}; {begin} with a lower rate: tiny-lm train --resume {self._run.folder} "
             f"--set training.learning_rate={rate:g}"
         )
 
