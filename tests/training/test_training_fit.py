@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def test_run_folder_holds_what_the_design_says(fit: Fit, run: Run, stream_folder
     }
     assert [event["step"] for event in events if "val_loss" in event] == [6, 12]
     assert [event["step"] for event in events if "process_peak_memory_mb" in event] == [5, 10]
+    formats = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+    assert [key for key in {*chain(*events)} - {"step", "timestamp"} if f"`{key}`" not in formats] == []
 
 
 def test_val_loss_is_the_mean_over_every_token(fit: Fit, run: Run, data_config: Callable[..., BinDataConfig]) -> None:

@@ -1,5 +1,6 @@
 """The command that trains a model."""
 
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -167,9 +168,10 @@ def _draw(run: Run) -> None:
 
 
 def run_training(run: Run, configs: Configs, names: list[str], checkpoint: Path | None = None) -> "TrainingResult":
-    """Train, draw the curves and write the report, also of a run that the user stopped.
+    """Train, draw the curves and write the report, also of a run that the user stopped or that failed on its way.
 
     Raises:
+        UserError: the run failed.
         typer.Exit: with code 130 where the user stopped the run.
     """
     from tiny_lm.training.fit import train as fit
@@ -178,7 +180,13 @@ def run_training(run: Run, configs: Configs, names: list[str], checkpoint: Path 
     console = _console(main)
     start = f"going on from {checkpoint}" if checkpoint else "from the beginning"
     console.print(f"run folder {run.folder}, {start}")
-    result = fit(*configs, run, resume_from=checkpoint, names=names, console=console)
+    try:
+        result = fit(*configs, run, resume_from=checkpoint, names=names, console=console)
+    except UserError:
+        if main and run.read_record().get("status") == "failed":
+            with suppress(UserError):  # what ended the run is told, whatever else there is
+                _draw(run)
+        raise
     if not main:
         raise typer.Exit  # the first process writes and tells what remains
     _draw(run)
