@@ -31,6 +31,9 @@ from tiny_lm.training.rehearsal import StepTimes, rehearse
 _MOST_WINDOWS = 1024
 """Where no global batch is given that would bound a micro-batch."""
 
+_PASSES = 5
+"""A rehearsal of two steps trains on at most four micro-batches, and validates on one."""
+
 _AS_FAST = 0.95
 """A smaller micro-batch with this share of the best speed is as good, and leaves memory free."""
 
@@ -183,12 +186,14 @@ def _try_in_child(
     setup: Setup, windows_per_step: int | None, sizes: Sequence[int], memory: int, seconds: float
 ) -> Iterator[Trial]:
     """Try sizes from the smallest on, as long as memory and time allow; end with the largest that would fit."""
-    started, lasted = time.perf_counter(), 0.0
     done: list[Trial] = []
     with _child(setup, windows_per_step, memory) as connection:
+        started, lasted = time.perf_counter(), 0.0  # not counting what Python and torch took to load
         for windows in sizes:
-            slow = done and time.perf_counter() - started + lasted * windows / done[-1].windows > seconds
-            if slow or _predict(setup, windows, done) > memory:
+            passed = time.perf_counter() - started
+            if done and passed + lasted + _growth(setup, windows, done[-1]) > seconds:
+                break
+            if _predict(setup, windows, done) > memory:
                 break
             before = time.perf_counter()
             trial = _ask(connection, windows) or Trial(windows, False, _predict(setup, windows, done), None)
@@ -199,6 +204,12 @@ def _try_in_child(
             done.append(trial)
     untried = [Trial(size, True, _predict(setup, size, done), None) for size in sizes[len(done) :]]
     yield from [trial for trial in untried if trial.memory <= memory][-1:]
+
+
+def _growth(setup: Setup, windows: int, last: Trial) -> float:
+    """Return how many seconds more a size takes than a smaller one took, at the speed of that one."""
+    assert last.tokens_per_second is not None
+    return _PASSES * (windows - last.windows) * setup.block_size / last.tokens_per_second
 
 
 def _predict(setup: Setup, windows: int, done: Sequence[Trial]) -> int:
@@ -218,13 +229,15 @@ def _predict(setup: Setup, windows: int, done: Sequence[Trial]) -> int:
 
 @contextmanager
 def _child(setup: Setup, windows_per_step: int | None, memory: int) -> Iterator[Connection]:
-    """Start the process that rehearses sizes; yield its end of the line."""
+    """Start the process that rehearses sizes; yield our end of the line when it is ready."""
     context = multiprocessing.get_context("spawn")  # a fork would share what torch has set up
     ours, theirs = context.Pipe()
     process = context.Process(target=_answer, args=(theirs, setup, windows_per_step, memory), daemon=True)
     process.start()
     theirs.close()
     try:
+        with suppress(EOFError):  # it died; the first question will find out
+            ours.recv()
         yield ours
     finally:
         process.kill()
@@ -248,6 +261,7 @@ def _answer(connection: Connection, setup: Setup, windows_per_step: int | None, 
     """Rehearse each size that is asked for, in the child."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
     _limit_memory(memory)
+    connection.send("ready")
     while True:
         windows: int = connection.recv()
         try:
