@@ -100,7 +100,7 @@ def test_eight_bits_are_in_the_matrices_and_nowhere_else(exported: Path) -> None
     layers = 2
     assert kinds["MatMulInteger"] == 7 * layers + 1  # q, k, v, out, w1, w2, w3 and the head
     assert kinds["MatMul"] == 2 * layers  # attention
-    tables = [t for t in model.graph.initializer if t.dims == [96, 8] and t.data_type == onnx.TensorProto.FLOAT]
+    tables = [t for t in model.graph.initializer if t.dims == [96, 16] and t.data_type == onnx.TensorProto.FLOAT]
     assert len(tables) == 2  # cos and sin
 
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 from generators import FAMILIES, make
 
-from tiny_lm.inference.packing import pack
+from tiny_lm.inference.packing import attend_rows, pack
+from tiny_lm.model import reference_attention
 from tiny_lm.tokenizer import Tokenizer
 
 
@@ -21,6 +22,18 @@ def test_a_packed_model_computes_what_the_model_does(family: str, qkv_bias: bool
         cache = packed.new_cache(3)
         cached = torch.cat([packed(ids[:, :17], cache), packed(ids[:, 17:], cache)], dim=1)
         torch.testing.assert_close(cached, expected, rtol=0, atol=1e-5 * float(expected.std()) + 1e-5)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_of_many_rows_is_that_of_the_reference(kv_heads: int, rows: int, masked: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(rows, 1, 4, 16, generator=generator).transpose(1, 2)
+    k, v = (torch.randn(rows, kv_heads, 32, 16, generator=generator)[:, :, :25] for _ in range(2))
+    lengths = torch.randint(1, 26, (rows, 1, 1, 1), generator=generator)
+    mask = torch.arange(25) < lengths if masked else None
+    torch.testing.assert_close(attend_rows(q, k, v, mask), reference_attention(q, k, v, mask), rtol=0, atol=1e-6)
 
 
 def test_packing_leaves_the_model_alone_and_shares_its_embedding(tokenizer: Tokenizer) -> None:

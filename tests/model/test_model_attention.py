@@ -5,7 +5,7 @@ import torch
 from families import FAMILIES, family_model
 from reference import randomize
 
-from tiny_lm.model import RoPE, attend, blocked_attention, reference_attention
+from tiny_lm.model import RoPE, attend, blocked_attention, reference_attention, rotate
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
@@ -50,10 +50,13 @@ def test_rope_keeps_lengths_and_sees_only_distances():
     rope = RoPE(context_length=64, head_size=16, theta=10_000.0)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
-    def score(query_position, key_position):
-        return (rope(q, torch.tensor([query_position])) * rope(k, torch.tensor([key_position]))).sum()
+    def turned(x, position):
+        return rotate(x, rope(torch.tensor([position])))
 
-    torch.testing.assert_close(rope(q, torch.tensor([37])).norm(), q.norm())
+    def score(query_position, key_position):
+        return (turned(q, query_position) * turned(k, key_position)).sum()
+
+    torch.testing.assert_close(turned(q, 37).norm(), q.norm())
     torch.testing.assert_close(score(5, 2), score(63, 60), rtol=0, atol=1e-5)
     assert not torch.isclose(score(5, 2), score(5, 3), atol=1e-3)
 
@@ -62,7 +65,7 @@ def test_rope_tables_stay_float32_and_survive_a_build_without_memory():
     fresh = RoPE(context_length=64, head_size=16, theta=10_000.0)
     rope = RoPE(context_length=64, head_size=16, theta=10_000.0).to(torch.bfloat16)
     assert rope.cos.dtype == torch.float32
-    assert rope(torch.randn(1, 2, 3, 16, dtype=torch.bfloat16), torch.arange(3)).dtype == torch.bfloat16
+    assert rotate(torch.randn(1, 2, 3, 16, dtype=torch.bfloat16), rope(torch.arange(3))).dtype == torch.bfloat16
     with torch.device("meta"):
         empty = RoPE(context_length=64, head_size=16, theta=10_000.0)
     empty.to_empty(device="cpu")

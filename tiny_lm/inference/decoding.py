@@ -145,7 +145,7 @@ class BatchDecoder:
         self._seen, self._counts = self._masks[:0], torch.zeros(0, device=self._device)  # made when a penalty is
         self._view: KVCache | None = None  # of the rows that draw; None when these have changed
         self._groups: list[_Group] = []  # of the same rows; empty when they have changed
-        self._forbidden = self._masks[:0]  # what these rows may not draw [B, V], as new as the groups
+        self._forbidden = torch.zeros(0, dtype=torch.int64)  # what these rows may not draw, as places in [B * V]
 
     @property
     def free(self) -> int:
@@ -259,9 +259,9 @@ class BatchDecoder:
         """Draw a token for each row from its logits, ``[B, V]``."""
         if not self._groups:
             self._groups = self._grouped()
-            self._forbidden = self._masks[self._drawing]
+            self._forbidden = self._masks[self._drawing].flatten().nonzero().squeeze(-1)
         rows = [self._rows[row] for row in self._drawing]
-        logits = plain.masked_fill(self._forbidden, -torch.inf)
+        logits = plain.flatten().index_fill(0, self._forbidden, -torch.inf).view_as(plain)
         uniform = torch.tensor([row.next_uniform() for row in rows], device=self._device)
         ids = [0] * len(rows)
         for group in self._groups:

@@ -3,31 +3,64 @@
 Decoding multiplies every matrix with a few vectors, which is as fast as the matrix can be read, and between these
 products even the calls of Python count. On x86 CPUs oneDNN reads a matrix from a layout of its own in half the time
 that the library behind ``F.linear`` takes where that one is Intel's and the CPU is not (docs/experiments.md).
+
+Shapes as in :mod:`tiny_lm.model.attention`.
 """
 
 import copy
 import platform
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from tiny_lm.model import MultiHeadAttention, Transformer
+from tiny_lm.model import MultiHeadAttention, Transformer, attend
+from tiny_lm.model.layers import FeedForward, SwiGLU
 
 _FEW_ROWS = 32
 """The layout is the best one for products with about so many vectors; for one it is as good as any."""
 
+_MANY_ROWS = 16
+"""From so many rows on the keys and values lie in main memory, not in a cache of the processor."""
+
+
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+    """Do what :func:`~tiny_lm.model.attend` does; one query of many rows in products that read memory in its order.
+
+    The fused kernel of torch waits for memory there: large heads take up to half as long this way, small ones as long.
+    """
+    batch, heads, queries, size = q.shape
+    if queries > 1 or batch < _MANY_ROWS:
+        return attend(q, k, v, mask, dropout_p)
+    grouped = (q * size**-0.5).view(batch, k.shape[1], -1, size)  # [B, H, 1, K] -> [B, G, H/G, K]
+    scores = k @ grouped.transpose(2, 3)  # [B, G, S, H/G]
+    if mask is not None:
+        scores.masked_fill_(~mask.transpose(2, 3), -torch.inf)
+    y: Tensor = scores.softmax(dim=2).transpose(2, 3) @ v  # [B, G, H/G, K]
+    return y.view(batch, heads, 1, size)
+
 
 class PackedLinear(nn.Module):
-    """``nn.Linear`` for inference, with its weight [out, in] in oneDNN's layout."""
+    """``nn.Linear`` for inference, with its weight [out, in] in oneDNN's layout, and perhaps an activation after it."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, activation: tuple[str, str] = ("none", "")) -> None:
+        """Take an activation by the names that oneDNN has for its kind and its form."""
         super().__init__()
         self._weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _FEW_ROWS)
         self._bias = None if bias is None else bias.detach()
+        self._activation, self._form = activation
+
+    @classmethod
+    def joined(cls, *parts: nn.Linear) -> Self:
+        """Make one product of several that read the same; all have biases or none has."""
+        biases = tuple(part.bias for part in parts)
+        weight = torch.cat([part.weight for part in parts])  # [out, in]
+        return cls(weight, None if biases[0] is None else torch.cat(biases))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., in] to [..., out]."""
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, self._activation, [], self._form)
         return y
 
 
@@ -36,15 +69,27 @@ class PackedProjection:
 
     def __init__(self, attention: MultiHeadAttention) -> None:
         parts = (attention.W_q, attention.W_k, attention.W_v)
-        has_bias = attention.W_q.bias is not None
-        bias = torch.cat([part.bias for part in parts]) if has_bias else None
-        self._linear = PackedLinear(torch.cat([part.weight for part in parts]), bias)
+        self._linear = PackedLinear.joined(*parts)
         self._heads = attention.heads
         self._sizes = [part.out_features // attention.head_size for part in parts]
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """Do what ``MultiHeadAttention.project`` does."""
         return torch.split(self._heads(self._linear.forward(x)), self._sizes, dim=1)  # [B, H+G+G, T, K] -> three
+
+
+class PackedSwiGLU(nn.Module):
+    """``SwiGLU`` with gate and up as one product."""
+
+    def __init__(self, ffn: SwiGLU) -> None:
+        super().__init__()
+        self.gate_up, self.down = PackedLinear.joined(ffn.w1, ffn.w3), PackedLinear.joined(ffn.w2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` [B, T, D] to [B, T, D]."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [B, T, F] each
+        y: Tensor = self.down(F.silu(gate) * up)
+        return y
 
 
 def pack(model: Transformer) -> Transformer:
@@ -61,9 +106,15 @@ def pack(model: Transformer) -> Transformer:
     for module in packed.modules():
         if isinstance(module, MultiHeadAttention):
             object.__setattr__(module, "project", PackedProjection(module))
+            module.attend = attend_rows
+        if isinstance(module, FeedForward):
+            module.fc1 = PackedLinear(module.fc1.weight, module.fc1.bias, ("gelu", "tanh"))  # type: ignore[assignment]
+            module.activation = nn.Identity()  # type: ignore[assignment]
         for name, child in module.named_children():
-            if isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(child.weight, child.bias))
+            if isinstance(child, SwiGLU):
+                setattr(module, name, PackedSwiGLU(child))
+            elif isinstance(child, nn.Linear):
+                setattr(module, name, PackedLinear.joined(child))
     _call_directly(packed)
     return packed
 

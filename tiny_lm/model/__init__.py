@@ -16,7 +16,7 @@ from tiny_lm.model.config import (
     num_parameters,
     parameter_table,
 )
-from tiny_lm.model.layers import FeedForward, LayerNorm, LearnedPositionalEmbedding, RMSNorm, RoPE, SwiGLU
+from tiny_lm.model.layers import FeedForward, LayerNorm, LearnedPositionalEmbedding, RMSNorm, RoPE, SwiGLU, rotate
 from tiny_lm.model.transformer import GPT2, Llama3, Qwen3, SmallLM, Transformer, build_model
 
 __all__ = [
@@ -49,4 +49,5 @@ __all__ = [
     "num_parameters",
     "parameter_table",
     "reference_attention",
+    "rotate",
 ]

@@ -4,11 +4,15 @@ Shapes: B batch, T new tokens, S tokens seen (cached and new), D model width, H 
 K head size.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiny_lm.model.cache import KVCache
+from tiny_lm.model.layers import Rotation
 
 BLOCK = 128
 """Queries in a block of :func:`blocked_attention`."""
@@ -78,7 +82,7 @@ class MultiHeadAttention(nn.Module):
         qkv_bias: biases on the projections to q, k and v.
         out_bias: a bias on the output projection.
         dropout: probability with which an attention weight is dropped in training.
-        position: turns q and k by position (:class:`~tiny_lm.model.layers.RoPE`), or leaves them.
+        turn: turns q and k by position (:func:`~tiny_lm.model.layers.rotate`), or leaves them.
         q_norm: a norm over each head of q, or ``nn.Identity()``.
         k_norm: a norm over each head of k, or ``nn.Identity()``.
     """
@@ -94,7 +98,7 @@ class MultiHeadAttention(nn.Module):
         qkv_bias: bool,
         out_bias: bool,
         dropout: float,
-        position: nn.Module,
+        turn: Callable[[Tensor, Any], Tensor],
         q_norm: nn.Module,
         k_norm: nn.Module,
     ) -> None:
@@ -104,15 +108,17 @@ class MultiHeadAttention(nn.Module):
         self.W_k = nn.Linear(d_model, n_kv_heads * head_size, bias=qkv_bias)
         self.W_v = nn.Linear(d_model, n_kv_heads * head_size, bias=qkv_bias)
         self.out_proj = nn.Linear(n_heads * head_size, d_model, bias=out_bias)
-        self.position, self.q_norm, self.k_norm = position, q_norm, k_norm
+        self.turn, self.q_norm, self.k_norm = turn, q_norm, k_norm
         self.attend = attend
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Rotation | None, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """Let each token of ``x`` [B, T, D] look at itself and those before it.
 
         Args:
             x: normalised residual stream [B, T, D].
-            positions: [T], or [B, T] where the rows differ.
+            rotation: what q and k are turned by; None where positions are learned.
             mask: as for :func:`attend`.
             cache: keys and values of earlier tokens; those of ``x`` are added to it.
 
@@ -120,7 +126,7 @@ class MultiHeadAttention(nn.Module):
             [B, T, D].
         """
         q, k, v = self.project(x)
-        q, k = self.position(self.q_norm(q), positions), self.position(self.k_norm(k), positions)
+        q, k = self.turn(self.q_norm(q), rotation), self.turn(self.k_norm(k), rotation)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         y = self.attend(q, k, v, mask, self.dropout if self.training else 0.0)

@@ -28,7 +28,7 @@ class KVCache:
         self.batch_size, _, self.max_length, _ = keys[0].shape
         self.lengths = list(lengths or [0] * self.batch_size)
         self._end = 0  # no row sees keys from here on
-        self._places: Tensor | None = None  # [B, 1, T, 1] of the new tokens, where rows differ
+        self._places: tuple[Tensor, Tensor] | None = None  # rows [B, 1] and positions [B, T], where rows differ
 
     def prepare(self, batch_size: int, count: int) -> tuple[Tensor, Tensor | None]:
         """Return positions and mask of the next ``count`` tokens of each row.
@@ -55,8 +55,8 @@ class KVCache:
             return positions, torch.ones(count, self._end, dtype=torch.bool, device=device).tril(longest)
         held = torch.tensor(self.lengths, device=device)[:, None]  # [B, 1]
         positions = held + torch.arange(count, device=device)  # [B, T]
-        self._places = positions[:, None, :, None]
-        return positions, torch.arange(self._end, device=device) <= self._places  # [B, 1, T, S]
+        self._places = torch.arange(batch_size, device=device)[:, None], positions
+        return positions, torch.arange(self._end, device=device) <= positions[:, None, :, None]  # [B, 1, T, S]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store new ``keys`` and ``values`` [B, G, T, K] of ``layer``; return all of that layer, [B, G, S, K] each."""
@@ -65,7 +65,8 @@ class KVCache:
             if self._places is None:
                 store[:, :, self._end - new.shape[2] : self._end] = new
             else:
-                store.scatter_(2, self._places.expand_as(new), new.to(store.dtype))
+                rows, positions = self._places
+                store[rows, :, positions] = new.transpose(1, 2).to(store.dtype)  # [B, T, G, K]
         k, v = (store[:, :, : self._end].to(keys.dtype) for store in stored)
         return k, v
 

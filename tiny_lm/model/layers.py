@@ -59,11 +59,14 @@ class SwiGLU(nn.Module):
         return y
 
 
-# --- positions: each takes what to mark and the position of each token -----------------------------------------------
+# --- positions: learned ones are added to the tokens, rotary ones turn each head of q and k ---------------------------
+
+Rotation = tuple[Tensor, Tensor]
+"""Factors of a head and of its swapped halves, float32 [1, T, K] each, or [B, 1, T, K] where the rows differ."""
 
 
 class NoPositions(nn.Module):
-    """Leaves ``x`` as it is: the positions come in at the other place."""
+    """Stands in the place of :class:`LearnedPositionalEmbedding` where positions are rotary."""
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         """Return ``x``."""
@@ -83,14 +86,22 @@ class LearnedPositionalEmbedding(nn.Module):
         return x + embedded
 
 
+class NoRotation(nn.Module):
+    """Stands in the place of :class:`RoPE` where positions are learned."""
+
+    def forward(self, positions: Tensor) -> None:
+        """Return nothing to turn by."""
+
+
 class RoPE(nn.Module):
     """Rotary positions (Su et al. 2021, arXiv:2104.09864), in the half-split form of Hugging Face.
 
-    Dimension i of a head is paired with dimension i + K/2 and the pair is turned by ``position * theta ** (-2i / K)``.
+    Dimension i of a head is paired with dimension i + K/2 and the pair is turned by ``position * theta ** (-2i / K)``:
+    ``(a cos - b sin, b cos + a sin)``. The tables are laid out for a whole head and its swapped halves.
     """
 
-    cos: Tensor  # [context, K/2], float32
-    sin: Tensor
+    cos: Tensor  # [context, K], float32: cos, cos
+    sin: Tensor  # -sin, sin
 
     def __init__(self, context_length: int, head_size: int, theta: float) -> None:
         super().__init__()
@@ -99,12 +110,13 @@ class RoPE(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def _tables(self, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    def _tables(self, device: torch.device | None) -> Rotation:
         dimensions = torch.arange(0, self.head_size, 2, dtype=torch.float32, device=device)
         frequencies = 1.0 / self.theta ** (dimensions / self.head_size)
         positions = torch.arange(self.context_length, dtype=torch.float32, device=device)
         angles = torch.outer(positions, frequencies)  # [context, K/2]
-        return angles.cos(), angles.sin()
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `model.to(torch.bfloat16)` would round the tables and `model.to_empty()` would lose them: compute them anew.
@@ -112,9 +124,19 @@ class RoPE(nn.Module):
         self.cos, self.sin = self._tables(self.cos.device)
         return self
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Turn ``x`` [B, H, T, K] by ``positions`` [T] or [B, T], in float32; return it in the dtype of ``x``."""
-        # [1, T, K/2] or [B, 1, T, K/2]
-        cos, sin = self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)
-        first, second = x.float().chunk(2, dim=-1)  # [B, H, T, K/2] each
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    def forward(self, positions: Tensor) -> Rotation:
+        """Return what heads at ``positions`` [T] or [B, T] are turned by: the same in all layers."""
+        return self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turn ``x`` [B, H, T, K] in float32; return it in its own dtype."""
+    cos, sin = rotation
+    exact = x.float()
+    first, second = exact.chunk(2, dim=-1)  # [B, H, T, K/2] each
+    return torch.addcmul(exact * cos, torch.cat((second, first), dim=-1), sin).to(x.dtype)
+
+
+def keep(x: Tensor, rotation: None) -> Tensor:
+    """Stand in the place of :func:`rotate` where positions are learned: return ``x``."""
+    return x

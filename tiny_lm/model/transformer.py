@@ -19,20 +19,25 @@ from tiny_lm.model.layers import (
     LayerNorm,
     LearnedPositionalEmbedding,
     NoPositions,
+    NoRotation,
     RMSNorm,
     RoPE,
+    Rotation,
     SwiGLU,
     dropout,
+    keep,
+    rotate,
 )
 
 NORMS: Mapping[str, type[LayerNorm | RMSNorm]] = {"layernorm": LayerNorm, "rmsnorm": RMSNorm}
+TURNS: Mapping[str, Callable[[Tensor, Any], Tensor]] = {"learned": keep, "rope": rotate}
 FEED_FORWARDS: Mapping[str, type[FeedForward | SwiGLU]] = {"gelu": FeedForward, "swiglu": SwiGLU}
 
 
 class Block(nn.Module):
     """A pre-norm block: attention and a feed-forward, each adding to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layer: int, position: nn.Module) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         norm = NORMS[config.norm]
         head_norm = RMSNorm if config.qk_norm else nn.Identity
@@ -46,7 +51,7 @@ class Block(nn.Module):
             qkv_bias=config.qkv_bias,
             out_bias=config.out_bias,
             dropout=config.dropouts.attention,
-            position=position,
+            turn=TURNS[config.position],
             q_norm=head_norm(config.head_size, eps=config.norm_eps),
             k_norm=head_norm(config.head_size, eps=config.norm_eps),
         )
@@ -54,9 +59,9 @@ class Block(nn.Module):
         self.ffn = FEED_FORWARDS[config.feed_forward](config.d_model, config.ffn_size, bias=config.ffn_bias)
         self.dropout = dropout(config.dropouts.residual)
 
-    def forward(self, x: Tensor, positions: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """Add attention and feed-forward to ``x`` [B, T, D]; the rest as for ``MultiHeadAttention.forward``."""
-        x = x + self.dropout(self.attn(self.norm1(x), positions, mask, cache))
+        x = x + self.dropout(self.attn(self.norm1(x), rotation, mask, cache))
         y: Tensor = x + self.dropout(self.ffn(self.norm2(x)))
         return y
 
@@ -95,14 +100,14 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.token_emb = nn.Embedding(config.vocab_size, config.d_model)
-        turn: nn.Module = NoPositions()
         self.pos_emb: nn.Module = NoPositions()
+        self.rope: nn.Module = NoRotation()
         if config.position == "rope":
-            turn = RoPE(config.context_length, config.head_size, config.rope_theta)  # one table for all blocks
+            self.rope = RoPE(config.context_length, config.head_size, config.rope_theta)
         else:
             self.pos_emb = LearnedPositionalEmbedding(config.context_length, config.d_model)
         self.emb_dropout = dropout(config.dropouts.embedding)
-        self.blocks = nn.ModuleList(Block(config, layer, turn) for layer in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.final_norm = NORMS[config.norm](config.d_model, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self._run_block = _run
@@ -133,8 +138,9 @@ class Transformer(nn.Module):
         else:
             positions, mask = cache.prepare(batch, length)
         x = self.emb_dropout(self.pos_emb(self.token_emb(input_ids), positions))
+        rotation = self.rope(positions)  # once for all blocks
         for block in self.blocks:
-            x = self._run_block(block, x, positions, mask, cache)
+            x = self._run_block(block, x, rotation, mask, cache)
         if cache is not None:
             cache.advance(length)
         hidden: Tensor = self.final_norm(x)

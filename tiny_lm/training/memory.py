@@ -69,9 +69,7 @@ def estimate_memory(setup: Setup) -> MemoryEstimate:
         kept, working, copied = stream, block + 2 * stream, hidden // model.n_layers
     else:
         kept, working = block, 4 * stream
-    tables = 0
-    if model.position == "rope" and not training.gradient_checkpointing:
-        tables = model.n_layers * block_size * 8 * model.head_size  # cosines and sines for q and k, for all windows
+    tables = block_size * 8 * model.head_size if model.position == "rope" else 0  # cosines and sines, for all windows
     return MemoryEstimate(
         parameters=4 * parameters,
         gradients=4 * parameters,
