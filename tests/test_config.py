@@ -81,7 +81,9 @@ def test_values_keep_their_types_and_survive_a_round_trip(tmp_path: Path) -> Non
         ("size: 3\nrate: '0.1'", "rate: input should be a valid number (it is '0.1')"),
         ("size: 3\nrate: .inf", "rate: "),
         ("size: 3\nflag: 1", "flag: input should be a valid boolean (it is 1)"),
-        ("size: 3\npair: [1]", "pair"),
+        ("size: 3\npair: [1]", "pair: has too few elements (it is [1])"),
+        ("size: 3\npair: 1", "pair: input should be a list, such as [1] (it is 1)"),
+        ("size: 3\npair: [1, x]", "pair.1: input should be a valid number (it is 'x')"),
         ("size: 3\nname: 2020-01-01", "holds a value that no config has"),
         ("size: 3\nsize: 4", "example.yaml:2:1: is no valid YAML (the key 'size' stands twice)"),
         ("size: &a 3\nrate: *a", "is no valid YAML (aliases are not supported)"),
@@ -99,6 +101,17 @@ def test_a_mistake_is_one_line_that_names_file_key_and_value(text: str, message:
     assert message in str(caught.value)
     assert "example.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_value_that_may_be_of_two_types_is_told_of_both() -> None:
+    message = r"^config: devices: input should be a valid integer or input should be 'auto' \(it is 'all'\)$"
+    with pytest.raises(UserError, match=message):
+        TrainingConfig.from_dict({"max_steps": 1, "learning_rate": 0.1, "devices": "all"})
+
+
+def test_a_mistake_on_the_command_line_is_not_laid_to_the_file_alone(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"example.yaml with --set: size: input should be a valid integer"):
+        load("size: 3", tmp_path, size="x")
 
 
 def test_files_that_are_no_text_or_too_large(tmp_path: Path) -> None:

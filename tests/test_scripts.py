@@ -1,6 +1,7 @@
 """Each documented script, run as documented, on tiny data; and the wheel, run from an empty folder."""
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -71,6 +72,19 @@ def test_the_default_training_is_the_baseline(tmp_path: Path) -> None:
     shown = run("bash", ROOT / "run_training.sh", "--dry-run", cwd=tmp_path, PYTHON=sys.executable)
     assert "max_steps: 1962" in shown
     assert "d_model: 768" in shown
+
+
+def test_the_default_training_names_the_commands_that_it_needs_first(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    shutil.copy(ROOT / "run_training.sh", tmp_path)
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(["bash", tmp_path / "run_training.sh"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: data/tinystories-8k-tokenized/train.bin: no such token stream; write it with: tiny-lm tokenizer train "
+        "--config tinystories-8k && tiny-lm tokenize --config tinystories-8k\n"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast, get_args, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -29,6 +29,9 @@ from typing_extensions import Self, dataclass_transform
 
 from tiny_lm.errors import UserError
 from tiny_lm.files import write_text
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 _T = TypeVar("_T")
 _FILE_LIMIT = 2**20  # bytes; the largest shipped config has under 2,000
@@ -58,7 +61,7 @@ class Config:
             UserError: the file is missing or is no valid config of this kind.
         """
         file = find_config(cls.folder, path)
-        return cls.from_dict(override(read_yaml(file), overrides or {}), source=str(file))
+        return cls.from_dict(override(read_yaml(file), overrides or {}), source=name_source(file, overrides))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "config") -> Self:
@@ -90,27 +93,50 @@ def validate(kind: type[_T], values: Mapping[str, Any], *, source: str) -> _T:
         text = json.dumps(values)
         return TypeAdapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
-        raise UserError(f"{source}: {_describe(kind, error)}") from None
+        raise UserError(f"{source}: {_describe(kind, values, error)}") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{source}: holds a value that no config has ({error})") from None
 
 
-def _describe(kind: type, error: ValidationError) -> str:
+def _describe(kind: type, values: Mapping[str, Any], error: ValidationError) -> str:
     """Tell the first problem of a pydantic error in one line."""
     # pydantic reports problems in field order; a misspelt key explains the missing one, so it comes first.
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "unexpected_keyword_argument")
     problem = problems[0]
-    *parents, name = [str(part) for part in problem["loc"]] or [""]
+    place = _place(problem, values)
+    *parents, name = map(str, place)
     key = ".".join([*parents, name])
     if problem["type"] == "unexpected_keyword_argument":
         return f"unknown key {key!r}{nearest(name, _field_names(kind, parents))}"
-    message = problem["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    if problem["type"].startswith("missing"):
+    if problem["type"].startswith("missing") and isinstance(problem["loc"][-1], str):
         return f"the key {key!r} is missing"
-    if not key:
-        return message
-    return f"{key}: {message} (it is {shorten(problem['input'])})"
+    # Where a value may be of several types, each says why it is not of that one.
+    message = " or ".join(_message(other) for other in problems if _place(other, values) == place)
+    return f"{key}: {message} (it is {shorten(problem['input'])})" if key else message
+
+
+def _place(problem: "ErrorDetails", values: Mapping[str, Any]) -> tuple[int | str, ...]:
+    """Return where the value of a problem stands; behind it pydantic names the type, or the element, that it is not."""
+    *place, last = problem["loc"] or ("",)
+    if problem["type"] in ("unexpected_keyword_argument", "missing", "missing_argument") and isinstance(last, str):
+        return problem["loc"]
+    value: Any = values
+    for part in place:
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            break
+    return tuple(place) if place and value == problem["input"] else problem["loc"] or ("",)
+
+
+def _message(problem: "ErrorDetails") -> str:
+    """Say what is wrong with a value."""
+    if problem["type"] == "tuple_type":
+        return f"input should be a list, such as [{problem['input']}]"
+    if problem["type"] == "missing":
+        return "has too few elements"
+    message = problem["msg"].removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
 
 
 def _field_names(kind: type, parents: Iterable[str]) -> list[str]:
@@ -254,6 +280,11 @@ def override(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[st
         else:
             result[head] = value
     return result
+
+
+def name_source(file: Path, overrides: Mapping[str, Any] | None) -> str:
+    """Name what a config was read from, as the beginning of an error."""
+    return f"{file} with --set" if overrides else str(file)
 
 
 def parse_overrides(settings: Iterable[str], sections: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -122,6 +122,8 @@ def test_a_checkpoint_outside_a_run_is_not_gone_on_from(files: Path, cli: Callab
         (["generate", "runs/none"], r"runs/none: no such run folder"),
         (["generate", "none.ckpt"], r"none.ckpt: no such checkpoint"),
         (["generate", "runs/none", "--temperature", "hot"], r"Invalid value for '--temperature'"),
+        (["estimate", "speed", "--set", "data.block_size=999"], r"block_size 999 .* above context_length 256"),
+        (["find-batch-size", "speed", "--set", "data.block_size=999"], r"block_size 999 .* above context_length 256"),
         (["params", "--model-config", "gpt2-8k-3l"], r"gpt2-8k-3l: no such models config; did you mean 'gpt2-8k-2l'\?"),
         (["quickstart", "--text", "absent.txt"], r"--text absent.txt: no such file or folder"),
         (["quickstart", "--minutes", "-1"], r"Invalid value for '--minutes'"),

@@ -103,6 +103,20 @@ def test_resuming_by_itself_and_by_name(streams: Path, cli: Callable[..., object
     assert steps == [3, 6, 9, 10]
 
 
+def test_a_run_that_fails_shows_how_it_came_to_that(streams: Path, cli: Callable[..., object]) -> None:
+    """The loss is no number from the first update on; the curve up to there and the report are drawn all the same."""
+    wild = {"learning_rate": 10.0, "weight_decay": 3e38, "grad_clip_norm": 0, "scheduler": "none"}
+    settings = [f"--set=training.{key}={value}" for key, value in {**wild, "log_every_n_steps": 1}.items()]
+    result = cli(*TRAIN, *settings)
+    assert result.code == 2
+    assert result.stdout == ""
+    assert result.stderr.splitlines()[-1].startswith("error: the loss is ")
+    (run,) = (streams / "runs").iterdir()
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
+    assert (run / "plots" / "loss.png").is_file()
+    assert "failed" in (run / "report.html").read_text()
+
+
 def test_a_run_that_is_there_is_not_overwritten(streams: Path, cli: Callable[..., object]) -> None:
     command = [*TRAIN, "--set", "training.run_name=mine"]
     assert cli(*command).code == 0

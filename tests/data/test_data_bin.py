@@ -136,6 +136,11 @@ def test_a_loader_process_gets_no_copy_of_the_tokens(data_config: MakeConfig) ->
     assert torch.equal(received[3][0], window[0])
 
 
+def test_the_folder_of_a_stream_is_not_its_file(data_config: MakeConfig, stream_folder: Path) -> None:
+    with pytest.raises(UserError, match=r"but a folder; name a file in it, such as /\S+/train.bin$"):
+        open_stream(str(stream_folder), data_config())
+
+
 @pytest.mark.parametrize("path", ["", ".", "a**/b", "/", "~nobody/x.bin", "[", "\0"])
 def test_paths_that_are_none(path: str, data_config: MakeConfig) -> None:
     with pytest.raises(UserError, match="no such token stream"):

@@ -5,9 +5,10 @@ A job has a ``folder`` (with the configs, in which the command runs) and ``kills
 it kills itself, or the seconds after which it is killed from outside, or null to let it be. A process that ends by
 itself is the last one.
 
-A point is a number of things that have happened: optimizer steps, micro-batches, batches of a validation, and whatever
-changes a file of the run folder. The process dies before that thing is done. What happened is written beside the
-folder, to points-<n>.txt and batches-<n>.txt, where n counts the processes of the job.
+A point is a number of things that have happened: optimizer steps, micro-batches (by their number in a step), batches of
+a validation (by their number in it), tokens of a sample story, and whatever changes a file of the run folder. The
+process dies before that thing is done. What happened is written beside the folder, to points-<n>.txt and
+batches-<n>.txt, where n counts the processes of the job.
 """
 
 import json
@@ -41,11 +42,13 @@ class Witness:
     def __init__(self, folder: Path, number: int, point: int | None) -> None:
         self._run = f"{folder}{os.sep}runs{os.sep}"
         self._left = point
+        self._micro_batches = 0  # of the step at hand
+        self._validated = 0  # batches of the validation at hand
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
         self._points = os.open(folder.with_name(f"{folder.name}-points-{number}.txt"), flags)
         self._batches = os.open(folder.with_name(f"{folder.name}-batches-{number}.txt"), flags)
         sys.addaudithook(self._on_audit)
-        register_optimizer_step_post_hook(lambda *_: self.note("optimizer step"))
+        register_optimizer_step_post_hook(self._on_step)
         register_module_forward_pre_hook(self._on_forward)
 
     def note(self, what: str, file: Path | None = None) -> None:
@@ -57,13 +60,22 @@ class Witness:
                     _tear(what, file)
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    def _on_step(self, *_: Any) -> None:
+        self.note("optimizer step")
+        self._micro_batches = 0
+
     def _on_forward(self, module: Any, inputs: Any) -> None:
-        if isinstance(module, Transformer):
-            if module.training:
-                self.note("micro-batch")
-                os.write(self._batches, b"%d\n" % zlib.crc32(inputs[0].numpy().tobytes()))
-            else:
-                self.note("validation")
+        if not isinstance(module, Transformer):
+            return
+        if module.training:
+            self._micro_batches, self._validated = self._micro_batches + 1, 0
+            self.note(f"micro-batch {self._micro_batches}")
+            os.write(self._batches, b"%d\n" % zlib.crc32(inputs[0].numpy().tobytes()))
+        elif inputs[0].shape[1] == module.config.context_length:  # whole windows, as only a validation reads
+            self._validated += 1
+            self.note(f"validation {self._validated}")
+        else:
+            self.note("story")
 
     def _on_audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event not in CHANGES:

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def test_run_folder_holds_what_the_design_says(fit: Fit, run: Run, stream_folder
     }
     assert [event["step"] for event in events if "val_loss" in event] == [6, 12]
     assert [event["step"] for event in events if "process_peak_memory_mb" in event] == [5, 10]
+    formats = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+    assert [key for key in {*chain(*events)} - {"step", "timestamp"} if f"`{key}`" not in formats] == []
 
 
 def test_val_loss_is_the_mean_over_every_token(fit: Fit, run: Run, data_config: Callable[..., BinDataConfig]) -> None:
@@ -267,6 +270,24 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_last_good_checkpoint(
     assert "could not be written" in result.stdout, result.stderr[-3000:]
     assert run.last_checkpoint.read_bytes() == good
     assert sorted(path.name for path in run.checkpoints.iterdir()) == ["best.ckpt", "last.ckpt", "step-00000004.ckpt"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory of a process in this way")
+def test_too_little_memory_ends_in_one_line(data_config: Callable[..., BinDataConfig], run: Run) -> None:
+    """On a CPU torch has no error class for it. The logits alone would take 2 GB, a quarter of a GB is left."""
+    import resource
+
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    taken = int(status["VmData"].split()[0]) * 2**10
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (taken + 2**28, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"^out of memory: lower batch_size and raise accumulate_grad_batches") as e:
+            train(model(), training(), data_config(batch_size=2**15, drop_last=False), run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+    assert "\n" not in str(e.value)
+    assert run.read_record()["status"] == "failed"
 
 
 def test_a_checkpoint_moved_elsewhere_still_loads(fit: Fit, run: Run, tmp_path: Path) -> None:

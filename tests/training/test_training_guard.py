@@ -172,6 +172,25 @@ def test_a_jump_above_the_threshold_ends_the_run(train_on_it: Train, run: Run, t
     assert train_on_it(run=Run(tmp_path / "calm"), spike_threshold=20.0) == ""
 
 
+def test_a_loss_that_climbs_from_the_first_steps_on_is_told(
+    fit: Fit, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Far above what knowing nothing costs (ln 512 = 6.2), though there is no usual loss yet to compare with."""
+    wild = {"learning_rate": 10.0, "warmup_ratio": 0.0, "grad_clip_norm": 0, "weight_decay": 0.0}
+    fit(**wild, config=model(dropout=0.0))
+    curve = losses(run)
+    line = capsys.readouterr().err.replace("\n", " ").split("warning: ")[1]
+    found = re.match(r"the loss is (\S+) at step (\d+), (\S+) nats above (the step|the highest of the) ", line)
+    assert found is not None, line
+    loss, step, rise = float(found[1]), int(found[2]), float(found[3])
+    before = [curve[number] for number in range(1, step)]
+    assert loss == pytest.approx(curve[step], abs=1e-3)
+    assert rise == pytest.approx(curve[step] - max(before), abs=1e-2)
+    assert rise > 2
+    with pytest.raises(UserError, match=r"spike_threshold is 1\.0"):
+        fit(**wild, config=model(dropout=0.0), spike_threshold=1.0)
+
+
 def test_a_resumed_run_tells_the_same_jump(train_on_it: Train, run: Run) -> None:
     """What a loss is compared with travels in the checkpoint."""
     told = train_on_it()

@@ -26,15 +26,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 # Where the random points lie: how many of them, and what is about to happen there.
 PLACES: list[tuple[int, Callable[[str], bool]]] = [
     (3, lambda what: what == "optimizer step"),
-    (3, lambda what: what == "micro-batch"),
-    (2, lambda what: what == "validation"),
+    (1, lambda what: what == "micro-batch 1"),
+    (2, lambda what: what == "micro-batch 2"),  # the first one's gradients are lost
+    (2, lambda what: what.startswith("validation ") and what != "validation 1"),  # in the middle of it
     (1, lambda what: what == "open .step-#.ckpt.#.tmp"),
     (2, lambda what: what in ("rename to step-#.ckpt", "rename to best.ckpt")),  # torn: two thirds of the file
     (1, lambda what: what in ("link .last.ckpt.#.tmp", "link .best.ckpt.#.tmp")),
     (2, lambda what: what == "rename to last.ckpt"),
     (1, lambda what: what == "remove step-#.ckpt"),
     (2, lambda what: what == "open metrics.jsonl"),  # torn: half a line
-    (1, lambda what: what.endswith("samples.md")),
+    (1, lambda what: what == "story" or what.endswith("samples.md")),
     (2, lambda what: what.endswith(("run.json", "model.yaml", "loss.png"))),
 ]
 VOLATILE = {"timestamp", "tokens_per_sec", "mfu", "val_seconds"}

@@ -1,10 +1,12 @@
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
 
 from tiny_lm.model import build_model, load_model_config
 from tiny_lm.training import TrainingConfig
-from tiny_lm.training.optim import MuonAdamW, Schedule, build_optimizer, learning_rate_at
+from tiny_lm.training.optim import MuonAdamW, Schedule, build_optimizer, learning_rate_at, weight_decay_share
 
 SMALL = {"d_model": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 300, "context_length": 16}
 
@@ -31,6 +33,53 @@ def test_other_schedules(scheduler: str, first: float, middle: float, last: floa
     chosen = config(scheduler=scheduler)
     rates = [learning_rate_at(step, chosen) for step in (0, 54, 99)]
     assert rates == pytest.approx([first, middle, last], rel=0.02)
+
+
+def test_wsd_holds_the_peak_and_falls_in_a_line_over_its_share_of_the_run() -> None:
+    chosen = config(scheduler="wsd", decay_ratio=0.6)
+    rates = [learning_rate_at(step, chosen) for step in range(100)]
+    assert rates[:10] == pytest.approx([1e-3 * step for step in range(1, 11)])
+    assert rates[10:40] == pytest.approx([1e-2] * 30)
+    falls = [before - after for before, after in pairwise(rates[39:])]
+    assert falls == pytest.approx([(1e-2 - 1e-3) / 60] * 60)  # the last 60 steps
+    assert rates[99] == pytest.approx(1e-3)
+
+
+def test_wsd_whose_parts_overlap_has_no_stable_one() -> None:
+    chosen = config(scheduler="wsd", decay_ratio=1.0)
+    rates = [learning_rate_at(step, chosen) for step in range(100)]
+    assert rates[9:11] == pytest.approx([1e-2, 1e-2], rel=0.02)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[99] == pytest.approx(1e-3)
+
+
+def test_weight_decay_is_whole_at_first_and_nothing_at_the_end() -> None:
+    shares = {
+        schedule: [weight_decay_share(step, config(weight_decay_schedule=schedule)) for step in (0, 33, 66, 99)]
+        for schedule in ("constant", "linear", "cosine")
+    }
+    assert shares["constant"] == [1, 1, 1, 1]
+    assert shares["linear"] == pytest.approx([1, 2 / 3, 1 / 3, 0])
+    assert shares["cosine"] == pytest.approx([1, 0.75, 0.25, 0])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_optimizer_decays_as_the_schedule_says(optimizer: str) -> None:
+    """Of a step at which the rate is known and no gradient is, a weight loses rate x decay x share."""
+    chosen = config(
+        optimizer=optimizer, weight_decay=0.5, weight_decay_schedule="linear", scheduler="none", max_steps=5
+    )
+    network = build_model(load_model_config("gpt2-8k-2l", SMALL))
+    optimizer_ = build_optimizer(network, chosen)
+    schedule = Schedule(optimizer_, chosen)
+    weight = network.blocks[0].attn.W_q.weight
+    for share in (1, 0.75, 0.5, 0.25, 0):
+        before = weight.detach().clone()
+        for parameter in network.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer_.step()
+        assert torch.allclose(weight, before * (1 - 1e-2 * 0.5 * share), rtol=1e-6, atol=0)
+        schedule.step()
 
 
 def test_the_scheduler_sets_the_rate_of_each_step() -> None:

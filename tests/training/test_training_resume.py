@@ -20,7 +20,7 @@ from tiny_lm.errors import UserError
 from tiny_lm.model.checkpoint import load_checkpoint_model, read_checkpoint
 from tiny_lm.runs import Run, find_newest_run, read_metrics
 from tiny_lm.training import TrainingConfig
-from tiny_lm.training.checkpoints import link
+from tiny_lm.training.checkpoints import AtomicCheckpointIO, link
 from tiny_lm.training.fit import TrainingResult, train
 from tiny_lm.training.optim import learning_rate_at, weight_decay_share
 from tiny_lm.training.resume import find_checkpoint, forget_after
@@ -311,10 +311,26 @@ def test_a_write_that_goes_wrong_is_noticed_and_leaves_the_good_one(
         file.write(b"\0" * 512)
 
     monkeypatch.setattr(torch, "save", save_badly)
-    with pytest.raises(UserError, match=r"/best.ckpt: was not read back as it was written"):
+    with pytest.raises(UserError, match=r"/best.ckpt: was not read back .*; the last good checkpoint is \S+4.ckpt"):
         fit(resume_from=run.last_checkpoint)
     assert run.last_checkpoint.read_bytes() == good
     assert names(run) == ["best.ckpt", "last.ckpt", "step-00000004.ckpt"]
+
+
+@pytest.mark.parametrize("limit", [1_000, 50_000, 100_000, 150_000, 450_000, 1_100_000, 1_200_000])
+def test_wherever_the_disk_is_full_the_error_says_so(limit: int, tmp_path: Path) -> None:
+    """At some places torch raises an error of its own over that of the disk; the limit stands for a full disk."""
+    path = tmp_path / "step.ckpt"
+    path.write_text("the one before")
+    weights = {str(number): torch.zeros(25_000) for number in range(12)}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"^\S+/step.ckpt: could not be written \(File too large\)$"):
+            AtomicCheckpointIO().save_checkpoint(weights, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("step.ckpt", "the one before")]
 
 
 def test_a_disk_that_is_full_for_metrics_ends_the_run_in_one_line(fit: Fit, run: Run, tmp_path: Path) -> None:
@@ -347,7 +363,7 @@ def test_what_must_not_change(fit: Fit, run: Run) -> None:
     fit()
     with pytest.raises(UserError, match=r"holds another model than the model config \(d_model 32 and not 64\); resume"):
         fit(resume_from=run.last_checkpoint, config=model(d_model=64))
-    with pytest.raises(UserError, match="stands at step 12 of max_steps 12: nothing is left to train"):
+    with pytest.raises(UserError, match="stands at step 12 of max_steps 12: nothing is left to train; to go on, raise"):
         fit(resume_from=run.last_checkpoint)
     with pytest.raises(UserError, match="trained with optimizer adamw and not muon: the state in the checkpoint"):
         fit(resume_from=run.last_checkpoint, optimizer="muon", max_steps=20)

@@ -7,7 +7,7 @@ import signal
 import socket
 import sqlite3
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ Fit = Callable[..., str]
 def fit(data_config: Callable[..., BinDataConfig], run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Fit:
     """Train for four steps with these trackers, without a network; return what was printed for the user."""
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("TRACKIO_PROJECT", raising=False)
     monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")
     connect = socket.socket.connect
 
@@ -106,10 +107,14 @@ def test_trackio_has_the_curve_and_the_configs(
     assert json.loads(configs[0][0])["training.learning_rate"] == 0.003
 
 
-def test_a_tracker_that_cannot_start_costs_one_line(fit: Fit, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_cannot_start_costs_one_line_and_the_others_nothing(fit: Fit, run: Run, tmp_path: Path) -> None:
+    """All that there are at once; of each name one, however often it stands there."""
     run.folder.mkdir(parents=True)
     (run.folder / "tensorboard").write_text("in the way")
-    output = fit("tensorboard")
+    output = fit("tensorboard", "wandb", "jsonl", "trackio", "wandb")
+    assert list((run.folder / "wandb").glob("offline-run-*"))
+    with closing(sqlite3.connect(tmp_path / "trackio" / "tiny-lm.db")) as database:
+        assert database.execute("select count(*) from metrics where run_name = ?", (run.name,)).fetchone() == (4,)
     assert output.count("warning: the tracker tensorboard failed and is left out from now on") == 1
     assert json.loads(run.record.read_text())["status"] == "finished"
     assert len(read_metrics(run.metrics)) == 4

@@ -24,7 +24,7 @@ from tiny_lm.model import build_model, flops_per_token
 from tiny_lm.runs import Run, read_metrics
 from tiny_lm.tokenizer import Tokenizer
 from tiny_lm.training.fit import TrainingResult, train
-from tiny_lm.training.monitors import peak_memory
+from tiny_lm.training.monitors import GpuStatsMonitor, peak_memory
 from tiny_lm.training.peak import data_sheet_peak, peak_flops
 from tiny_lm.training.samples import SEED, TEMPERATURE, _quote, drop_samples_after
 
@@ -165,6 +165,36 @@ def test_memory_and_load_of_the_process_are_noted(fit: Fit, run: Run) -> None:
         json.loads(run.record.read_text())["memory"]["process_peak_memory_mb"]
         <= peak_memory()["process_peak_memory_mb"]
     )
+
+
+@pytest.mark.parametrize("library_is_there", [True, False])
+def test_what_a_gpu_tells_is_noted_and_the_rest_left_out(
+    library_is_there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU is played: its memory torch knows itself, load and temperature need a library."""
+
+    def answer(value: int) -> Callable[[], int]:
+        def tell() -> int:
+            if not library_is_there:
+                raise ModuleNotFoundError("pynvml does not seem to be installed")
+            return value
+
+        return tell
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3 * 2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 * 2**20)
+    monkeypatch.setattr(torch.cuda, "utilization", answer(97))
+    monkeypatch.setattr(torch.cuda, "temperature", answer(61))
+    event: dict[str, float] = {}
+    monitor = GpuStatsMonitor(10, event)
+    trainer: Any = None  # it asks nothing of it
+    monitor.on_step_end(trainer, None, 9)
+    assert event == {}
+    monitor.on_step_end(trainer, None, 10)
+    told = {key: value for key, value in event.items() if key.startswith("gpu_")}
+    load = {"gpu_utilization_percent": 97, "gpu_temperature_c": 61} if library_is_there else {}
+    assert told == {"gpu_memory_mb": 3, "gpu_peak_memory_mb": 5, **load}
 
 
 # --- the progress bar ------------------------------------------------------------------------------------------------

@@ -82,6 +82,7 @@ def _load(
     from tiny_lm.profile import Profile
     from tiny_lm.training import TrainingConfig
     from tiny_lm.training.device import choose_device, choose_precision
+    from tiny_lm.training.fit import check_block_size
     from tiny_lm.training.memory import Setup
 
     if profile:
@@ -103,6 +104,7 @@ def _load(
         sizes = {"block_size": model.context_length, "batch_size": 1}
         defaults = {"train_path": "train.bin", "val_path": "val.bin", **sizes}  # the streams are not looked at
         data = BinDataConfig.from_dict(override(defaults, overrides["data"]), source="--set")
+    check_block_size(model, data)
     device = choose_device()
     precision, _ = choose_precision(training, device)
     setup = Setup(model, training, data.batch_size, data.block_size, device, precision)

@@ -1,5 +1,6 @@
 """The command that trains a model."""
 
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
@@ -8,7 +9,7 @@ import typer
 
 from tiny_lm.cli.options import DryRun, Settings, print_configs
 from tiny_lm.cli.report import write_report_beside
-from tiny_lm.config import parse_overrides
+from tiny_lm.config import parse_overrides, shipped_configs
 from tiny_lm.errors import UserError
 from tiny_lm.files import remove_leftovers
 from tiny_lm.runs import RUNS_FOLDER, Run, find_newest_run, new_run_name, open_run
@@ -51,8 +52,8 @@ def train(
         names = resumed.read_record().get("configs", names)
     resume = resume or configs[1].resume_from_checkpoint
     run, checkpoint = _choose_run(configs[1], resume, names)
-    if profile and checkpoint is None:
-        _check_streams(profile, configs[2])
+    if checkpoint is None:
+        _check_streams(configs[2])
     if resume == "auto" and _is_finished(run, configs[1]):  # a job that is started again and again ends well
         _end_again(run, configs[1])
     else:
@@ -87,16 +88,21 @@ def _config_files(profile: str | None, given: dict[str, str | None], resumed: Ru
     return [str(file) for file in files.values()]
 
 
-def _check_streams(profile: str, config: "BinDataConfig") -> None:
-    """Name the two commands that write the token streams of a profile, if they are not there."""
+def _check_streams(config: "BinDataConfig") -> None:
+    """Name the two commands that write the token streams of a shipped data config, if they are not there."""
+    from tiny_lm.data import BinDataConfig
     from tiny_lm.profile import Profile
 
-    if not Path(config.train_path).exists() and "*" not in config.train_path:
-        tokenizer = Profile.from_yaml(profile).tokenizer
-        raise UserError(
-            f"{config.train_path}: no such token stream; write it with: "
-            f"tiny-lm tokenizer train --config {tokenizer} && tiny-lm tokenize --config {tokenizer}"
-        )
+    if Path(config.train_path).exists():
+        return
+    for file in sorted((shipped_configs() / Profile.folder).glob("*.yaml")):
+        profile = Profile.from_yaml(file)
+        data = BinDataConfig.from_yaml(shipped_configs() / BinDataConfig.folder / f"{profile.data}.yaml")
+        if data.train_path == config.train_path:
+            raise UserError(
+                f"{config.train_path}: no such token stream; write it with: tiny-lm tokenizer train --config "
+                f"{profile.tokenizer} && tiny-lm tokenize --config {profile.tokenizer}"
+            )
 
 
 def _load(files: list[str], settings: list[str] | None) -> Configs:
@@ -167,9 +173,10 @@ def _draw(run: Run) -> None:
 
 
 def run_training(run: Run, configs: Configs, names: list[str], checkpoint: Path | None = None) -> "TrainingResult":
-    """Train, draw the curves and write the report, also of a run that the user stopped.
+    """Train, draw the curves and write the report, also of a run that the user stopped or that failed on its way.
 
     Raises:
+        UserError: the run failed.
         typer.Exit: with code 130 where the user stopped the run.
     """
     from tiny_lm.training.fit import train as fit
@@ -178,7 +185,13 @@ def run_training(run: Run, configs: Configs, names: list[str], checkpoint: Path 
     console = _console(main)
     start = f"going on from {checkpoint}" if checkpoint else "from the beginning"
     console.print(f"run folder {run.folder}, {start}")
-    result = fit(*configs, run, resume_from=checkpoint, names=names, console=console)
+    try:
+        result = fit(*configs, run, resume_from=checkpoint, names=names, console=console)
+    except UserError:
+        if main and run.read_record().get("status") == "failed":
+            with suppress(UserError):  # what ended the run is told, whatever else there is
+                _draw(run)
+        raise
     if not main:
         raise typer.Exit  # the first process writes and tells what remains
     _draw(run)

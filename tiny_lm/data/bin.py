@@ -56,6 +56,10 @@ def open_stream(path: str, config: BinDataConfig) -> TokenStream:
         UserError: a file is missing, its size does not fit its metadata, or files of different tokenizers are mixed.
     """
     files = _find_files(Path(path))
+    if Path(path).is_dir():
+        raise UserError(
+            f"{path}: no such token stream, but a folder; name a file in it, such as {Path(path) / 'train.bin'}"
+        )
     if not files:
         raise UserError(f"{path}: no such token stream; write one with `tiny-lm tokenize`")
     metadata = [StreamMetadata.read(file.parent) for file in files]

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, cast
 from pydantic import Field, model_validator
 from typing_extensions import Self
 
-from tiny_lm.config import Config, config_dataclass, find_config, nearest, override, read_yaml, shorten
+from tiny_lm.config import Config, config_dataclass, find_config, name_source, nearest, override, read_yaml, shorten
 from tiny_lm.errors import UserError
 
 PARAMETER_LIMIT = 20_000_000_000
@@ -218,7 +218,8 @@ def load_model_config(path: str | Path, overrides: Mapping[str, Any] | None = No
         UserError: the file is missing or is no valid model config.
     """
     file = find_config("models", path)
-    return model_config_from_dict(override(read_yaml(file), overrides or {}), source=str(file))
+    values = override(read_yaml(file), overrides or {})
+    return model_config_from_dict(values, source=name_source(file, overrides))
 
 
 def model_config_from_dict(values: Mapping[str, Any], *, source: str = "config") -> ModelConfig:

@@ -8,12 +8,11 @@ reach the limit by what the smaller ones took is not tried.
 
 import gc
 import multiprocessing
-import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
@@ -23,12 +22,15 @@ import torch
 from tiny_lm.errors import UserError
 from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.device import Device
-from tiny_lm.training.memory import Setup, estimate_memory
+from tiny_lm.training.memory import Setup, estimate_memory, is_out_of_memory
 from tiny_lm.training.monitors import peak_memory
 from tiny_lm.training.rehearsal import StepTimes, rehearse
 
 _MOST_WINDOWS = 1024
 """Where no global batch is given that would bound a micro-batch."""
+
+_PASSES = 5
+"""A rehearsal of two steps trains on at most four micro-batches, and validates on one."""
 
 _AS_FAST = 0.95
 """A smaller micro-batch with this share of the best speed is as good, and leaves memory free."""
@@ -147,8 +149,8 @@ def _try_on_gpu(setup: Setup, windows_per_step: int | None, windows: int) -> Tri
         times = rehearse(
             setup.model, _accumulating(setup.training, windows_per_step, windows), windows, setup.block_size
         )
-    except RuntimeError as error:  # of which torch.OutOfMemoryError is one; MPS has none of its own
-        if not _is_out_of_memory(error):
+    except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+        if not is_out_of_memory(error):
             raise
     gc.collect()
     used = estimate_memory(replace(setup, windows=windows)).total
@@ -170,10 +172,6 @@ def _gpu_limit(device: Device, memory: int) -> Iterator[None]:
         gpu.set_per_process_memory_fraction(1.0)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or re.search(r"out of memory|allocate memory", str(error)) is not None
-
-
 def _accumulating(training: TrainingConfig, windows_per_step: int | None, windows: int) -> TrainingConfig:
     """Return the training config with the accumulation that ``windows`` in a micro-batch need."""
     return replace(training, accumulate_grad_batches=(windows_per_step or windows) // windows)
@@ -186,12 +184,14 @@ def _try_in_child(
     setup: Setup, windows_per_step: int | None, sizes: Sequence[int], memory: int, seconds: float
 ) -> Iterator[Trial]:
     """Try sizes from the smallest on, as long as memory and time allow; end with the largest that would fit."""
-    started, lasted = time.perf_counter(), 0.0
     done: list[Trial] = []
     with _child(setup, windows_per_step, memory) as connection:
+        started, lasted = time.perf_counter(), 0.0  # not counting what Python and torch took to load
         for windows in sizes:
-            slow = done and time.perf_counter() - started + lasted * windows / done[-1].windows > seconds
-            if slow or _predict(setup, windows, done) > memory:
+            passed = time.perf_counter() - started
+            if done and passed + lasted + _growth(setup, windows, done[-1]) > seconds:
+                break
+            if _predict(setup, windows, done) > memory:
                 break
             before = time.perf_counter()
             trial = _ask(connection, windows) or Trial(windows, False, _predict(setup, windows, done), None)
@@ -202,6 +202,12 @@ def _try_in_child(
             done.append(trial)
     untried = [Trial(size, True, _predict(setup, size, done), None) for size in sizes[len(done) :]]
     yield from [trial for trial in untried if trial.memory <= memory][-1:]
+
+
+def _growth(setup: Setup, windows: int, last: Trial) -> float:
+    """Return how many seconds more a size takes than a smaller one took, at the speed of that one."""
+    assert last.tokens_per_second is not None
+    return _PASSES * (windows - last.windows) * setup.block_size / last.tokens_per_second
 
 
 def _predict(setup: Setup, windows: int, done: Sequence[Trial]) -> int:
@@ -221,13 +227,15 @@ def _predict(setup: Setup, windows: int, done: Sequence[Trial]) -> int:
 
 @contextmanager
 def _child(setup: Setup, windows_per_step: int | None, memory: int) -> Iterator[Connection]:
-    """Start the process that rehearses sizes; yield its end of the line."""
+    """Start the process that rehearses sizes; yield our end of the line when it is ready."""
     context = multiprocessing.get_context("spawn")  # a fork would share what torch has set up
     ours, theirs = context.Pipe()
     process = context.Process(target=_answer, args=(theirs, setup, windows_per_step, memory), daemon=True)
     process.start()
     theirs.close()
     try:
+        with suppress(EOFError):  # it died; the first question will find out
+            ours.recv()
         yield ours
     finally:
         process.kill()
@@ -251,13 +259,14 @@ def _answer(connection: Connection, setup: Setup, windows_per_step: int | None, 
     """Rehearse each size that is asked for, in the child."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
     _limit_memory(memory)
+    connection.send("ready")
     while True:
         windows: int = connection.recv()
         try:
             training = _accumulating(setup.training, windows_per_step, windows)
             times = rehearse(setup.model, training, windows, setup.block_size)
         except Exception as error:
-            connection.send(None if _is_out_of_memory(error) else error)
+            connection.send(None if is_out_of_memory(error) else error)
             return
         peak = peak_memory().get("process_peak_memory_mb")  # not known on Windows
         used = _predict(setup, windows, []) if peak is None else int(peak * 2**20)

@@ -55,6 +55,8 @@ def begin_with(path: Path, model: Transformer, tokenizer: Tokenizer) -> dict[str
 
 
 def _open(path: Path) -> Run:
+    if not path.exists():
+        raise UserError(f"init_from {path}: no such run folder, checkpoint or Hugging Face folder")
     if path.is_dir() and not (path / "run.json").is_file():
         raise UserError(f"init_from {path}: is neither a run folder nor a model in Hugging Face's layout")
     return open_run(path)

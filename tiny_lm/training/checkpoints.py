@@ -31,8 +31,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             UserError: it could not be written, or what stands there is not what was written.
         """
         with atomic_path(Path(path)) as temporary:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
+            _save(checkpoint, temporary)
             try:
                 check_whole(temporary)
             except UserError as error:
@@ -43,6 +42,21 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint into memory."""
         return read_checkpoint(Path(path), mmap=False)  # it is about to be replaced by the next one
+
+
+def _save(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write ``checkpoint``; where the disk refuses, its own error is raised.
+
+    torch closes its archive then too, fails at that, and raises what it found wrong there.
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(checkpoint, file)
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise cause or error from None
 
 
 class CheckpointWriter(StepCallback):
@@ -98,7 +112,10 @@ class CheckpointWriter(StepCallback):
 
     def _write(self, trainer: pl.Trainer, step: int, *, due: bool, best: bool) -> None:
         path = self._run.step_checkpoint(step) if due else self._run.best_checkpoint
-        trainer.save_checkpoint(path)
+        try:
+            trainer.save_checkpoint(path)
+        except UserError as error:
+            raise UserError(f"{error}; {self._guard.last_checkpoint()}") from error
         if due and trainer.is_global_zero:
             link(path, self._run.last_checkpoint)
             if best:

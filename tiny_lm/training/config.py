@@ -79,7 +79,8 @@ class TrainingConfig(Config):
     spike_threshold: float | None = Field(
         default=None,
         gt=0,
-        description="stop when the loss of a step is so many nats above the mean of those before; null: only warn",
+        description="stop when the loss of a step is so many nats above the median of those before, or "
+        "above the highest of the first ones; null: only warn",
     )
     sample_prompts: tuple[str, ...] = Field(
         default=("Once upon a time",), max_length=16, description="begun stories that each validation continues"

@@ -36,6 +36,7 @@ from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.device import Device, choose_device, choose_precision, describe_device, tell_choice
 from tiny_lm.training.ema import WeightAverage
 from tiny_lm.training.guard import LossGuard
+from tiny_lm.training.memory import is_out_of_memory
 from tiny_lm.training.module import CausalLMModule
 from tiny_lm.training.monitors import Event, GpuStatsMonitor, OptimizerStepProgressBar, TokensMonitor, peak_memory
 from tiny_lm.training.parallel import (
@@ -255,7 +256,7 @@ def _fit(
         if processes.is_main:
             with suppress(UserError):  # a full disk takes the record no more than the checkpoint
                 run.update_record(status="failed")
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             raise UserError(
                 "out of memory: lower batch_size and raise accumulate_grad_batches as much, or set "
                 "gradient_checkpointing: true"
@@ -277,11 +278,7 @@ def _fit(
 
 def _check_fit(model_config: ModelConfig, data: BinTokenDataModule) -> Tokenizer:
     """Check that model and streams fit each other; return the tokenizer that wrote the streams."""
-    if data.config.block_size > model_config.context_length:
-        raise UserError(
-            f"block_size {data.config.block_size} of the data config is above context_length "
-            f"{model_config.context_length} of the model config"
-        )
+    check_block_size(model_config, data.config)
     metadata = data.train_stream.metadata
     if metadata.vocab_size > model_config.vocab_size:
         raise UserError(
@@ -295,6 +292,19 @@ def _check_fit(model_config: ModelConfig, data: BinTokenDataModule) -> Tokenizer
             f"{folder}: is not the tokenizer that wrote {data.config.train_path}; run `tiny-lm tokenize` again"
         )
     return tokenizer
+
+
+def check_block_size(model_config: ModelConfig, data_config: BinDataConfig) -> None:
+    """Check that the model can read a whole window.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if data_config.block_size > model_config.context_length:
+        raise UserError(
+            f"block_size {data_config.block_size} of the data config is above context_length "
+            f"{model_config.context_length} of the model config"
+        )
 
 
 @contextmanager

@@ -23,12 +23,13 @@ from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.monitors import StepCallback
 
 _MEMORY = 100  # steps whose losses a new one is compared with
-_ENOUGH = 20  # fewer are no measure of what is usual
+_ENOUGH = 20  # fewer are no measure of what is usual: a loss is compared with the highest of them
 _PENDING = 1024  # losses on the device that are looked at in one go, at the latest
 
 # A jump worth a warning where the config sets no threshold: one nat, and far outside the noise of the steps before
 # (1.4826 times the median deviation is the standard deviation of normal noise).
 _NATS = 1.0
+_NATS_AT_FIRST = 2.0  # of few steps little is known but that the loss falls
 _DEVIATIONS = 6 * 1.4826
 
 
@@ -105,28 +106,31 @@ class LossGuard(StepCallback):
             worst = next(number for number, value in enumerate(losses) if not math.isfinite(value))
             batch = self._describe(step, losses, place, worst)
             raise UserError(f"the loss is {losses[worst]} at step {step:,}, in {batch}: {self._way_out()}")
-        rise, limit, past = *self._compare(loss), len(self._history)
+        rise, limit, usual = self._compare(loss)
         self._history.append(loss)
         if rise <= limit:
             self._jumped = False
             return
         told = (
-            f"the loss is {loss:.3f} at step {step:,}, {rise:.2f} nats above the median of the {past} steps before, "
+            f"the loss is {loss:.3f} at step {step:,}, {rise:.2f} nats above {usual} before, "
             f"worst in {self._describe(step, losses, place, losses.index(max(losses)))}"
         )
         if self._config.spike_threshold is not None:
             raise UserError(f"{told}; spike_threshold is {self._config.spike_threshold}: {self._way_out()}")
         if not self._jumped:
-            self._console.print(f"warning: {told}; {self._last_checkpoint()}", markup=False)
+            self._console.print(f"warning: {told}; {self.last_checkpoint()}", markup=False)
         self._jumped = True
 
-    def _compare(self, loss: float) -> tuple[float, float]:
-        """Return by how much a loss stands above those before, and how much is too much."""
-        if len(self._history) < _ENOUGH:
-            return 0.0, math.inf
+    def _compare(self, loss: float) -> tuple[float, float, str]:
+        """Return by how much a loss stands above those before, how much is too much, and which those are."""
+        threshold, past = self._config.spike_threshold, len(self._history)
+        if past < _ENOUGH:
+            highest = max(self._history, default=loss)
+            steps = "the step" if past == 1 else f"the highest of the {past} steps"
+            return loss - highest, threshold or _NATS_AT_FIRST, steps
         usual = median(self._history)
         noise = median(abs(past - usual) for past in self._history)
-        return loss - usual, self._config.spike_threshold or max(_NATS, _DEVIATIONS * noise)
+        return loss - usual, threshold or max(_NATS, _DEVIATIONS * noise), f"the median of the {past} steps"
 
     # --- what the user is told ----------------------------------------------------------------------------------------
 
@@ -155,7 +159,8 @@ class LossGuard(StepCallback):
             quotes.append(f"\n--- window {window}: {place} ---\n{text}\n")
         return "".join(quotes)
 
-    def _last_checkpoint(self) -> str:
+    def last_checkpoint(self) -> str:
+        """Say where the last good checkpoint is, as the end of a line."""
         if not self._run.last_checkpoint.is_file():
             return "no checkpoint was written yet"
         saved = self._run.saved_steps()
@@ -167,7 +172,7 @@ class LossGuard(StepCallback):
         begin = "go on" if self._run.last_checkpoint.is_file() else "begin again"
         rate = max(config.learning_rate / 2, config.min_lr)
         return (
-            f"{self._last_checkpoint()}; {begin} with a lower rate: tiny-lm train --resume {self._run.folder} "
+            f"{self.last_checkpoint()}; {begin} with a lower rate: tiny-lm train --resume {self._run.folder} "
             f"--set training.learning_rate={rate:g}"
         )
 

@@ -161,7 +161,7 @@ class GpuStatsMonitor(StepCallback):
             self._event["process_memory_mb"] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
         if torch.cuda.is_available():
             self._event["gpu_memory_mb"] = torch.cuda.memory_allocated() / 2**20
-            with suppress(Exception):  # needs nvidia-ml-py, and a driver that tells
+            with suppress(Exception):  # needs nvidia-ml-py (the extra gpu), and a driver that tells
                 self._event["gpu_utilization_percent"] = torch.cuda.utilization()
                 self._event["gpu_temperature_c"] = torch.cuda.temperature()
 

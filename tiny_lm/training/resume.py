@@ -120,7 +120,10 @@ def check_resume(path: Path, identity: dict[str, Any], console: Console, *, fini
     step, max_steps = int(checkpoint["global_step"]), identity["training"]["max_steps"]
     was_last = not finished and step == max_steps == ours.get("training", {}).get("max_steps")
     if step >= max_steps and not was_last:
-        raise UserError(f"{path}: stands at step {step} of max_steps {max_steps}: nothing is left to train")
+        raise UserError(
+            f"{path}: stands at step {step} of max_steps {max_steps}: nothing is left to train; to go on, raise "
+            "training.max_steps"
+        )
     for line in _tell_changes(ours, identity, step):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return step
