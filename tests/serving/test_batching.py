@@ -6,9 +6,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.append(str(Path(__file__).parents[1] / "inference"))  # generators.py
 from generators import FAMILIES, GREEDY, make
@@ -26,6 +28,8 @@ from tiny_lm.serving.batching import (
     Ticket,
     apart,
 )
+from tiny_lm.serving.limits import Limits
+from tiny_lm.serving.models import ServedModel, check_memory
 from tiny_lm.tokenizer import Tokenizer
 
 LONG = Request(100_000, 100_000, GREEDY)  # goes on until it is cancelled
@@ -326,3 +330,29 @@ def test_what_is_done_apart_is_done_in_a_thread_that_ends() -> None:
     assert size == 3 and not thread.is_alive()
     with pytest.raises(ZeroDivisionError):
         apart(lambda: 1 // 0)
+
+
+class Operations(TorchDispatchMode):
+    """Notes every operation on tensors of the thread that it is switched on in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        self.seen.append(str(function))
+        return function(*arguments, **options or {})
+
+
+def test_only_the_loop_computes(generator: TextGenerator, start: Start) -> None:
+    """A second thread that has computed halves the speed of the loop as long as it lives."""
+    loop = start(generator)
+    served = ServedModel("fox", generator, loop, None, 0, "")
+    with Operations() as operations:
+        taken = check_memory([served, served], Limits(slots=8))
+        ticket = loop.submit("Once", LONG, score=generator.new_score([1, 2, 3]))
+        next(iter(ticket))
+        ticket.cancel()
+    assert not operations.seen
+    cache = generator.model.new_cache(8)
+    assert taken == 2 * sum(part.nbytes for part in (*cache.keys, *cache.values))

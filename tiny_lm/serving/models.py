@@ -9,6 +9,7 @@ from typing import cast
 from tiny_lm.config import nearest
 from tiny_lm.errors import UserError
 from tiny_lm.inference import TextGenerator
+from tiny_lm.model import Transformer
 from tiny_lm.runs import Run
 from tiny_lm.serving.batching import ModelLoop, apart
 from tiny_lm.serving.chat import ChatTemplate, load_chat_template
@@ -131,14 +132,20 @@ def load_model(name: str, path: Path, limits: Limits, *, device: str | None = No
     return ServedModel(name, generator, loop, template, int(_written(path)), digest.hexdigest())
 
 
+def _cache_bytes(model: Transformer) -> int:
+    """Return the bytes of a text's keys and values; no tensor is made, since this thread must not compute (batching)."""
+    config = model.config
+    numbers = 2 * config.n_layers * config.kv_heads * config.head_size * config.context_length
+    return numbers * model.token_emb.weight.element_size()
+
+
 def check_memory(models: Sequence[ServedModel], limits: Limits) -> int:
     """Return the bytes that the keys and values of all texts at once take, which each model takes at its first request.
 
     Raises:
         UserError: they are more than is free.
     """
-    rows = [model.generator.model.new_cache(1) for model in models]
-    taken = limits.slots * sum(part.nbytes for row in rows for part in (*row.keys, *row.values))
+    taken = limits.slots * sum(_cache_bytes(model.generator.model) for model in models)
     try:
         free = free_memory(cast(Device, models[0].generator.model.token_emb.weight.device.type))
     except UserError:  # this system does not tell
