@@ -133,7 +133,7 @@ def load_model(name: str, path: Path, limits: Limits, *, device: str | None = No
 
 
 def _cache_bytes(model: Transformer) -> int:
-    """Return the bytes of a text's keys and values; no tensor is made, since this thread must not compute (batching)."""
+    """Return the bytes of a text's keys and values; made without a tensor: this thread must not compute."""
     config = model.config
     numbers = 2 * config.n_layers * config.kv_heads * config.head_size * config.context_length
     return numbers * model.token_emb.weight.element_size()
