@@ -2,12 +2,17 @@
 
 from collections.abc import Iterable, Sequence
 
+from tiny_lm.errors import UserError
 from tiny_lm.inference import Request
+from tiny_lm.serving.batching import Ticket
 from tiny_lm.serving.errors import ApiError
-from tiny_lm.serving.generation import Generation, begin
-from tiny_lm.serving.limits import Limits
+from tiny_lm.serving.generation import Generation
+from tiny_lm.serving.limits import MOST_PROMPTS, Limits
 from tiny_lm.serving.metrics import Metrics
 from tiny_lm.serving.models import ServedModel
+
+_SEEDS = 2**63
+"""Seeds are taken modulo this; those that a C integer holds (which all clients send) are left as they are."""
 
 
 class Catalogue:
@@ -47,14 +52,38 @@ class Catalogue:
         seed: int | None = None,
         scores_prompts: bool = False,
     ) -> Generation:
-        """Hand prompts to the loop of a model, as :func:`begin` does."""
-        return begin(
-            model,
-            prompts,
-            request,
-            n=n,
-            seed=seed,
-            scores_prompts=scores_prompts,
-            limits=self.limits,
+        """Hand prompts to the loop of a model.
+
+        Args:
+            model: tells the texts.
+            prompts: ids, one or more for each prompt.
+            request: how to go on.
+            n: texts for each prompt; text i of a prompt has ``seed + i``.
+            seed: any integer; None for another text each time.
+            scores_prompts: tell the log-probabilities of the prompts' tokens too.
+
+        Raises:
+            UserError: there are too many texts, or the loop refuses one.
+            QueueFull: as :meth:`ModelLoop.submit`; no text of the request is begun then.
+        """
+        if len(prompts) * n > MOST_PROMPTS:
+            raise UserError(
+                f"{len(prompts)} prompts with {n} texts each are too many: at most {MOST_PROMPTS} texts in all"
+            )
+        tickets: list[Ticket] = []
+        try:
+            for ids in prompts:
+                score = model.generator.new_score(ids, top=request.logprobs or 0) if scores_prompts else None
+                for number in range(n):
+                    own_seed = None if seed is None else seed % _SEEDS + number
+                    tickets.append(model.loop.submit(ids, request, seed=own_seed, score=score))
+        except Exception:
+            for ticket in tickets:
+                ticket.cancel()
+            raise
+        return Generation(
+            tickets,
+            sum(map(len, prompts)),
+            seconds=self.limits.seconds,
             on_first=lambda seconds: self.metrics.first_token(model.name, seconds),
         )

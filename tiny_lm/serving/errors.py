@@ -130,6 +130,9 @@ _KINDS = {
 }
 """What a field holds that takes several kinds of values."""
 
+_KIND_NAMES = {"str", "int", "float", "bool"}
+"""What pydantic puts between fields to name the kind that a value is not."""
+
 
 def _first_problem(error: RequestValidationError) -> tuple[str, str | None]:
     """Return what is wrong with a body in one line, and the field at its top level."""
@@ -156,6 +159,3 @@ def _place(problem: Mapping[str, Any]) -> list[str]:
     """Return the fields and numbers that lead to a problem, without the names of kinds that stand between them."""
     parts = problem["loc"][1:]
     return [str(part) for part in parts if isinstance(part, int) or (part.isidentifier() and part not in _KIND_NAMES)]
-
-
-_KIND_NAMES = {"str", "int", "float", "bool"}

@@ -6,17 +6,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from tiny_lm.errors import UserError
-from tiny_lm.inference import Request
 from tiny_lm.inference.decoding import Drawn
 from tiny_lm.inference.request import FinishReason
 from tiny_lm.inference.scoring import ReadToken
 from tiny_lm.serving.batching import Piece, Ticket
 from tiny_lm.serving.chat import Message, story_beginning
-from tiny_lm.serving.limits import MOST_PROMPTS, Limits
 from tiny_lm.serving.models import ServedModel
-
-_SEEDS = 2**63
-"""Seeds are taken modulo this; those that a C integer holds (which all clients send) are left as they are."""
 
 
 class TimeIsUpError(Exception):
@@ -148,49 +143,6 @@ class Generation:
         async for number, piece in self.pieces():
             made[number].add(piece)
         return made
-
-
-def begin(
-    model: ServedModel,
-    prompts: Sequence[list[int]],
-    request: Request,
-    *,
-    n: int = 1,
-    seed: int | None = None,
-    scores_prompts: bool = False,
-    limits: Limits,
-    on_first: Callable[[float], None],
-) -> Generation:
-    """Hand prompts to the loop of a model.
-
-    Args:
-        model: tells the texts.
-        prompts: ids, one or more for each prompt.
-        request: how to go on.
-        n: texts for each prompt; text i of a prompt has ``seed + i``.
-        seed: any integer; None for another text each time.
-        scores_prompts: tell the log-probabilities of the prompts' tokens too.
-        limits: the time that all may take.
-        on_first: is told the seconds until the first piece of text.
-
-    Raises:
-        UserError: there are too many texts, or the loop refuses one.
-        QueueFull: as :meth:`ModelLoop.submit`; no text of the request is begun then.
-    """
-    if len(prompts) * n > MOST_PROMPTS:
-        raise UserError(f"{len(prompts)} prompts with {n} texts each are too many: at most {MOST_PROMPTS} texts in all")
-    tickets: list[Ticket] = []
-    try:
-        for ids in prompts:
-            score = model.generator.new_score(ids, top=request.logprobs or 0) if scores_prompts else None
-            for number in range(n):
-                own_seed = None if seed is None else seed % _SEEDS + number
-                tickets.append(model.loop.submit(ids, request, seed=own_seed, score=score))
-    except Exception:
-        for ticket in tickets:
-            ticket.cancel()
-        raise
-    return Generation(tickets, sum(map(len, prompts)), seconds=limits.seconds, on_first=on_first)
 
 
 async def encode(model: ServedModel, text: str, *, bos: bool = True) -> list[int]:

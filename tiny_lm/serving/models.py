@@ -126,14 +126,18 @@ def load_model(name: str, path: Path, limits: Limits, *, device: str | None = No
     generator = apart(TextGenerator.from_path, path, device=device)
     loop = ModelLoop(generator, slots=limits.slots, queue=limits.queue)
     template = load_chat_template(_template_folder(path), generator.tokenizer)
+    return ServedModel(name, generator, loop, template, int(_written(path)), apart(_digest, generator.model))
+
+
+def _digest(model: Transformer) -> str:
     digest = hashlib.sha256()
-    for weight in generator.model.state_dict().values():
+    for weight in model.state_dict().values():
         digest.update(weight.detach().float().cpu().contiguous().numpy().data)
-    return ServedModel(name, generator, loop, template, int(_written(path)), digest.hexdigest())
+    return digest.hexdigest()
 
 
 def _cache_bytes(model: Transformer) -> int:
-    """Return the bytes of a text's keys and values; made without a tensor: this thread must not compute."""
+    """Return the bytes of a text's keys and values, by numbers alone: only the loop's thread may make tensors."""
     config = model.config
     numbers = 2 * config.n_layers * config.kv_heads * config.head_size * config.context_length
     return numbers * model.token_emb.weight.element_size()
