@@ -5,9 +5,10 @@
 
 Every contender runs in a process of its own, one after the other, and all of them in every round; the figure of a
 contender is the median of its rounds, a ratio that of the ratios within each round. All continue the same prompts by
-the same number of tokens in float32: transformers by `generate` on the export of the run, llama.cpp (where
-llama-cpp-python is installed) on its GGUF file, ONNX Runtime (where the extra `onnx` is installed) by the program that
-stands beside its graphs, and once more with weights of eight bits. Loading is not timed; reading the prompt is.
+the same number of tokens in float32. Ours runs as it is, and once more with a compiled step for single texts
+(`--compile`); transformers by `generate` on the export of the run, llama.cpp (where llama-cpp-python is installed) on
+its GGUF file, ONNX Runtime (where the extra `onnx` is installed) by the program that stands beside its graphs, and once
+more with weights of eight bits. Loading and compiling are not timed; reading the prompt is.
 """
 
 import argparse
@@ -48,10 +49,12 @@ def timed(
     return rates
 
 
-def ours(run: Path) -> Generate:
+def ours(run: Path, *, compile_it: bool = False) -> Generate:
     from tiny_lm.inference import Request, Sampling, TextGenerator
 
     generator = TextGenerator.from_run(run)
+    if compile_it:
+        generator.compile()
 
     def generate(batch: int, temperature: float) -> None:
         request = Request(TOKENS, TOKENS, Sampling(temperature))
@@ -109,7 +112,8 @@ def onnx_runtime(folder: Path, file: str) -> Generate:
     return generate
 
 
-OURS, TRANSFORMERS, LLAMA_CPP = "tiny-lm", "transformers generate", "llama.cpp"
+OURS, OURS_COMPILED = "tiny-lm", "tiny-lm --compile"
+TRANSFORMERS, LLAMA_CPP = "transformers generate", "llama.cpp"
 FLOAT32, INT8 = "onnx/model.onnx", "onnx/model_quantized.onnx"
 ONNX, ONNX_QUANTIZED = "ONNX Runtime", "ONNX Runtime, int8"
 CONTENDERS: dict[str, Callable[[Path, Path], Rates]] = {
@@ -118,6 +122,7 @@ CONTENDERS: dict[str, Callable[[Path, Path], Rates]] = {
     ONNX: lambda run, exports: timed(onnx_runtime(exports / "onnx", FLOAT32), (1,)),
     ONNX_QUANTIZED: lambda run, exports: timed(onnx_runtime(exports / "onnx", INT8), (1,)),
     OURS: lambda run, exports: timed(ours(run)),
+    OURS_COMPILED: lambda run, exports: timed(ours(run, compile_it=True), (1,)),
 }
 
 
@@ -172,12 +177,15 @@ def race(run: Path, rounds: int) -> dict[str, list[Rates]]:
 def print_table(results: dict[str, list[Rates]]) -> None:
     for work in results[OURS][0]:
         print(f"\n{work}")
-        for name, rounds in results.items():
-            if work not in rounds[0]:
-                continue
-            ratio = median(own[work] / theirs[work] for own, theirs in zip(results[OURS], rounds, strict=True))
-            compared = "" if name == OURS else f"   tiny-lm: {ratio:.2f} x"
-            print(f"  {name:<24} {median(rates[work] for rates in rounds):>8,.0f} tokens/s{compared}")
+        contenders = {name: rounds for name, rounds in results.items() if work in rounds[0]}
+        for name, rounds in contenders.items():
+            line = f"  {name:<24} {median(rates[work] for rates in rounds):>8,.0f} tokens/s"
+            if name not in (OURS, OURS_COMPILED):
+                for own in (OURS, OURS_COMPILED):
+                    if own in contenders:
+                        pairs = zip(contenders[own], rounds, strict=True)
+                        line += f"   {own}: {median(a[work] / b[work] for a, b in pairs):.2f} x"
+            print(line)
 
 
 def main() -> None:

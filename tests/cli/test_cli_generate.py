@@ -46,6 +46,13 @@ def test_an_export_tells_what_the_run_tells(cli: Cli, run_folder: Path, tmp_path
     assert told[0].startswith("One day") and told[0] == told[1] == told[2]
 
 
+def test_a_compiled_step_tells_the_same(cli: Cli, run_folder: Path) -> None:
+    options = ["generate", run_folder, "--prompt", "One day", "--max-new-tokens", "20", "--temperature", "0"]
+    compiled = cli(*options, "--compile")
+    assert (compiled.code, compiled.stdout) == (0, cli(*options).stdout)
+    assert compiled.stderr == "compiling the decoding step, which takes some seconds\n"
+
+
 def test_several_samples_of_several_prompts(cli: Cli, run_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("A bear\n\nOne day\\nhe went\n")
     options = ["--prompt", "The fox", "--num-samples", "2", "--seed", "7", "--max-tokens", "9"]

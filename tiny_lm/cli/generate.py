@@ -66,6 +66,9 @@ def generate(
     tokenizer_dir: Annotated[Path | None, typer.Option(help="Tokenizer folder.")] = None,
     tokenizer_config: Annotated[str | None, typer.Option(help="Must name the kind of the tokenizer folder.")] = None,
     device: Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, mps.")] = None,
+    compile_step: Annotated[
+        bool, typer.Option("--compile", help="Compile first (some seconds), for single texts on a CPU: twice as fast.")
+    ] = False,
 ) -> None:
     """Continue a prompt with a trained model."""
     from tiny_lm.inference import Request, Sampling
@@ -78,6 +81,9 @@ def generate(
         raise UserError("--interactive tells one story at a time, as text: leave out --json and --num-samples")
     prompts = [*(prompt or ()), *(_read_prompts(prompt_file) if prompt_file else ())]
     generator = _open(run, checkpoint, model_config, tokenizer_dir or tokenizer, tokenizer_config, device)
+    if compile_step:
+        print("compiling the decoding step, which takes some seconds", file=sys.stderr)
+        generator.compile()
     if interactive:
         from tiny_lm.cli.interactive import Session
 

@@ -1,6 +1,6 @@
 """Texts that are continued together."""
 
-from tiny_lm.inference.decoding import BatchDecoder
+from tiny_lm.inference.decoding import BatchDecoder, DecodeStep, decode_step
 from tiny_lm.inference.request import GrowingText
 from tiny_lm.model import Transformer
 
@@ -8,9 +8,11 @@ from tiny_lm.model import Transformer
 class TextBatch:
     """Texts that are continued together, and may join and leave between steps."""
 
-    def __init__(self, model: Transformer, rows: int, *, prompt_tokens: int | None = None) -> None:
+    def __init__(
+        self, model: Transformer, rows: int, *, prompt_tokens: int | None = None, step: DecodeStep = decode_step
+    ) -> None:
         """Have room for ``rows`` texts; the arguments are those of :class:`BatchDecoder`."""
-        self._decoder = BatchDecoder(model, rows, prompt_tokens=prompt_tokens)
+        self._decoder = BatchDecoder(model, rows, prompt_tokens=prompt_tokens, step=step)
         self._texts: dict[int, GrowingText] = {}  # by row
 
     def __len__(self) -> int:

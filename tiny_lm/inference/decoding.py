@@ -4,7 +4,7 @@ Shapes: B rows, T tokens of a prompt, D model width, V vocabulary.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -56,6 +56,10 @@ def decode_step(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
     """Read one more token for each row, ``[B]``, and return the logits ``[B, V]`` after it."""
     logits: Tensor = model.lm_head(model.hidden_states(tokens[:, None], cache)[:, 0])
     return logits
+
+
+DecodeStep = Callable[[Transformer, Tensor, KVCache], Tensor]
+"""What :func:`decode_step` is."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,9 @@ class BatchDecoder:
     one leaves, the last one moves. A prompt is read behind them; then its row is one of them.
     """
 
-    def __init__(self, model: Transformer, rows: int, *, prompt_tokens: int | None = None) -> None:
+    def __init__(
+        self, model: Transformer, rows: int, *, prompt_tokens: int | None = None, step: DecodeStep = decode_step
+    ) -> None:
         """Have room for texts.
 
         Args:
@@ -137,8 +143,9 @@ class BatchDecoder:
             rows: most texts at once.
             prompt_tokens: at most so many tokens of prompts are read in a step, so that long ones do not keep the
                 other rows waiting; None for all there are.
+            step: does what :func:`decode_step` does.
         """
-        self._model = model
+        self._model, self._decode_step = model, step
         self._context = model.config.context_length
         self._prompt_tokens = rows * self._context if prompt_tokens is None else prompt_tokens
         self._cache = model.new_cache(rows)
@@ -192,7 +199,7 @@ class BatchDecoder:
     def step(self) -> list[Drawn]:
         """Draw one token for each row, but for those whose prompt is still to be read."""
         self._slide()
-        logits = [decode_step(self._model, *self._last_tokens())] if self._drawing else []
+        logits = [self._decode_step(self._model, *self._last_tokens())] if self._drawing else []
         for row in self._drawing:
             self._rows[row].held += 1
         logits += self._read()

@@ -11,7 +11,8 @@ from typing_extensions import Self
 
 from tiny_lm.errors import UserError
 from tiny_lm.inference.batch import TextBatch
-from tiny_lm.inference.decoding import Continuation
+from tiny_lm.inference.compiling import CompiledStep
+from tiny_lm.inference.decoding import Continuation, DecodeStep, decode_step
 from tiny_lm.inference.packing import pack
 from tiny_lm.inference.request import Generated, GrowingText, Request
 from tiny_lm.inference.sampling import Sampling
@@ -53,6 +54,7 @@ class TextGenerator:
         self.model = model.eval()
         self.tokenizer = tokenizer
         self._packed = pack(self.model)
+        self._step: DecodeStep = decode_step
         # Tokens that are no text [V]: control tokens, and rows beyond the tokenizer.
         no_text = torch.zeros(model.config.vocab_size, dtype=torch.bool)
         no_text[tokenizer.vocab_size :] = True
@@ -128,6 +130,16 @@ class TextGenerator:
         folder = folder.parent if folder.is_file() else folder
         model, _ = load_huggingface_model(folder)
         return cls(model.to(choose_device(device)), load_tokenizer(tokenizer_path or folder))
+
+    def compile(self) -> None:
+        """From now on continue a text that is alone by a compiled step: two to three times as fast, on a CPU.
+
+        Compiling takes up to half a minute. Texts are the same but for rounding.
+
+        Raises:
+            UserError: the model is not on a CPU, or there is no compiler.
+        """
+        self._step = CompiledStep(self.model)
 
     def generate(
         self,
@@ -289,7 +301,7 @@ class TextGenerator:
 
     def new_batch(self, rows: int, *, prompt_tokens: int | None = None) -> TextBatch:
         """Return a place where texts that :meth:`begin` made are continued; the arguments are those of BatchDecoder."""
-        return TextBatch(self._packed, rows, prompt_tokens=prompt_tokens)
+        return TextBatch(self._packed, rows, prompt_tokens=prompt_tokens, step=self._step)
 
     def _continue(self, texts: Sequence[GrowingText]) -> Iterator[str]:
         """Continue texts to their ends, as many at once as there are rows, and yield piece after piece of all."""

@@ -1,9 +1,6 @@
 """What makes a training step fast on the machine at hand: compiling, the kind of attention, and kept memory."""
 
 import ctypes
-import importlib.util
-import os
-import shutil
 import sys
 from collections.abc import Callable
 
@@ -11,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiny_lm.inference.compiling import missing_compiler
 from tiny_lm.model import ModelConfig, flops_per_token
 from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.device import Device
@@ -50,25 +48,8 @@ def choose_compile(
     total = config.max_steps * tokens_per_step * flops_per_token(model_config, block_size)
     if config.compile == "auto" and total < _WORTH_COMPILING.get(device, float("inf")):
         return False, None
-    missing = _missing_compiler(device)
+    missing = missing_compiler(device)
     return missing is None, missing and f"{missing}: training uncompiled, which is somewhat slower"
-
-
-def _missing_compiler(device: Device) -> str | None:
-    """Return what torch.compile lacks here, if anything: it would say so only in the middle of the first step."""
-    if device == "cuda" and importlib.util.find_spec("triton") is None:
-        return "torch.compile needs Triton, which is not installed"
-    if device == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-        return "torch.compile needs a C++ compiler (g++ or clang++), which is not on the PATH"
-    try:
-        torch.compile(_trial, dynamic=False)(torch.ones(8, device=device))
-    except Exception as error:  # whatever is wrong with the tools: there is another way to train
-        return f"torch.compile does not work here ({' '.join(str(error).split())[:200]})"
-    return None
-
-
-def _trial(x: Tensor) -> Tensor:
-    return x.exp() + 1
 
 
 def prefers_blocked_attention(device: Device, block_size: int) -> bool:

@@ -1,0 +1,132 @@
+"""A decode step that torch.compile makes for one text.
+
+One text meets every matrix with one vector, so a step takes at least as long as reading all matrices once. Libraries
+for matrix products, made for many vectors, read them at half the speed that the memory allows; written as a sum of
+products, a matrix is read by a loop that the compiler writes, together with what stands before and after it. What is
+computed is the forward of ``model/``, with other leaves.
+
+Shapes as in :mod:`tiny_lm.model.attention`.
+"""
+
+import copy
+import importlib.util
+import os
+import shutil
+from collections.abc import Sequence
+from types import FunctionType
+
+import torch
+from torch import Tensor, nn
+
+from tiny_lm.errors import UserError
+from tiny_lm.inference.decoding import decode_step
+from tiny_lm.model import KVCache, MultiHeadAttention, Transformer
+
+
+class SummedLinear(nn.Module):
+    """``nn.Linear`` for few vectors, as a sum of products; it shares the parameters."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``x`` [..., in] to [..., out]."""
+        y: Tensor = (x.unsqueeze(-2) * self.weight).sum(dim=-1)  # [..., 1, in] * [out, in] -> [..., out]
+        return y if self.bias is None else y + self.bias
+
+
+def attend_summed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+    """Do what :func:`~tiny_lm.model.attend` does for one query, which sees all keys, as sums of products."""
+    batch, heads, queries, size = q.shape
+    grouped = (q * size**-0.5).view(batch, k.shape[1], -1, 1, size)  # [B, H, 1, K] -> [B, G, H/G, 1, K]
+    scores = (grouped * k.unsqueeze(2)).sum(dim=-1)  # [B, G, H/G, S]
+    y: Tensor = (scores.softmax(dim=-1).unsqueeze(-1) * v.unsqueeze(2)).sum(dim=-2)  # [B, G, H/G, K]
+    return y.view(batch, heads, queries, size)
+
+
+class _TracedCache(KVCache):
+    """A cache of one row whose length is that of a tensor: a number of Python would be a constant of the code."""
+
+    def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], seen: Tensor) -> None:
+        """Take keys and values [1, G, max_length, K] of each layer, and all positions [S], the new token's included."""
+        self.keys, self.values, self._seen = keys, values, seen
+
+    def prepare(self, batch_size: int, count: int) -> tuple[Tensor, Tensor | None]:
+        """Return the position of the new token, [1], which sees all."""
+        return self._seen[-1:], None
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store key and value [1, G, 1, K], and return all, [1, G, S, K] each."""
+        stored = self.keys[layer], self.values[layer]
+        for store, new in zip(stored, (keys, values), strict=True):
+            store.index_copy_(2, self._seen[-1:], new)
+        k, v = (store[:, :, : len(self._seen)] for store in stored)
+        return k, v
+
+    def advance(self, count: int) -> None:
+        """Leave the length to the cache that has these tensors."""
+
+
+def _step(model: Transformer, tokens: Tensor, seen: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    return decode_step(model, tokens, _TracedCache(keys, values, seen))
+
+
+class CompiledStep:
+    """Does what :func:`~tiny_lm.inference.decoding.decode_step` does with one model; for a single text, compiled.
+
+    Compiling takes 5 to 30 seconds, and less the next time: torch keeps what its compiler made.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        """Compile, and take a step.
+
+        Raises:
+            UserError: the model is not on a CPU, or there is no compiler.
+        """
+        device = model.token_emb.weight.device.type
+        missing = missing_compiler("cpu") if device == "cpu" else f"the model is on {device}, not on a CPU"
+        if missing:
+            raise UserError(f"the decoding step cannot be compiled: {missing}")
+        self._model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        for module in list(self._model.modules()):
+            if isinstance(module, MultiHeadAttention):
+                module.attend = attend_summed
+            for name, child in module.named_children():
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, SummedLinear(child))
+        # torch.compile keeps its results with the code of a function, and only a few: each model has code of its own.
+        own = FunctionType(_step.__code__.replace(), globals())
+        self._compiled = torch.compile(own, fullgraph=True, dynamic=False)
+        cache = model.new_cache(1)
+        self._positions = torch.arange(cache.max_length)
+        with torch.inference_mode():
+            seen = self._positions[:3]
+            torch._dynamo.mark_dynamic(seen, 0)  # texts grow; every other size stays
+            self._compiled(self._model, torch.tensor([0]), seen, cache.keys, cache.values)
+
+    def __call__(self, model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
+        """Read one more token for each row, ``[B]``, and return the logits ``[B, V]`` after it."""
+        seen = self._positions[: cache.lengths[0] + 1]
+        if cache.batch_size > 1 or len(seen) == cache.max_length:  # a full cache is laid out in another way: contiguous
+            return decode_step(model, tokens, cache)
+        logits: Tensor = self._compiled(self._model, tokens, seen, cache.keys, cache.values)
+        cache.advance(1)
+        return logits
+
+
+def missing_compiler(device: str) -> str | None:
+    """Return what torch.compile lacks on a kind of device, if anything; it would say so only when it first runs."""
+    if device == "cuda" and importlib.util.find_spec("triton") is None:
+        return "torch.compile needs Triton, which is not installed"
+    if device == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
+        return "torch.compile needs a C++ compiler (g++ or clang++), which is not on the PATH"
+    try:
+        torch.compile(_trial, dynamic=False)(torch.ones(8, device=device))
+    except Exception as error:  # whatever is wrong with the tools: there is another way
+        return f"torch.compile does not work here ({' '.join(str(error).split())[:200]})"
+    return None
+
+
+def _trial(x: Tensor) -> Tensor:
+    return x.exp() + 1
