@@ -21,8 +21,7 @@ def test_a_compiled_step_computes_what_the_model_does(family: str, tokenizer: To
     step = CompiledStep(model)
     ids = torch.randint(512, (1, 64), generator=torch.Generator().manual_seed(0))
     caches = [model.new_cache(1) for _ in range(2)]
-    compiled_once = torch._dynamo.config.patch(error_on_recompile=True)  # for all lengths
-    with torch.inference_mode(), compiled_once:
+    with torch.inference_mode(), torch._dynamo.config.patch(error_on_recompile=True):
         expected = model(ids)[0]
         for cache, first, last in zip(caches, (1, 17), (5, 64), strict=True):
             prefill(model, [ids[0, :first].tolist()], cache)

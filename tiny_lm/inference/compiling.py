@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +98,9 @@ class CompiledStep:
                     setattr(module, name, SummedLinear(child))
         # torch.compile keeps its results with the code of a function, and only a few: each model has code of its own.
         own = FunctionType(_step.__code__.replace(), globals())
-        self._compiled = torch.compile(own, fullgraph=True, dynamic=False)
+        # All calls come from here with the same shapes, so nothing is checked before each: that would cost a tenth.
+        unchecked: dict[str, Any] = {"guard_filter_fn": lambda guards: [False] * len(guards), "size_asserts": False}
+        self._compiled = torch.compile(own, fullgraph=True, dynamic=False, options=unchecked)
         cache = model.new_cache(1)
         self._positions = torch.arange(cache.max_length)
         with torch.inference_mode():
@@ -107,9 +110,9 @@ class CompiledStep:
 
     def __call__(self, model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
         """Read one more token for each row, ``[B]``, and return the logits ``[B, V]`` after it."""
-        seen = self._positions[: cache.lengths[0] + 1]
-        if cache.batch_size > 1 or len(seen) == cache.max_length:  # a full cache is laid out in another way: contiguous
+        if cache.batch_size > 1:
             return decode_step(model, tokens, cache)
+        seen = self._positions[: cache.lengths[0] + 1]
         logits: Tensor = self._compiled(self._model, tokens, seen, cache.keys, cache.values)
         cache.advance(1)
         return logits
