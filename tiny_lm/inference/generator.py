@@ -132,7 +132,7 @@ class TextGenerator:
         return cls(model.to(choose_device(device)), load_tokenizer(tokenizer_path or folder))
 
     def compile(self) -> None:
-        """From now on continue a text that is alone by a compiled step: two to three times as fast, on a CPU.
+        """From now on continue a text that is alone by a compiled step: up to three times as fast, on a CPU.
 
         Compiling takes up to half a minute. Texts are the same but for rounding.
 
