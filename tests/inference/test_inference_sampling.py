@@ -102,3 +102,11 @@ def test_the_least_temperature_and_the_strongest_penalties_draw_the_likeliest_to
         sampling = Sampling(1e-300, top_k, top_p, min_p, 0.01, -100.0, 100.0)
         penalized = penalize(logits, torch.ones(2, 4, dtype=torch.bool), torch.zeros(2, 4), sampling)
         assert sample(penalized, sampling, torch.tensor([0.999, 0.0])).tolist() == [1, 0]
+
+
+def test_the_highest_random_number_draws_a_token_that_may_be_drawn() -> None:
+    logits = torch.randn(500, 300, generator=torch.Generator().manual_seed(0))
+    logits[:, 150:] = -torch.inf
+    highest = torch.full((500,), 1 - 2.0**-24)  # that torch.rand gives
+    assert int(sample(logits, Sampling(1.0), highest).max()) < 150
+    assert int(sample(logits, Sampling(1.0, top_k=200), highest).max()) < 150

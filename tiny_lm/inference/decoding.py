@@ -154,11 +154,12 @@ class BatchDecoder:
         self._free = list(range(rows))[::-1]
         self._drawing: list[int] = []  # the row at each place of the cache
         self._reading: deque[int] = deque()  # rows whose window is not yet read, but for a part of the first one's
-        self._masks = torch.zeros(rows, model.config.vocab_size, dtype=torch.bool, device=self._device)
-        self._seen, self._counts = self._masks[:0], torch.zeros(0, device=self._device)  # made when a penalty is
+        # Added to logits [B, V]: minus infinity for tokens that may not be drawn.
+        self._biases = torch.zeros(rows, model.config.vocab_size, device=self._device)
+        self._seen = self._counts = torch.zeros(0, device=self._device)  # made when a penalty is
         self._view: KVCache | None = None  # of the rows that draw; None when these have changed
         self._groups: list[_Group] = []  # of the same rows; empty when they have changed
-        self._forbidden = torch.zeros(0, dtype=torch.int64)  # what these rows may not draw, as places in [B * V]
+        self._bias = self._biases[:0]  # of the same rows
 
     @property
     def free(self) -> int:
@@ -175,12 +176,12 @@ class BatchDecoder:
         row = self._free.pop()
         self._rows[row] = _Row(wanted, self._context)
         self._reading.append(row)
-        self._masks[row] = wanted.forbidden
-        self._masks[row, list(wanted.ends)] = wanted.min_new_tokens > 0
+        self._biases[row] = torch.where(wanted.forbidden, -torch.inf, 0.0)
+        self._biases[row, list(wanted.ends)] = -torch.inf if wanted.min_new_tokens > 0 else 0.0
         if wanted.sampling.looks_back:
             if not len(self._seen):
-                self._seen = torch.zeros_like(self._masks)
-                self._counts = torch.zeros_like(self._masks, dtype=torch.float32)
+                self._seen = torch.zeros_like(self._biases, dtype=torch.bool)
+                self._counts = torch.zeros_like(self._biases)
             self._seen[row] = self._counts[row] = 0
             self._seen[row, list(wanted.prompt)] = True
         return row
@@ -272,9 +273,9 @@ class BatchDecoder:
         """Draw a token for each row from its logits, ``[B, V]``."""
         if not self._groups:
             self._groups = self._grouped()
-            self._forbidden = self._masks[self._drawing].flatten().nonzero().squeeze(-1)
+            self._bias = self._biases[self._drawing]  # [B, V]
         rows = [self._rows[row] for row in self._drawing]
-        logits = plain.flatten().index_fill(0, self._forbidden, -torch.inf).view_as(plain)
+        logits = plain + self._bias
         uniform = torch.tensor([row.next_uniform() for row in rows], device=self._device)
         ids = [0] * len(rows)
         for group in self._groups:
@@ -284,7 +285,7 @@ class BatchDecoder:
             row.text.append(token)
             row.steps += 1
             if row.steps == row.wanted.min_new_tokens:
-                self._masks[number, list(row.wanted.ends)] = False
+                self._biases[number, list(row.wanted.ends)] = 0.0
                 self._groups = []
         told = self._tell(plain, ids)
         return [

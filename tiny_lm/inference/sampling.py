@@ -13,6 +13,9 @@ from tiny_lm.errors import UserError
 _COLDEST = 1e-6
 """Logits that are divided by less overflow; the likeliest token is drawn here already."""
 
+_BELOW_ONE = 1 - 2.0**-23
+"""Any float32 becomes smaller by this factor."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -133,6 +136,6 @@ def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """Return for each row of ``[B, C]`` the first place at which the cumulative weight exceeds the random number's."""
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:]  # [B, 1]
-    # Rounding can carry the product to the very sum, which no cumulative weight exceeds.
-    threshold = torch.minimum(uniform[:, None].to(total) * total, total.nextafter(torch.zeros_like(total)))
+    # A little less than the sum: rounding could carry the product to the very sum, which no cumulative weight exceeds.
+    threshold = uniform[:, None].to(total) * (total * _BELOW_ONE)
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)  # [B]
