@@ -43,11 +43,12 @@ def test_compiled_texts_are_the_same_alone_in_a_batch_and_beyond_the_context(tok
 
 def test_models_that_are_compiled_in_one_process_stay_apart(tokenizer: Tokenizer) -> None:
     request = Request(20, 20, GREEDY)
-    generators = [make(tokenizer, n_layers=1, d_ff=size) for size in range(16, 160, 16)]  # torch keeps 8 for a function
+    generators = [make(tokenizer, n_layers=1, d_ff=size) for size in (16, 32, 64)]
     expected = [generator.generate_batch(["One day"], request)[0].ids for generator in generators]
     assert all(a != b for a, b in pairwise(expected))
-    for generator in generators:
-        generator.compile()
+    with torch._dynamo.config.patch(recompile_limit=1):  # torch compiles no function more often than that
+        for generator in generators:
+            generator.compile()
     assert [generator.generate_batch(["One day"], request)[0].ids for generator in generators] == expected
 
 
