@@ -54,6 +54,7 @@ def test_models_that_are_compiled_in_one_process_stay_apart(tokenizer: Tokenizer
 
 def test_without_a_compiler_one_line_says_so(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
     assert "needs a C++ compiler" in str(missing_compiler("cpu"))
     with pytest.raises(UserError, match=r"the decoding step cannot be compiled: .* needs a C\+\+ compiler"):
         make(tokenizer).compile()

@@ -47,7 +47,10 @@ def attend_summed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, d
 
 
 class _TracedCache(KVCache):
-    """A cache of one row whose length is that of a tensor: a number of Python would be a constant of the code."""
+    """A cache of one row whose length is that of a tensor: a number of Python would be a constant of the code.
+
+    It has only what the model asks for while it is traced.
+    """
 
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], seen: Tensor) -> None:
         """Take keys and values [1, G, max_length, K] of each layer, and all positions [S], the new token's included."""
@@ -67,6 +70,18 @@ class _TracedCache(KVCache):
 
     def advance(self, count: int) -> None:
         """Leave the length to the cache that has these tensors."""
+
+
+def _summed(model: Transformer) -> Transformer:
+    """Return a copy of ``model`` in sums of products; it shares all parameters."""
+    copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for module in list(copied.modules()):
+        if isinstance(module, MultiHeadAttention):
+            module.attend = attend_summed
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, SummedLinear(child))
+    return copied
 
 
 def _step(model: Transformer, tokens: Tensor, seen: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
@@ -89,13 +104,7 @@ class CompiledStep:
         missing = missing_compiler("cpu") if device == "cpu" else f"the model is on {device}, not on a CPU"
         if missing:
             raise UserError(f"the decoding step cannot be compiled: {missing}")
-        self._model = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-        for module in list(self._model.modules()):
-            if isinstance(module, MultiHeadAttention):
-                module.attend = attend_summed
-            for name, child in module.named_children():
-                if isinstance(child, nn.Linear):
-                    setattr(module, name, SummedLinear(child))
+        self._model = _summed(model)
         # torch.compile keeps its results with the code of a function, and only a few: each model has code of its own.
         own = FunctionType(_step.__code__.replace(), globals())
         options: dict[str, Any] = {
@@ -114,7 +123,13 @@ class CompiledStep:
             self._compiled(self._model, torch.tensor([0]), seen, cache.keys, cache.values)
 
     def __call__(self, model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Read one more token for each row, ``[B]``, and return the logits ``[B, V]`` after it."""
+        """Read one more token for each row, ``[B]``, and return the logits ``[B, V]`` after it.
+
+        Args:
+            model: the one that was compiled, in whatever layout is best for several rows, which it reads.
+            tokens: ``[B]``.
+            cache: of as many rows, made by the model.
+        """
         if cache.batch_size > 1:
             return decode_step(model, tokens, cache)
         seen = self._positions[: cache.lengths[0] + 1]

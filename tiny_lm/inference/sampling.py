@@ -14,7 +14,7 @@ _COLDEST = 1e-6
 """Logits that are divided by less overflow; the likeliest token is drawn here already."""
 
 _BELOW_ONE = 1 - 2.0**-23
-"""Any float32 becomes smaller by this factor."""
+"""Any normal float32 becomes smaller by this factor."""
 
 
 @dataclass(frozen=True)
