@@ -1,13 +1,13 @@
 """What becomes of a model in each format: size, bits per weight, perplexity, and how fast its program generates.
 
-    python benchmarks/export_formats.py RUN              # a run folder; three rounds, some three minutes
-    python benchmarks/export_formats.py RUN --rounds 1 --json result.json
+    python benchmarks/export_formats.py RUN              # a run folder; nine rounds, some two minutes
+    python benchmarks/export_formats.py RUN --rounds 3 --json result.json
 
 Each format is written by `tiny-lm export`, which proves it, and run by the program that it is for: safetensors by
 transformers, GGUF by llama.cpp, ONNX by ONNX Runtime (those of them that are installed), the run itself by tiny-lm.
 Perplexity is that of the run's validation text, over the windows that exports are checked on. The speed is that of one
-text, greedy, 128 tokens, as in `generate_speed.py`: every contender in a process of its own, in every round; its figure
-is the median of its rounds. Loading is not timed; reading the prompt is.
+text, greedy, 128 tokens, as in `generate_speed.py`: every contender is a process of its own, and they take turns; its
+figure is the median of the rounds. Loading is not timed; reading the prompt is.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -26,21 +27,22 @@ from generate_speed import (
     LLAMA_CPP,
     ONNX,
     TEMPERATURES,
+    TOKENS,
     Generate,
-    Rates,
+    Turn,
+    contender,
     installed,
     llama_cpp,
     machine,
     onnx_runtime,
     ours,
-    run_in_child,
-    timed,
+    take_turns,
 )
 from generate_speed import transformers as transformers_generate
 
 GGUF_TYPES = ("F32", "F16", "Q8_0", "Q4_0", "Q4_K_M")
 ONNX_FILES = {FLOAT32: "float32", INT8: "int8"}
-GREEDY = {"greedy": TEMPERATURES["greedy"]}
+GREEDY = TEMPERATURES["greedy"]
 
 
 @dataclass
@@ -94,14 +96,14 @@ def write_formats(run: Path, folder: Path) -> list[Row]:
 # --- one format, in a process of its own -----------------------------------------------------------------------------
 
 
-def speed(row: Row, run: Path, exports: Path) -> Rates:
+def program(row: Row, run: Path, exports: Path) -> Generate:
     programs: dict[str, Callable[[], Generate]] = {
         "tiny-lm": lambda: ours(run),
         "transformers": lambda: transformers_generate(exports / row.file),
         "llama.cpp": lambda: llama_cpp(exports / row.file),
         "onnxruntime": lambda: onnx_runtime(exports / "onnx", row.file.removeprefix("onnx/")),
     }
-    return timed(programs[row.program](), (1,), GREEDY)
+    return programs[row.program]()
 
 
 def measure_perplexity(row: Row, run: Path, exports: Path) -> float:
@@ -136,17 +138,17 @@ def text_of(run: Path) -> str:
 
 
 def measure(run: Path, rounds: int) -> list[Row]:
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, ExitStack() as stack:
         rows = write_formats(run, Path(folder))
         for row in rows:
             row.perplexity = measure_perplexity(row, run, Path(folder))
-        rates: dict[str, list[float]] = {row.name: [] for row in rows}
-        for _ in range(rounds):
-            for row in rows:
-                words = (run, "--row", json.dumps(asdict(row)), "--exports", folder)
-                rates[row.name].append(run_in_child(__file__, *words)["1 text, greedy"])
+        turns: dict[str, Turn] = {}
         for row in rows:
-            row.tokens_per_sec = median(rates[row.name])
+            words = (run, "--row", json.dumps(asdict(row)), "--exports", folder)
+            turns[row.name] = stack.enter_context(contender(Path(folder) / f"{row.name}.log", __file__, *words))
+        seconds = [{name: turn(1, GREEDY) for name, turn in turns.items()} for _ in range(rounds)]
+        for row in rows:
+            row.tokens_per_sec = TOKENS / median(each[row.name] for each in seconds)
     return rows
 
 
@@ -160,13 +162,13 @@ def print_table(rows: list[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write all figures here, too")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--exports", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
-        print(json.dumps(speed(Row(**json.loads(arguments.row)), arguments.run, arguments.exports)))
+        take_turns(program(Row(**json.loads(arguments.row)), arguments.run, arguments.exports))
         return
     print(f"{machine()}; perplexity on {text_of(arguments.run)}\n", flush=True)
     rows = measure(arguments.run, arguments.rounds)

@@ -1,14 +1,16 @@
 """How fast texts are generated, beside transformers, llama.cpp and ONNX Runtime with the same weights.
 
-    python benchmarks/generate_speed.py RUN              # a run folder; three rounds, some two minutes
-    python benchmarks/generate_speed.py RUN --rounds 1 --json result.json
+    python benchmarks/generate_speed.py RUN              # a run folder; nine rounds, some three minutes
+    python benchmarks/generate_speed.py RUN --rounds 3 --json result.json
 
-Every contender runs in a process of its own, one after the other, and all of them in every round; the figure of a
-contender is the median of its rounds, a ratio that of the ratios within each round. All continue the same prompts by
-the same number of tokens in float32. Ours runs as it is, and once more with a compiled step for single texts
-(`--compile`); transformers by `generate` on the export of the run, llama.cpp (where llama-cpp-python is installed) on
-its GGUF file, ONNX Runtime (where the extra `onnx` is installed) by the program that stands beside its graphs, and once
-more with weights of eight bits. Loading and compiling are not timed; reading the prompt is.
+Every contender is a process of its own that waits for its turn: all of them do one kind of work, one after the other,
+then the next kind, and so on in every round. So two figures that are compared were measured within seconds of each
+other, on whatever the machine was at that moment. A figure is the median of the rounds, a ratio that of the ratios
+within each round. All continue the same prompts by the same number of tokens in float32, twice, and the second time
+counts. Ours runs as it is, and once more with a compiled step for single texts (`--compile`); transformers by
+`generate` on the export of the run, llama.cpp (where llama-cpp-python is installed) on its GGUF file, ONNX Runtime
+(where the extra `onnx` is installed) by the program that stands beside its graphs, and once more with weights of eight
+bits. Loading and compiling are not timed; reading the prompt is.
 """
 
 import argparse
@@ -17,7 +19,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -27,26 +30,15 @@ TOKENS = 128  # for each text
 PROMPT = "Once upon a time, there was a little"
 TEMPERATURES = {"greedy": 0.0, "temperature 0.8": 0.8}
 BATCHES = (1, 32)
+PAUSE_SECONDS = 0.05  # the threads of the one before have gone to sleep
+READY = "ready"
 
 Rates = dict[str, float]
+"""Tokens per second of each kind of work."""
 Generate = Callable[[int, float], None]
 """Continues so many copies of the prompt by TOKENS tokens each, at a temperature."""
-
-
-def timed(
-    generate: Generate, batches: tuple[int, ...] = BATCHES, temperatures: dict[str, float] = TEMPERATURES
-) -> Rates:
-    """Return tokens per second of each kind of work, the best of three after a warm-up."""
-    rates = {}
-    for batch in batches:
-        for name, temperature in temperatures.items():
-            seconds = []
-            for _ in range(4):
-                started = time.perf_counter()
-                generate(batch, temperature)
-                seconds.append(time.perf_counter() - started)
-            rates[f"{batch} text{'s' * (batch > 1)}, {name}"] = batch * TOKENS / min(seconds[1:])
-    return rates
+Turn = Callable[[int, float], float]
+"""Lets another process do so, and returns the seconds."""
 
 
 def ours(run: Path, *, compile_it: bool = False) -> Generate:
@@ -116,14 +108,16 @@ OURS, OURS_COMPILED = "tiny-lm", "tiny-lm --compile"
 TRANSFORMERS, LLAMA_CPP = "transformers generate", "llama.cpp"
 FLOAT32, INT8 = "onnx/model.onnx", "onnx/model_quantized.onnx"
 ONNX, ONNX_QUANTIZED = "ONNX Runtime", "ONNX Runtime, int8"
-CONTENDERS: dict[str, Callable[[Path, Path], Rates]] = {
-    TRANSFORMERS: lambda run, exports: timed(transformers(exports / "huggingface")),
-    LLAMA_CPP: lambda run, exports: timed(llama_cpp(exports / "model.gguf"), (1,)),
-    ONNX: lambda run, exports: timed(onnx_runtime(exports / "onnx", FLOAT32), (1,)),
-    ONNX_QUANTIZED: lambda run, exports: timed(onnx_runtime(exports / "onnx", INT8), (1,)),
-    OURS: lambda run, exports: timed(ours(run)),
-    OURS_COMPILED: lambda run, exports: timed(ours(run, compile_it=True), (1,)),
+CONTENDERS: dict[str, Callable[[Path, Path], Generate]] = {
+    TRANSFORMERS: lambda run, exports: transformers(exports / "huggingface"),
+    LLAMA_CPP: lambda run, exports: llama_cpp(exports / "model.gguf"),
+    ONNX: lambda run, exports: onnx_runtime(exports / "onnx", FLOAT32),
+    ONNX_QUANTIZED: lambda run, exports: onnx_runtime(exports / "onnx", INT8),
+    OURS: lambda run, exports: ours(run),
+    OURS_COMPILED: lambda run, exports: ours(run, compile_it=True),
 }
+MANY = (TRANSFORMERS, OURS)
+"""Those that continue several texts at once."""
 
 
 def export(run: Path, folder: Path) -> None:
@@ -142,15 +136,6 @@ def export(run: Path, folder: Path) -> None:
         write_onnx(source, folder / "onnx")
 
 
-def run_in_child(script: str, *words: str | Path) -> Rates:
-    """Run one contender of a script in a process of its own; it prints its figures in its last line."""
-    child = subprocess.run([sys.executable, script, *map(str, words)], capture_output=True, text=True)
-    if child.returncode:
-        sys.exit(f"{' '.join(map(str, words))} failed:\n{child.stderr[-3000:]}")
-    rates: Rates = json.loads(child.stdout.splitlines()[-1])
-    return rates
-
-
 def installed(contender: str) -> bool:
     needed = {LLAMA_CPP: "llama_cpp", ONNX: "onnxscript", ONNX_QUANTIZED: "onnxscript"}
     return contender not in needed or find_spec(needed[contender]) is not None
@@ -162,15 +147,63 @@ def machine() -> str:
     return f"CPU, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
 
 
+def take_turns(generate: Generate) -> None:
+    """Do the work that each line of the standard input names, and print the seconds that it took."""
+    print(READY, flush=True)
+    for line in sys.stdin:
+        batch, temperature = line.split()
+        for _ in range(2):
+            started = time.perf_counter()
+            generate(int(batch), float(temperature))
+            seconds = time.perf_counter() - started
+        print(seconds, flush=True)
+
+
+@contextmanager
+def contender(log: Path, script: str, *words: str | Path) -> Iterator[Turn]:
+    """Start one contender of a script as a process that takes turns; ``log`` gets what it says else."""
+    with log.open("w") as file:
+        command = [sys.executable, script, *map(str, words)]
+        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True)
+    assert child.stdin is not None
+    assert child.stdout is not None
+    reader, writer = child.stdout, child.stdin
+
+    def answer() -> str:
+        line = reader.readline()
+        if not line:
+            sys.exit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
+        return line.strip()
+
+    def turn(batch: int, temperature: float) -> float:
+        time.sleep(PAUSE_SECONDS)
+        print(batch, temperature, file=writer, flush=True)
+        return float(answer())
+
+    while answer() != READY:
+        pass
+    try:
+        yield turn
+    finally:
+        writer.close()
+        child.wait()
+
+
 def race(run: Path, rounds: int) -> dict[str, list[Rates]]:
     names = [name for name in CONTENDERS if installed(name)]
-    results: dict[str, list[Rates]] = {name: [] for name in names}
-    with TemporaryDirectory() as folder:
+    results: dict[str, list[Rates]] = {name: [{} for _ in range(rounds)] for name in names}
+    with TemporaryDirectory() as folder, ExitStack() as stack:
         export(run, Path(folder))
-        for _ in range(rounds):
-            for name in names:
-                words = (run, "--contender", name, "--exports", folder)
-                results[name].append(run_in_child(__file__, *words))
+        turns: dict[str, Turn] = {}
+        for name in names:
+            words = (run, "--contender", name, "--exports", folder)
+            turns[name] = stack.enter_context(contender(Path(folder) / f"{name}.log", __file__, *words))
+        for number in range(rounds):
+            for batch in BATCHES:
+                for kind, temperature in TEMPERATURES.items():
+                    for name in names if batch == 1 else MANY:
+                        rate = batch * TOKENS / turns[name](batch, temperature)
+                        results[name][number][f"{batch} text{'s' * (batch > 1)}, {kind}"] = rate
     return results
 
 
@@ -191,13 +224,13 @@ def print_table(results: dict[str, list[Rates]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="write all figures here, too")
     parser.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     parser.add_argument("--exports", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.contender:
-        print(json.dumps(CONTENDERS[arguments.contender](arguments.run, arguments.exports)))
+        take_turns(CONTENDERS[arguments.contender](arguments.run, arguments.exports))
         return
     print(machine(), flush=True)
     results = race(arguments.run, arguments.rounds)

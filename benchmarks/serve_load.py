@@ -1,12 +1,13 @@
 """How many tokens a second a server tells to many clients at once, beside llama.cpp's server and `transformers serve`.
 
-    python benchmarks/serve_load.py RUN              # a run folder; three rounds
-    python benchmarks/serve_load.py RUN --rounds 1 --json result.json --engines "tiny-lm serve"
+    python benchmarks/serve_load.py RUN              # a run folder; some five minutes
+    python benchmarks/serve_load.py RUN --turns 1 --json result.json --engines "tiny-lm serve"
 
 Each server runs the same weights in float32 and listens at 127.0.0.1, alone on the machine but for the clients, which
 are one process with 1, 8 and 32 connections. Each client asks for streamed texts of 128 tokens, one after the other,
-from beginnings of different lengths. Tokens are counted as the server counts them (`usage`). A figure is the median of
-its rounds; all servers run in every round. `llama-server` is tried where it is on the PATH.
+from beginnings of different lengths. Tokens are counted as the server counts them (`usage`). One client, eight and 32
+take turns, so that what is compared was measured within a minute; a figure is the median of the turns, a ratio that of
+the ratios within each turn. `llama-server` is tried where it is on the PATH.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from generate_speed import export
 
 TOKENS = 128
 CLIENTS = (1, 8, 32)
-SECONDS = 16.0  # of a measurement, before the last texts end: what that takes must not count
+SECONDS = 10.0  # of a measurement, before the last texts end: what that takes must count for little
 START_SECONDS = 120.0
 TEMPERATURE = 0.8
 BEGINNINGS = (
@@ -225,27 +226,26 @@ def load_in_child(url: str, model: str, clients: int) -> Figures:
 # --- the race --------------------------------------------------------------------------------------------------------
 
 
-def race(run: Path, names: list[str], rounds: int) -> dict[str, list[list[Figures]]]:
-    """Return for each server and round the figures for each number of clients."""
-    results: dict[str, list[list[Figures]]] = {name: [] for name in names}
+def race(run: Path, names: list[str], turns: int) -> dict[str, list[list[Figures]]]:
+    """Return for each server and turn the figures for each number of clients."""
+    results: dict[str, list[list[Figures]]] = {}
     with TemporaryDirectory() as folder:
         exports = Path(folder)
         export(run, exports)
-        for _ in range(rounds):
-            for name in names:
-                port = free_port()
-                with serving(SERVERS[name](run, exports, port), port) as server:
-                    model = str(exports / "huggingface") if name == "transformers serve" else "story"
-                    results[name].append([load_in_child(server.url, model, clients) for clients in CLIENTS])
+        for name in names:
+            port = free_port()
+            with serving(SERVERS[name](run, exports, port), port) as server:
+                model = str(exports / "huggingface") if name == "transformers serve" else "story"
+                results[name] = [[load_in_child(server.url, model, each) for each in CLIENTS] for _ in range(turns)]
     return results
 
 
 def print_table(results: dict[str, list[list[Figures]]]) -> None:
     print("\n                         clients  tokens/s  x one stream   first token p50 / p95   whole text p95")
-    for name, rounds in results.items():
+    for name, turns in results.items():
         for place, clients in enumerate(CLIENTS):
-            own = [figures[place] for figures in rounds]
-            ratio = median(figures[place].tokens_per_second / figures[0].tokens_per_second for figures in rounds)
+            own = [figures[place] for figures in turns]
+            ratio = median(figures[place].tokens_per_second / figures[0].tokens_per_second for figures in turns)
             first, late, whole = (
                 median(getattr(figures, field) for figures in own) for field in ("first_p50", "first_p95", "whole_p95")
             )
@@ -259,7 +259,7 @@ def print_table(results: dict[str, list[list[Figures]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, nargs="?", help="a run folder")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--engines", nargs="+", choices=list(SERVERS), help="only these; all that are installed")
     parser.add_argument("--json", type=Path, help="write all figures here, too")
     for hidden in ("--load", "--model"):
@@ -276,10 +276,10 @@ def main() -> None:
     machine = f"CPU, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
     print(machine, flush=True)
     names = arguments.engines or [name for name in SERVERS if installed(name)]
-    results = race(arguments.run, names, arguments.rounds)
+    results = race(arguments.run, names, arguments.turns)
     print_table(results)
     if arguments.json:
-        figures = {name: [[asdict(one) for one in each] for each in rounds] for name, rounds in results.items()}
+        figures = {name: [[asdict(one) for one in each] for each in turns] for name, turns in results.items()}
         arguments.json.write_text(json.dumps({"machine": machine, "figures": figures}, indent=2) + "\n")
 
 

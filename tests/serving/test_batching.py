@@ -18,6 +18,7 @@ from generators import FAMILIES, GREEDY, make
 from tiny_lm.errors import UserError
 from tiny_lm.inference import Generated, Request, Sampling, TextGenerator
 from tiny_lm.inference.batch import TextBatch
+from tiny_lm.inference.request import GrowingText
 from tiny_lm.serving import batching
 from tiny_lm.serving.batching import (
     CancelledError,
@@ -120,6 +121,24 @@ def test_a_step_of_the_batch_reads_no_more_of_a_prompt_than_it_may(family: str, 
     while len(batch):
         batch.step()
     assert long.result() == generator.generate_batch([long.prompt], Request(8, 8, GREEDY))[0]
+
+
+def test_a_prompt_waits_a_few_steps_for_others_where_many_texts_are_told(tokenizer: Tokenizer) -> None:
+    generator = make(tokenizer)
+    batch = generator.new_batch(24)
+
+    def join(count: int) -> list[GrowingText]:
+        texts = [generator.begin("A", Request(60, 60, GREEDY)) for _ in range(count)]
+        for text in texts:
+            batch.join(text)
+        return texts
+
+    join(20)
+    assert len(batch.step()) == 20
+    [alone] = join(1)
+    assert [alone in [text for text, _ in batch.step()] for _ in range(9)] == [False] * 8 + [True]
+    join(3)
+    assert len(batch.step()) == 24
 
 
 def test_pieces_add_up_and_the_last_one_tells_how_the_text_ended(generator: TextGenerator, start: Start) -> None:
