@@ -49,7 +49,6 @@ def serve(
     """Serve models by the APIs of OpenAI and Ollama."""
     if engine is not None:
         _serve_with(engine, runs, host, port, engine_python)
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # large pages for large tensors; torch looks when it is loaded
     try:
         from tiny_lm.serving import server
         from tiny_lm.serving.app import create_app
