@@ -1,6 +1,6 @@
 """How many tokens a second a server tells to many clients at once, beside llama.cpp's server and `transformers serve`.
 
-    python benchmarks/serve_load.py RUN              # a run folder; some five minutes
+    python benchmarks/serve_load.py RUN              # a run folder; some ten minutes
     python benchmarks/serve_load.py RUN --turns 1 --json result.json --engines "tiny-lm serve"
 
 Each server runs the same weights in float32 and listens at 127.0.0.1, alone on the machine but for the clients, which
@@ -33,7 +33,7 @@ from generate_speed import export
 
 TOKENS = 128
 CLIENTS = (1, 8, 32)
-SECONDS = 10.0  # of a measurement, before the last texts end: what that takes must count for little
+SECONDS = 20.0  # of a measurement, before the last texts end: what that takes must count for little
 START_SECONDS = 120.0
 TEMPERATURE = 0.8
 BEGINNINGS = (
