@@ -1,6 +1,6 @@
 """What becomes of a model in each format: size, bits per weight, perplexity, and how fast its program generates.
 
-    python benchmarks/export_formats.py RUN              # a run folder; nine rounds, some two minutes
+    python benchmarks/export_formats.py RUN              # a run folder; nine rounds, some four minutes
     python benchmarks/export_formats.py RUN --rounds 3 --json result.json
 
 Each format is written by `tiny-lm export`, which proves it, and run by the program that it is for: safetensors by

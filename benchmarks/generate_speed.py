@@ -1,6 +1,6 @@
 """How fast texts are generated, beside transformers, llama.cpp and ONNX Runtime with the same weights.
 
-    python benchmarks/generate_speed.py RUN              # a run folder; nine rounds, some three minutes
+    python benchmarks/generate_speed.py RUN              # a run folder; nine rounds, some four minutes
     python benchmarks/generate_speed.py RUN --rounds 3 --json result.json
 
 Every contender is a process of its own that waits for its turn: all of them do one kind of work, one after the other,
@@ -136,9 +136,9 @@ def export(run: Path, folder: Path) -> None:
         write_onnx(source, folder / "onnx")
 
 
-def installed(contender: str) -> bool:
+def installed(name: str) -> bool:
     needed = {LLAMA_CPP: "llama_cpp", ONNX: "onnxscript", ONNX_QUANTIZED: "onnxscript"}
-    return contender not in needed or find_spec(needed[contender]) is not None
+    return name not in needed or find_spec(needed[name]) is not None
 
 
 def machine() -> str:

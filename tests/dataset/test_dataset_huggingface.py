@@ -43,7 +43,7 @@ class SmallHub(HubHandler):
             status, code = REFUSED.get(parts[1], (401, "RepoNotFound"))
             self.answer(status, X_Error_Code=code)
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_GET  # noqa: N815  # the name that http.server looks for
 
     def answer_about(self, parts: list[str]) -> None:
         if parts[:1] == ["gated"]:  # what is gated are the files

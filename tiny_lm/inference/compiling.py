@@ -141,8 +141,8 @@ class CompiledStep:
             # All calls come from here with the same shapes, so nothing is checked before each: that would cost a tenth.
             "guard_filter_fn": lambda guards: [False] * len(guards),
             "size_asserts": False,
-            # What a product reads is computed before it, not once more for each row of the matrix: a fifth. The two
-            # together do it; that the second stands for more does no harm.
+            # What a product reads is computed before it, not once more for each row of the matrix: a fifth. Both are
+            # needed; the second one also forbids to choose by timing, and nothing here is chosen so.
             "realize_reads_threshold": 0,
             "deterministic": True,
         }

@@ -21,8 +21,8 @@ _ROUND = 16
 """Prompts are read in lengths that are multiples of this: oneDNN compiles, and keeps, a product for each new shape."""
 
 _PATIENCE = 8
-"""A prompt waits for others, which cost little more together, for at most so many steps, or until one has come for so
-many rows that draw."""
+"""A prompt waits at most so many steps for others, which cost little more together, and none where there is one prompt
+or more to so many rows that draw."""
 
 
 def read(model: Transformer, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:

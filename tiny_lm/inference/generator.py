@@ -336,7 +336,7 @@ def choose_device(device: str | None) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.empty(1, device=chosen).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError):  # what torch raises for one it was built without
         others = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         found = ", ".join(["cpu", *(name for name, is_there in others.items() if is_there)])
         raise UserError(f"device {device!r}: this machine, or this torch, has none; it has: {found}") from None
