@@ -3,11 +3,11 @@
     python benchmarks/train_speed.py                     # the shapes for this device, three rounds, some ten minutes
     python benchmarks/train_speed.py --shapes small --rounds 1 --steps 30
 
-Every contender runs in a process of its own, one after the other, and all of them in every round, so that a machine
-that slows down slows them all; the figure of a contender is the median of its rounds, a ratio that of the ratios
-within each round. All train the same GPT-2 (no dropout) on the same windows with fused AdamW and gradient clipping.
-Bare loops find their batches ready in memory; `tiny-lm train` is the command itself, with Lightning, loader, logging,
-clipping and schedule, its time taken from the clock in `metrics.jsonl`.
+Every contender is a process of its own that compiles, warms up and then waits for its turns; in every round each takes
+one, so that what is compared was measured within seconds. The figure of a contender is the median of its rounds, a
+ratio that of the ratios within each round. All train the same GPT-2 (no dropout) on the same windows with fused AdamW
+and gradient clipping. Bare loops find their batches ready in memory; a turn of `tiny-lm train` is the command itself,
+with Lightning, loader, logging, clipping and schedule, its time taken from the clock in `metrics.jsonl`.
 """
 
 import argparse
@@ -18,7 +18,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import ExitStack
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
@@ -36,13 +37,11 @@ from tiny_lm.model import ModelConfig, build_model, flops_per_token, model_confi
 from tiny_lm.runs import read_metrics
 from tiny_lm.tokenizer import TokenizerConfig, train_tokenizer
 from tiny_lm.training import TrainingConfig
-from tiny_lm.training.acceleration import (
-    compiled_loss,
-    keep_freed_memory,
-    prefers_blocked_attention,
-)
+from tiny_lm.training.acceleration import keep_freed_memory, prefers_blocked_attention
 from tiny_lm.training.device import choose_device
+from tiny_lm.training.loss import compiled_loss
 from tiny_lm.training.optim import Schedule, build_optimizer
+from tiny_lm.training.peak import peak_flops
 
 DEVICE = choose_device()
 WARM_UP = 10  # steps that are not timed: compiling, first touches of memory
@@ -55,13 +54,13 @@ SHAPES: dict[str, tuple[dict[str, Any], int]] = {
     "baseline-gpu": ({"vocab_size": 8192, "context_length": 512, "d_model": 640, "n_layers": 3, "n_heads": 10}, 128),
     "124m-gpu": ({"vocab_size": 50304, "context_length": 1024, "d_model": 768, "n_layers": 12, "n_heads": 12}, 32),
 }
+STEPS = {"speed": 30, "small": 300, "speed-gpu": 100, "baseline-gpu": 50, "124m-gpu": 30}  # timed ones of a turn
 SHAPES_OF_DEVICE = {
     "cpu": ("speed", "small"),
     "mps": ("speed", "small"),
     "cuda": ("speed-gpu", "baseline-gpu", "124m-gpu"),
 }
 
-Batch = tuple[Tensor, Tensor]
 LossOfBatch = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -76,7 +75,6 @@ def data_config(shape: str, stream: Path) -> BinDataConfig:
         val_path=str(stream / "val.bin"),
         block_size=model["context_length"],
         batch_size=batch_size,
-        num_workers=4,  # beside a GPU
         pin_memory=True,
     )
 
@@ -96,29 +94,40 @@ def training_config(steps: int, precision: str, compile_it: bool) -> TrainingCon
     )
 
 
-# --- the contenders: each returns tokens per second ------------------------------------------------------------------
+# --- the contenders: each gets ready, and then trains for so many steps in each of its turns -------------------------
+
+Turn = Callable[[], float]  # -> tokens per second
 
 
-def bare_loop(model: nn.Module, loss_of: LossOfBatch, batches: Iterator[Batch], steps: int, precision: str) -> float:
+def bare_loop(model: nn.Module, loss_of: LossOfBatch, shape: str, stream: Path, steps: int, precision: str) -> Turn:
     """Train `model` in the shortest loop that does what training needs."""
-    training = training_config(WARM_UP + steps, precision, False)
+    training = training_config(10**6, precision, False)
     optimizer = build_optimizer(model, training)
     schedule = Schedule(optimizer, training)
-    tokens, started = 0, 0.0
-    for step, (x, y) in enumerate(islice(batches, WARM_UP + steps)):
-        if step == WARM_UP:
-            synchronize()
-            started = time.perf_counter()
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16-mixed"):
-            loss = loss_of(x, y)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        tokens += x.numel() if step >= WARM_UP else 0
-    synchronize()
-    return tokens / (time.perf_counter() - started)
+    loader = BinTokenDataModule(data_config(shape, stream)).train_dataloader()
+    batches = cycle([(x.to(DEVICE), y.to(DEVICE)) for x, y in islice(loader, 16)])  # ready, on the device
+
+    def train(steps: int) -> int:
+        tokens = 0
+        for x, y in islice(batches, steps):
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=precision == "bf16-mixed"):
+                loss = loss_of(x, y)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            tokens += x.numel()
+        synchronize()
+        return tokens
+
+    def turn() -> float:
+        train(WARM_UP)
+        started = time.perf_counter()
+        return train(steps) / (time.perf_counter() - started)
+
+    train(WARM_UP)  # compiles
+    return turn
 
 
 def synchronize() -> None:
@@ -126,13 +135,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def ready_batches(shape: str, stream: Path) -> Iterator[Batch]:
-    """Yield the same sixteen batches again and again, on the device."""
-    loader = BinTokenDataModule(data_config(shape, stream)).train_dataloader()
-    return cycle([(x.to(DEVICE), y.to(DEVICE)) for x, y in islice(loader, 16)])
-
-
-def transformers_loop(shape: str, stream: Path, steps: int, *, precision: str, compile_it: bool) -> float:
+def transformers_loop(shape: str, stream: Path, steps: int, *, precision: str, compile_it: bool) -> Turn:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = model_config(shape)
@@ -156,91 +159,140 @@ def transformers_loop(shape: str, stream: Path, steps: int, *, precision: str, c
         loss: Tensor = model(x, labels=x).loss  # it shifts the labels itself
         return loss
 
-    loss_of = torch.compile(loss_of) if compile_it else loss_of
-    return bare_loop(model, loss_of, ready_batches(shape, stream), steps, precision)
+    return bare_loop(model, torch.compile(loss_of) if compile_it else loss_of, shape, stream, steps, precision)
 
 
-def our_loop(shape: str, stream: Path, steps: int) -> float:
+def our_loop(shape: str, stream: Path, steps: int) -> Turn:
     if DEVICE == "cpu":
         keep_freed_memory()
     config = model_config(shape)
     model = build_model(config).to(DEVICE)
     if prefers_blocked_attention(DEVICE, config.context_length):
         model.use_blocked_attention()
-    loss = compiled_loss()
-    return bare_loop(model, lambda x, y: loss(model, x, y, -100), ready_batches(shape, stream), steps, "bf16-mixed")
+    loss = compiled_loss("bf16-mixed")
+    return bare_loop(model, lambda x, y: loss(model, x, y, -100), shape, stream, steps, "bf16-mixed")
 
 
-def our_command(shape: str, stream: Path, steps: int) -> float:
+def our_command(shape: str, stream: Path, steps: int) -> Turn:
     """Run `tiny-lm train` in this process and read the clock that it wrote."""
     from tiny_lm.cli import main
 
-    with TemporaryDirectory() as folder:
-        os.chdir(folder)
+    sys.argv = ["tiny-lm"]
+
+    def train(steps: int) -> list[dict[str, Any]]:
+        torch.compiler.reset()  # each run compiles as the first one does; the compiler keeps its work on the disk
         files = {
             "model": model_config(shape),
-            "training": training_config(WARM_UP + steps + 1, "bf16-mixed", True),  # the last step validates
+            "training": training_config(steps + 1, "bf16-mixed", True),  # the last step validates
             "data": data_config(shape, stream),
         }
-        for section, config in files.items():
-            config.save(Path(f"{section}.yaml"))
-        sys.argv = ["tiny-lm"]
-        try:
-            main("train", *(f"--{section}-config={section}.yaml" for section in files), "--set=training.run_name=x")
-        except SystemExit as end:
-            if end.code:
-                raise
-        events = [event for event in read_metrics(Path("runs/x/metrics.jsonl")) if "tokens" in event]
+        with TemporaryDirectory() as folder:
+            os.chdir(folder)
+            for section, config in files.items():
+                config.save(Path(f"{section}.yaml"))
+            try:
+                main("train", *(f"--{section}-config={section}.yaml" for section in files), "--set=training.run_name=x")
+            except SystemExit as end:
+                if end.code:
+                    raise
+            return [event for event in read_metrics(Path("runs/x/metrics.jsonl")) if "tokens" in event]
+
+    def turn() -> float:
+        events = train(WARM_UP + steps)
         first, last = (next(event for event in events if event["step"] == step) for step in (WARM_UP, WARM_UP + steps))
         return float((last["tokens"] - first["tokens"]) / (last["timestamp"] - first["timestamp"]))
 
+    train(1)
+    return turn
 
-def transformers_eager(shape: str, stream: Path, steps: int) -> float:
+
+def transformers_eager(shape: str, stream: Path, steps: int) -> Turn:
     return transformers_loop(shape, stream, steps, precision="32-true", compile_it=False)
 
 
-def transformers_compiled(shape: str, stream: Path, steps: int) -> float:
+def transformers_compiled(shape: str, stream: Path, steps: int) -> Turn:
     return transformers_loop(shape, stream, steps, precision="bf16-mixed", compile_it=True)
 
 
-def transformers_keeping_memory(shape: str, stream: Path, steps: int) -> float:
+def transformers_keeping_memory(shape: str, stream: Path, steps: int) -> Turn:
     keep_freed_memory()
     return transformers_loop(shape, stream, steps, precision="bf16-mixed", compile_it=True)
 
 
-EAGER, COMPILED = "transformers, eager float32", "transformers, compiled bf16"
+EAGER, COMPILED, KEEPING = (
+    "transformers, eager float32",
+    "transformers, compiled bf16",
+    "the same, keeping freed memory as we do",
+)
 BARE, COMMAND = "our model in a bare loop", "tiny-lm train"
-CONTENDERS: dict[str, Callable[[str, Path, int], float]] = {
+CONTENDERS: dict[str, Callable[[str, Path, int], Turn]] = {
     EAGER: transformers_eager,
     COMPILED: transformers_compiled,
-    "the same, keeping freed memory as we do": transformers_keeping_memory,
+    KEEPING: transformers_keeping_memory,
     BARE: our_loop,
     COMMAND: our_command,
 }
 
 
+def contenders_of(shape: str) -> list[str]:
+    if shape == "small":
+        return [BARE, COMMAND]
+    return list(CONTENDERS) if DEVICE == "cpu" else [COMPILED, BARE, COMMAND]
+
+
 # --- the race --------------------------------------------------------------------------------------------------------
 
-
-def run_one(contender: str, shape: str, stream: Path, steps: int) -> dict[str, float]:
-    """Run one contender in this process."""
-    torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")
-    rate = CONTENDERS[contender](shape, stream, steps)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    if DEVICE == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**20
-    return {"tokens_per_second": rate, "peak_mib": peak}
+Result = dict[str, float]
+READY = "ready"
 
 
-def run_in_child(contender: str, shape: str, stream: Path, steps: int) -> dict[str, float]:
-    """Run one contender in a process of its own; it prints its figures in its last line."""
-    command = [sys.executable, __file__, "--contender", contender, "--shapes", shape, "--steps", str(steps)]
-    child = subprocess.run([*command, "--stream", str(stream)], capture_output=True, text=True)
-    if child.returncode:
-        sys.exit(f"{contender} failed on {shape}:\n{child.stderr[-3000:]}")
-    result: dict[str, float] = json.loads(child.stdout.splitlines()[-1])
-    return result
+def take_turns(turn: Turn) -> None:
+    """Train once for each line of the standard input, and print the figures."""
+    torch.cuda.empty_cache()  # for the others
+    print(READY, flush=True)
+    for _ in sys.stdin:
+        rate = turn()
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        if DEVICE == "cuda":
+            peak = torch.cuda.max_memory_allocated() / 2**20
+            torch.cuda.empty_cache()
+        print(READY, json.dumps({"tokens_per_second": rate, "peak_mib": peak}), flush=True)
+
+
+class Contender:
+    """A contender on one shape, as a process that takes turns."""
+
+    def __init__(self, name: str, shape: str, stream: Path, steps: int, log: Path) -> None:
+        command = [sys.executable, __file__, "--contender", name, "--shapes", shape, "--steps", str(steps)]
+        self._name, self._log = f"{name} on {shape}", log
+        with log.open("w") as file:
+            self._child = subprocess.Popen(
+                [*command, "--stream", str(stream)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+            )
+
+    def answer(self) -> str:
+        """Wait until it is ready, and return what it says then; it prints other things, too."""
+        assert self._child.stdout is not None
+        for line in self._child.stdout:
+            if line.startswith(READY):
+                return line.removeprefix(READY)
+        sys.exit(f"{self._name} failed:\n{self._log.read_text()[-3000:]}")
+
+    def turn(self) -> Result:
+        """Let it train."""
+        print(file=self._child.stdin, flush=True)
+        result: Result = json.loads(self.answer())
+        return result
+
+    def __enter__(self) -> "Contender":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._child.communicate()
 
 
 def write_stream(folder: Path) -> Path:
@@ -251,32 +303,53 @@ def write_stream(folder: Path) -> Path:
     return folder
 
 
-def race(shape: str, stream: Path, steps: int, rounds: int) -> dict[str, Any]:
-    """Run all contenders on one shape and print their table."""
-    names = list(CONTENDERS) if shape != "small" else [BARE, COMMAND]
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for _ in range(rounds):
-        for name in names:
-            results[name].append(run_in_child(name, shape, stream, steps))
-    rates = {name: median(result["tokens_per_second"] for result in results[name]) for name in names}
+def race(shape: str, stream: Path, steps: int, rounds: int) -> dict[str, list[Result]]:
+    """Let all contenders on one shape get ready, and then take their turns."""
+    names = contenders_of(shape)
+    results: dict[str, list[Result]] = {name: [] for name in names}
+    with ExitStack() as stack:
+        contenders = {
+            name: stack.enter_context(Contender(name, shape, stream, steps, stream / f"{number}.log"))
+            for number, name in enumerate(names)
+        }
+        for contender in contenders.values():
+            contender.answer()
+        for number in range(rounds):
+            for name, contender in contenders.items():
+                result = contender.turn()
+                results[name].append(result)
+                told = f"{shape}, round {number + 1}: {name}: {result['tokens_per_second']:,.0f} tokens/s"
+                print(told, file=sys.stderr, flush=True)
+    return results
+
+
+def print_table(shape: str, results: dict[str, list[Result]]) -> None:
     config = model_config(shape)
     batch, length = SHAPES[shape][1], config.context_length
+    flops = flops_per_token(config, length)
+    peak = peak_flops(DEVICE, "bf16-mixed").value
     print(f"\n{shape}: GPT-2 of {num_parameters(config):,} parameters, batches of {batch} x {length} tokens")
-    for name in names:
-        peak = max(result["peak_mib"] for result in results[name])
-        flops = rates[name] * flops_per_token(config, length)
-        print(f"  {name:<42} {rates[name]:>12,.0f} tokens/s  {flops / 1e12:>7.2f} TFLOP/s  {peak:>7,.0f} MiB at most")
-    for name in names[:-1]:
-        pairs = zip(results[COMMAND], results[name], strict=True)
-        ratio = median(ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in pairs)
-        print(f"  {COMMAND} / {name:<40} {ratio:.2f} x", flush=True)
-    return {"shape": shape, "contenders": results, "medians": rates}
+    for name, rounds in results.items():
+        rate = median(result["tokens_per_second"] for result in rounds)
+        memory = max(result["peak_mib"] for result in rounds)
+        share = f"  MFU {rate * flops / peak:.1%}" if DEVICE == "cuda" else ""
+        work = f"{rate:>12,.0f} tokens/s  {rate * flops / 1e12:>7.2f} TFLOP/s{share}"
+        print(f"  {name:<42} {work}  {memory:>7,.0f} MiB at most")
+    for name, rounds in results.items():
+        if name != COMMAND:
+            ratios = [
+                ours["tokens_per_second"] / theirs["tokens_per_second"]
+                for ours, theirs in zip(results[COMMAND], rounds, strict=True)
+            ]
+            spread = f"({', '.join(f'{ratio:.2f}' for ratio in ratios)})"
+            print(f"  {COMMAND} / {name:<40} {median(ratios):.2f} x  {spread}", flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=SHAPES_OF_DEVICE[DEVICE])
-    parser.add_argument("--steps", type=int, default=None, help="timed steps; default: 30, and 300 for the small shape")
+    steps = ", ".join(f"{name} {steps}" for name, steps in STEPS.items())
+    parser.add_argument("--steps", type=int, default=None, help=f"timed steps of a turn; default: {steps}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write all figures here, too")
     parser.add_argument("--contender", choices=list(CONTENDERS), help=argparse.SUPPRESS)
@@ -293,16 +366,19 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.contender:
         [shape] = arguments.shapes
-        print(json.dumps(run_one(arguments.contender, shape, arguments.stream, arguments.steps)))
+        torch.manual_seed(0)
+        torch.set_float32_matmul_precision("high")
+        take_turns(CONTENDERS[arguments.contender](shape, arguments.stream, arguments.steps))
         return
     machine = describe_machine()
     print(f"{machine['device']}, torch {machine['torch']}, {time.strftime('%Y-%m-%d')}", flush=True)
+    results = {}
     with TemporaryDirectory() as folder:
         stream = write_stream(Path(folder))
-        results = [
-            race(shape, stream, arguments.steps or (300 if shape == "small" else 30), arguments.rounds)
-            for shape in arguments.shapes
-        ]
+        for shape in arguments.shapes:
+            figures = race(shape, stream, arguments.steps or STEPS[shape], arguments.rounds)
+            print_table(shape, figures)
+            results[shape] = figures
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
     if DEVICE != "cuda":

@@ -12,9 +12,9 @@ from tiny_runs import losses, model, training
 from tiny_lm.model import build_model
 from tiny_lm.runs import Run
 from tiny_lm.training import device as device_module
-from tiny_lm.training.acceleration import next_token_loss
 from tiny_lm.training.device import choose_device, choose_precision, tell_choice
 from tiny_lm.training.fit import TrainingResult
+from tiny_lm.training.loss import next_token_loss
 from tiny_lm.training.optim import build_optimizer
 
 Machine = Callable[..., None]

@@ -7,8 +7,8 @@ import torch
 from tiny_runs import FAMILIES, model, training
 
 from tiny_lm.model import build_model
-from tiny_lm.training.acceleration import next_token_loss
 from tiny_lm.training.batch_size import Trial, find_batch_sizes, search, sizes_to_try
+from tiny_lm.training.loss import next_token_loss
 from tiny_lm.training.memory import Setup, estimate_memory, find_savings
 from tiny_lm.training.optim import build_optimizer
 

@@ -128,8 +128,13 @@ class Transformer(nn.Module):
         logits: Tensor = self.lm_head(self.hidden_states(input_ids, cache))
         return logits
 
-    def hidden_states(self, input_ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Return what the head sees, [B, T, D] after the final norm; arguments and errors as for :meth:`forward`."""
+    def hidden_states(
+        self, input_ids: Tensor, cache: KVCache | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Return what the head sees, [B, T, D] after the final norm; arguments and errors as for :meth:`forward`.
+
+        ``dtype`` is that of the residual stream; that of the embeddings when None.
+        """
         batch, length = input_ids.shape
         if length > self.config.context_length:
             raise ValueError(f"{length} tokens do not fit into the context of {self.config.context_length}")
@@ -138,6 +143,7 @@ class Transformer(nn.Module):
         else:
             positions, mask = cache.prepare(batch, length)
         x = self.emb_dropout(self.pos_emb(self.token_emb(input_ids), positions))
+        x = x.to(dtype or x.dtype)
         rotation = self.rope(positions)  # once for all blocks
         for block in self.blocks:
             x = self._run_block(block, x, rotation, mask, cache)

@@ -2,11 +2,6 @@
 
 import ctypes
 import sys
-from collections.abc import Callable
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from tiny_lm.inference.compiling import missing_compiler
 from tiny_lm.model import ModelConfig, flops_per_token
@@ -19,20 +14,6 @@ _WORTH_COMPILING: dict[Device, float] = {"cpu": 3e14, "cuda": 3e15}
 
 # Up to this many tokens plain matrix products beat the fused attention kernels of a CPU (docs/experiments.md).
 _SHORT = 512
-
-LossFunction = Callable[[nn.Module, Tensor, Tensor, int], Tensor]
-
-
-def next_token_loss(model: nn.Module, x: Tensor, y: Tensor, ignore_index: int) -> Tensor:
-    """Return the mean cross-entropy of ``model`` on inputs and targets int64 ``[B, T]``, in nats per token."""
-    logits = model(x)  # [B, T, V]
-    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=ignore_index)
-
-
-def compiled_loss() -> LossFunction:
-    """Return :func:`next_token_loss` compiled together with the model that it is called with."""
-    # The tanh of GELU in terms of exp: as exact as float32 is, and twice as fast.
-    return torch.compile(next_token_loss, dynamic=False, options={"cpp.use_decompose_tanh": True})
 
 
 def choose_compile(

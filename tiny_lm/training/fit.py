@@ -24,9 +24,7 @@ from tiny_lm.tokenizer import Tokenizer, load_tokenizer
 from tiny_lm.tokenizer.chat_template import read_chat_template
 from tiny_lm.training.acceleration import (
     choose_compile,
-    compiled_loss,
     keep_freed_memory,
-    next_token_loss,
     prefers_blocked_attention,
 )
 from tiny_lm.training.beginning import begin_with
@@ -36,6 +34,7 @@ from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.device import Device, choose_device, choose_precision, describe_device, tell_choice
 from tiny_lm.training.ema import WeightAverage
 from tiny_lm.training.guard import LossGuard
+from tiny_lm.training.loss import LossFunction, compiled_loss, next_token_loss
 from tiny_lm.training.memory import is_out_of_memory
 from tiny_lm.training.module import CausalLMModule
 from tiny_lm.training.monitors import Event, GpuStatsMonitor, OptimizerStepProgressBar, TokensMonitor, peak_memory
@@ -126,7 +125,8 @@ def train(
     }
     finished = run.read_record().get("status") == "finished"
     resumed_step = 0 if resume_from is None else check_resume(resume_from, kept, console, finished=finished)
-    module = _build_module(model_config, replace(training_config, precision=precision), kept, compiles=compiles)
+    loss = compiled_loss(precision) if compiles else next_token_loss
+    module = _build_module(model_config, replace(training_config, precision=precision), kept, loss)
     if prefers_blocked_attention(device, data_config.block_size):
         module.model.use_blocked_attention()
     plan = _plan(identity, training_config, resumed_step, data.train_stream.tokens)
@@ -146,12 +146,12 @@ def train(
 
 
 def _build_module(
-    model_config: ModelConfig, config: TrainingConfig, kept: dict[str, Any], *, compiles: bool
+    model_config: ModelConfig, config: TrainingConfig, kept: dict[str, Any], loss: LossFunction
 ) -> CausalLMModule:
     """Draw fresh weights from the seed."""
     torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
     torch.manual_seed(config.seed)
-    return CausalLMModule(model_config, config, kept, compiled_loss() if compiles else next_token_loss)
+    return CausalLMModule(model_config, config, kept, loss)
 
 
 def _identity(
