@@ -237,7 +237,7 @@ CONTENDERS: dict[str, Callable[[str, Path, int], Turn]] = {
 def contenders_of(shape: str) -> list[str]:
     if shape == "small":
         return [BARE, COMMAND]
-    return list(CONTENDERS) if DEVICE == "cpu" else [COMPILED, BARE, COMMAND]
+    return [COMPILED, BARE, COMMAND] if DEVICE == "cuda" else list(CONTENDERS)
 
 
 # --- the race --------------------------------------------------------------------------------------------------------
