@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning_fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from tiny_runs import losses, model, training
 from two_processes import TORCHRUN, assert_same_run, environment, free_port, start_two_processes
 
@@ -20,7 +22,7 @@ from tiny_lm.errors import UserError
 from tiny_lm.model.checkpoint import load_checkpoint_model
 from tiny_lm.runs import Run, read_metrics
 from tiny_lm.training.fit import train
-from tiny_lm.training.parallel import choose_processes, share_batch
+from tiny_lm.training.parallel import choose_processes, end_children, share_batch
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "training" / "train_gpt2.py"
 
@@ -279,6 +281,23 @@ def test_an_error_of_all_processes_is_told_once(workplace: Path) -> None:
     assert [line[:18] for line in result.stderr.splitlines() if "error" in line.lower()] == ["error: the loss is"]
     (folder,) = (workplace / "runs").iterdir()
     assert Run(folder).read_record()["status"] == "failed"
+
+
+def test_lightning_lets_a_process_live_that_ends_those_it_started() -> None:
+    """Lightning looks after them every five seconds: a report that takes longer to write must not be cut short."""
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    main, *children = (subprocess.Popen(sleep) for _ in range(3))
+    ended = list(children)
+    try:
+        observer = _ChildProcessObserver(main.pid, children)
+        end_children(children)
+        assert observer._run()  # nothing is left to observe
+        assert [child.returncode for child in ended] == [-signal.SIGKILL] * 2
+        with pytest.raises(subprocess.TimeoutExpired):  # it lives
+            main.wait(1)
+    finally:
+        main.kill()
+        main.wait()
 
 
 def test_two_nodes(workplace: Path, data_config: Callable[..., BinDataConfig], run: Run) -> None:

@@ -6,7 +6,7 @@ variables of its own.
 """
 
 import os
-import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -287,10 +287,20 @@ def failing_together(trainer: pl.Trainer, processes: Processes) -> Iterator[None
         launcher: Any = trainer.strategy.launcher
         if launcher is not None and processes.world_size > 1:
             if processes.is_main:
-                launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
+                end_children(launcher.procs)
             elif isinstance(processes.environment, LightningEnvironment):
                 time.sleep(3)
         # NCCL has an error class of its own, gloo's is known by the file that raised it.
         if isinstance(error, torch.distributed.DistError) or "/gloo/transport/" in str(error):
             raise UserError("another process of this run ended; what it said stands above") from None
         raise
+
+
+def end_children(watched: list[subprocess.Popen[bytes]]) -> None:
+    """End processes that Lightning watches: it must not see their end, or it would kill this process, too."""
+    children = list(watched)
+    watched.clear()
+    for child in children:
+        child.kill()
+    for child in children:
+        child.wait()
