@@ -21,6 +21,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+from contender import Contender, take_turns
 from generate_speed import (
     FLOAT32,
     INT8,
@@ -29,14 +30,12 @@ from generate_speed import (
     TEMPERATURES,
     TOKENS,
     Generate,
-    Turn,
-    contender,
     installed,
     llama_cpp,
     machine,
     onnx_runtime,
     ours,
-    take_turns,
+    timed,
 )
 from generate_speed import transformers as transformers_generate
 
@@ -142,11 +141,12 @@ def measure(run: Path, rounds: int) -> list[Row]:
         rows = write_formats(run, Path(folder))
         for row in rows:
             row.perplexity = measure_perplexity(row, run, Path(folder))
-        turns: dict[str, Turn] = {}
+        contenders: dict[str, Contender] = {}
         for row in rows:
             words = (run, "--row", json.dumps(asdict(row)), "--exports", folder)
-            turns[row.name] = stack.enter_context(contender(Path(folder) / f"{row.name}.log", __file__, *words))
-        seconds = [{name: turn(1, GREEDY) for name, turn in turns.items()} for _ in range(rounds)]
+            contenders[row.name] = stack.enter_context(Contender(Path(folder) / f"{row.name}.log", __file__, *words))
+            contenders[row.name].wait_until_ready()
+        seconds = [{name: each.turn(1, GREEDY) for name, each in contenders.items()} for _ in range(rounds)]
         for row in rows:
             row.tokens_per_sec = TOKENS / median(each[row.name] for each in seconds)
     return rows
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--exports", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.row:
-        take_turns(program(Row(**json.loads(arguments.row)), arguments.run, arguments.exports))
+        take_turns(timed(program(Row(**json.loads(arguments.row)), arguments.run, arguments.exports)))
         return
     print(f"{machine()}; perplexity on {text_of(arguments.run)}\n", flush=True)
     rows = measure(arguments.run, arguments.rounds)

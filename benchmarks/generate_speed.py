@@ -16,29 +16,25 @@ bits. Loading and compiling are not timed; reading the prompt is.
 import argparse
 import json
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+from contender import Contender, take_turns
+
 TOKENS = 128  # for each text
 PROMPT = "Once upon a time, there was a little"
 TEMPERATURES = {"greedy": 0.0, "temperature 0.8": 0.8}
 BATCHES = (1, 32)
-PAUSE_SECONDS = 0.05  # the threads of the one before have gone to sleep
-READY = "ready"
 
 Rates = dict[str, float]
 """Tokens per second of each kind of work."""
 Generate = Callable[[int, float], None]
 """Continues so many copies of the prompt by TOKENS tokens each, at a temperature."""
-Turn = Callable[[int, float], float]
-"""Lets another process do so, and returns the seconds."""
 
 
 def ours(run: Path, *, compile_it: bool = False) -> Generate:
@@ -147,46 +143,16 @@ def machine() -> str:
     return f"CPU, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
 
 
-def take_turns(generate: Generate) -> None:
-    """Do the work that each line of the standard input names, and print the seconds that it took."""
-    print(READY, flush=True)
-    for line in sys.stdin:
-        batch, temperature = line.split()
-        for _ in range(2):
-            started = time.perf_counter()
-            generate(int(batch), float(temperature))
-            seconds = time.perf_counter() - started
-        print(seconds, flush=True)
+def timed(generate: Generate) -> Callable[[int, float], float]:
+    """Return what generates twice and returns the seconds of the second time."""
 
+    def work(batch: int, temperature: float) -> float:
+        generate(batch, temperature)
+        started = time.perf_counter()
+        generate(batch, temperature)
+        return time.perf_counter() - started
 
-@contextmanager
-def contender(log: Path, script: str, *words: str | Path) -> Iterator[Turn]:
-    """Start one contender of a script as a process that takes turns; ``log`` gets what it says else."""
-    with log.open("w") as file:
-        command = [sys.executable, script, *map(str, words)]
-        child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True)
-    assert child.stdin is not None
-    assert child.stdout is not None
-    reader, writer = child.stdout, child.stdin
-
-    def answer() -> str:
-        line = reader.readline()
-        if not line:
-            sys.exit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
-        return line.strip()
-
-    def turn(batch: int, temperature: float) -> float:
-        time.sleep(PAUSE_SECONDS)
-        print(batch, temperature, file=writer, flush=True)
-        return float(answer())
-
-    while answer() != READY:
-        pass
-    try:
-        yield turn
-    finally:
-        writer.close()
-        child.wait()
+    return work
 
 
 def race(run: Path, rounds: int) -> dict[str, list[Rates]]:
@@ -194,15 +160,16 @@ def race(run: Path, rounds: int) -> dict[str, list[Rates]]:
     results: dict[str, list[Rates]] = {name: [{} for _ in range(rounds)] for name in names}
     with TemporaryDirectory() as folder, ExitStack() as stack:
         export(run, Path(folder))
-        turns: dict[str, Turn] = {}
+        contenders: dict[str, Contender] = {}
         for name in names:
             words = (run, "--contender", name, "--exports", folder)
-            turns[name] = stack.enter_context(contender(Path(folder) / f"{name}.log", __file__, *words))
+            contenders[name] = stack.enter_context(Contender(Path(folder) / f"{name}.log", __file__, *words))
+            contenders[name].wait_until_ready()
         for number in range(rounds):
             for batch in BATCHES:
                 for kind, temperature in TEMPERATURES.items():
                     for name in names if batch == 1 else MANY:
-                        rate = batch * TOKENS / turns[name](batch, temperature)
+                        rate = batch * TOKENS / contenders[name].turn(batch, temperature)
                         results[name][number][f"{batch} text{'s' * (batch > 1)}, {kind}"] = rate
     return results
 
@@ -230,7 +197,7 @@ def main() -> None:
     parser.add_argument("--exports", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.contender:
-        take_turns(CONTENDERS[arguments.contender](arguments.run, arguments.exports))
+        take_turns(timed(CONTENDERS[arguments.contender](arguments.run, arguments.exports)))
         return
     print(machine(), flush=True)
     results = race(arguments.run, arguments.rounds)

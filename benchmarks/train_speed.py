@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import resource
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from contender import Contender, take_turns
 from torch import Tensor, nn
 
 from tiny_lm.data import BinDataConfig
@@ -243,56 +243,21 @@ def contenders_of(shape: str) -> list[str]:
 # --- the race --------------------------------------------------------------------------------------------------------
 
 Result = dict[str, float]
-READY = "ready"
 
 
-def take_turns(turn: Turn) -> None:
-    """Train once for each line of the standard input, and print the figures."""
-    torch.cuda.empty_cache()  # for the others
-    print(READY, flush=True)
-    for _ in sys.stdin:
+def measured(turn: Turn) -> Callable[[], Result]:
+    """Return what takes a turn and returns its figures."""
+
+    def work() -> Result:
         rate = turn()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         if DEVICE == "cuda":
             peak = torch.cuda.max_memory_allocated() / 2**20
-            torch.cuda.empty_cache()
-        print(READY, json.dumps({"tokens_per_second": rate, "peak_mib": peak}), flush=True)
+            torch.cuda.empty_cache()  # for the others
+        return {"tokens_per_second": rate, "peak_mib": peak}
 
-
-class Contender:
-    """A contender on one shape, as a process that takes turns."""
-
-    def __init__(self, name: str, shape: str, stream: Path, steps: int, log: Path) -> None:
-        command = [sys.executable, __file__, "--contender", name, "--shapes", shape, "--steps", str(steps)]
-        self._name, self._log = f"{name} on {shape}", log
-        with log.open("w") as file:
-            self._child = subprocess.Popen(
-                [*command, "--stream", str(stream)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=file,
-                text=True,
-            )
-
-    def answer(self) -> str:
-        """Wait until it is ready, and return what it says then; it prints other things, too."""
-        assert self._child.stdout is not None
-        for line in self._child.stdout:
-            if line.startswith(READY):
-                return line.removeprefix(READY)
-        sys.exit(f"{self._name} failed:\n{self._log.read_text()[-3000:]}")
-
-    def turn(self) -> Result:
-        """Let it train."""
-        print(file=self._child.stdin, flush=True)
-        result: Result = json.loads(self.answer())
-        return result
-
-    def __enter__(self) -> "Contender":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._child.communicate()
+    torch.cuda.empty_cache()
+    return work
 
 
 def write_stream(folder: Path) -> Path:
@@ -308,12 +273,12 @@ def race(shape: str, stream: Path, steps: int, rounds: int) -> dict[str, list[Re
     names = contenders_of(shape)
     results: dict[str, list[Result]] = {name: [] for name in names}
     with ExitStack() as stack:
-        contenders = {
-            name: stack.enter_context(Contender(name, shape, stream, steps, stream / f"{number}.log"))
-            for number, name in enumerate(names)
-        }
+        contenders: dict[str, Contender] = {}
+        for number, name in enumerate(names):
+            words = ("--contender", name, "--shapes", shape, "--steps", str(steps), "--stream", stream)
+            contenders[name] = stack.enter_context(Contender(stream / f"{number}.log", __file__, *words))
         for contender in contenders.values():
-            contender.answer()
+            contender.wait_until_ready()
         for number in range(rounds):
             for name, contender in contenders.items():
                 result = contender.turn()
@@ -368,7 +333,7 @@ def main() -> None:
         [shape] = arguments.shapes
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("high")
-        take_turns(CONTENDERS[arguments.contender](shape, arguments.stream, arguments.steps))
+        take_turns(measured(CONTENDERS[arguments.contender](shape, arguments.stream, arguments.steps)))
         return
     machine = describe_machine()
     print(f"{machine['device']}, torch {machine['torch']}, {time.strftime('%Y-%m-%d')}", flush=True)

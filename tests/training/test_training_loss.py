@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tiny_lm.model import build_model
 from tiny_lm.training import loss as loss_module
-from tiny_lm.training.loss import LinearCrossEntropy, lean_next_token_loss, next_token_loss
+from tiny_lm.training.loss import LinearCrossEntropy, LossFunction, lean_next_token_loss, next_token_loss
 
 
 @pytest.mark.parametrize("most_logits", [2**28, 333])  # all at once; in parts, the last one shorter
@@ -45,16 +45,19 @@ def test_a_lean_step_has_the_loss_and_the_gradients_of_a_plain_one(compiles: boo
     ids = torch.randint(0, network.config.vocab_size, (4, network.config.context_length + 1))
     x, y = ids[:, :-1], ids[:, 1:].clone()
     y[0, :5] = -100
-    graded = {}
-    for loss_of in (next_token_loss, torch.compile(lean_next_token_loss) if compiles else lean_next_token_loss):
+
+    def graded(loss_of: LossFunction) -> tuple[Tensor, dict[str, Tensor]]:
         network.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(network, x, y, -100)
-        loss.backward()
-        norms = {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
-        graded[loss_of is next_token_loss] = (loss.detach(), norms)
-    (lean, lean_gradients), (plain, plain_gradients) = graded[False], graded[True]
-    assert abs(lean - plain) < 2e-3
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
+        return loss.detach(), {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
+
+    plain, plain_gradients = graded(next_token_loss)
+    lean, lean_gradients = graded(torch.compile(lean_next_token_loss) if compiles else lean_next_token_loss)
+    assert abs(lean - plain) < 5e-4
+    assert lean_gradients.keys() == plain_gradients.keys()
     for name, gradient in plain_gradients.items():
         error = (lean_gradients[name] - gradient).norm() / gradient.norm()
         assert error < 0.03, name  # bfloat16 keeps eight bits: 0.004 for each sum

@@ -23,12 +23,7 @@ class BinDataConfig(Config):
     dtype: Literal["uint16", "uint32"] | None = Field(default=None, description="null: what metadata.json says")
     eos_token_id: int | None = Field(default=None, ge=0, description="null: what metadata.json says")
     batch_size: int = Field(ge=1, le=2**20, description="windows in a micro-batch")
-    num_workers: int = Field(
-        default=0,
-        ge=0,
-        le=256,
-        description="loader processes beside a GPU; none is faster where the stream fits into memory",
-    )
+    num_workers: int = Field(default=0, ge=0, le=256, description="loader processes beside a GPU; none on a CPU")
     pin_memory: bool = Field(default=False, description="page-locked batches; only where there is a GPU")
     drop_last: bool = Field(
         default=True,

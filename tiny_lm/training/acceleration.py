@@ -8,8 +8,8 @@ from tiny_lm.model import ModelConfig, flops_per_token
 from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.device import Device
 
-# Compiling takes the better part of a minute and then saves about a tenth of the time on a CPU, more on a GPU. A run
-# of so many floating-point operations takes ten minutes on two fast cores, or a minute on a fast GPU.
+# Compiling takes the better part of a minute and then saves a tenth (GPT-2) to a fifth (Qwen3) of the time on a CPU.
+# A run of so many floating-point operations takes ten minutes on two fast cores, or a minute on a fast GPU.
 _WORTH_COMPILING: dict[Device, float] = {"cpu": 3e14, "cuda": 3e15}
 
 # Up to this many tokens plain matrix products beat the fused attention kernels of a CPU (docs/experiments.md).

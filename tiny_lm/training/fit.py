@@ -22,11 +22,7 @@ from tiny_lm.model import ModelConfig, flops_per_token, num_parameters
 from tiny_lm.runs import Run, environment
 from tiny_lm.tokenizer import Tokenizer, load_tokenizer
 from tiny_lm.tokenizer.chat_template import read_chat_template
-from tiny_lm.training.acceleration import (
-    choose_compile,
-    keep_freed_memory,
-    prefers_blocked_attention,
-)
+from tiny_lm.training.acceleration import choose_compile, keep_freed_memory, prefers_blocked_attention
 from tiny_lm.training.beginning import begin_with
 from tiny_lm.training.callbacks import MetricsWriter, Validation
 from tiny_lm.training.checkpoints import AtomicCheckpointIO, CheckpointWriter, GracefulStop

@@ -29,7 +29,7 @@ def lean_next_token_loss(model: Transformer, x: Tensor, y: Tensor, ignore_index:
     """Return what :func:`next_token_loss` returns under autocast to bfloat16, with fewer bytes read and written.
 
     Beside the matrix products a step waits for memory. Here the residual stream is in bfloat16, as it is in models
-    whose weights are, and the logits are read once for the loss and its gradient.
+    whose weights are, and one kernel reads the logits for the loss and its gradient.
     """
     hidden = model.hidden_states(x, dtype=torch.bfloat16)  # [B, T, D], of a norm and so in float32 again
     hidden = hidden.to(torch.bfloat16).flatten(0, 1)  # [N, D]
