@@ -17,8 +17,10 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tiny_lm.data import BinDataConfig
+from tiny_lm.data.tokenize import tokenize_corpus
 from tiny_lm.model import model_config_from_dict
 from tiny_lm.runs import Run
+from tiny_lm.tokenizer import Tokenizer
 from tiny_lm.training import TrainingConfig
 from tiny_lm.training.fit import train
 
@@ -72,18 +74,20 @@ def running(command: list[str], url: str, log: Path, **environment: str) -> Iter
 
 
 def train_slow(run: Run, data: BinDataConfig) -> Run:
-    """Train a step of a model that is large enough to be seen telling."""
+    """Train a model that is large enough to be seen telling, on one endless story, so that no answer ends early."""
     model = {"vocab_size": 512, "context_length": 256, "d_model": 512, "n_layers": 8, "n_heads": 8}
-    training = TrainingConfig(max_steps=1, learning_rate=1e-3, precision="32-true", sample_tokens=0)
+    training = TrainingConfig(max_steps=8, learning_rate=3e-3, precision="32-true", sample_tokens=0)
     train(model_config_from_dict(model, source="test"), training, data, run)
     return run
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory, stream_folder: Path) -> Iterator[str]:
-    paths = {"train_path": str(stream_folder / "train.bin"), "val_path": str(stream_folder / "val.bin")}
-    data = BinDataConfig(**paths, block_size=64, batch_size=4)
+def address(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer, stories: list[str]) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("openwebui")
+    endless = {"train": [" ".join(stories[:280])], "val": [" ".join(stories[280:])]}
+    tokenize_corpus(tokenizer, endless, folder, source="test")
+    paths = {"train_path": str(folder / "train.bin"), "val_path": str(folder / "val.bin")}
+    data = BinDataConfig(**paths, block_size=64, batch_size=4)
     runs = [train_slow(Run(folder / name), data).folder for name in ("oak", "elm")]
     port, own = free_port(), free_port()
     serve = [sys.executable, "-c", "from tiny_lm.cli import main; main('serve')", *map(str, runs), "--port", str(port)]

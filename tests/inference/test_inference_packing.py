@@ -2,7 +2,7 @@ import pytest
 import torch
 from generators import FAMILIES, make
 
-from tiny_lm.inference.packing import attend_rows, pack
+from tiny_lm.inference.packing import RowAttention, pack
 from tiny_lm.model import reference_attention
 from tiny_lm.tokenizer import Tokenizer
 
@@ -29,11 +29,22 @@ def test_a_packed_model_computes_what_the_model_does(family: str, qkv_bias: bool
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_of_many_rows_is_that_of_the_reference(kv_heads: int, rows: int, masked: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(rows, 1, 4, 16, generator=generator).transpose(1, 2)
-    k, v = (torch.randn(rows, kv_heads, 32, 16, generator=generator)[:, :, :25] for _ in range(2))
-    lengths = torch.randint(1, 26, (rows, 1, 1, 1), generator=generator)
-    mask = torch.arange(25) < lengths if masked else None
-    torch.testing.assert_close(attend_rows(q, k, v, mask), reference_attention(q, k, v, mask), rtol=0, atol=1e-6)
+    attend_rows = RowAttention()
+    for capacity in (32, 32, 48):  # with other lengths, and in a cache of another size
+        q = torch.randn(rows, 1, 4, 16, generator=generator).transpose(1, 2)
+        k, v = (torch.randn(rows, kv_heads, capacity, 16, generator=generator)[:, :, :25] for _ in range(2))
+        lengths = torch.randint(1, 26, (rows, 1, 1, 1), generator=generator)
+        mask = torch.arange(25) < lengths if masked else None
+        expected = reference_attention(q, k, v, mask)
+        for _ in range(2):  # two layers
+            torch.testing.assert_close(attend_rows(q, k, v, mask), expected, rtol=0, atol=1e-6)
+
+
+def test_many_rows_of_one_token_attend_without_a_cache(tokenizer: Tokenizer) -> None:
+    model = make(tokenizer, "qwen3").model
+    ids = torch.arange(40)[:, None]
+    with torch.inference_mode():
+        torch.testing.assert_close(pack(model)(ids), model(ids), rtol=0, atol=2e-5)
 
 
 def test_packing_leaves_the_model_alone_and_shares_its_embedding(tokenizer: Tokenizer) -> None:

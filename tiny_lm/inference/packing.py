@@ -25,20 +25,62 @@ _MANY_ROWS = 16
 """From so many rows on the keys and values lie in main memory, not in a cache of the processor."""
 
 
-def attend_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
-    """Do what :func:`~tiny_lm.model.attend` does; one query of many rows in products that read memory in its order.
+class RowAttention:
+    """Does what :func:`~tiny_lm.model.attend` does; one query of many rows in kernels that read memory in its order.
 
-    The fused kernel of torch waits for memory there: heads of 96 take 0.6 of its time this way, small ones as long.
+    The fused kernel of torch waits for memory there. The sum of values by weight is an embedding bag: one for each
+    head, whose embeddings are the cached values. It reads those of a row only, however long other rows are.
     """
-    batch, heads, queries, size = q.shape
-    if queries > 1 or batch < _MANY_ROWS:
-        return attend(q, k, v, mask, dropout_p)
-    grouped = (q * size**-0.5).view(batch, k.shape[1], -1, size)  # [B, H, 1, K] -> [B, G, H/G, K]
-    scores = k @ grouped.transpose(2, 3)  # [B, G, S, H/G]
+
+    def __init__(self) -> None:
+        self._last: tuple[Tensor | None, object, tuple[Tensor, Tensor]] | None = None
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+        """Take and return what :func:`~tiny_lm.model.attend` does; a row of the mask is true up to its last key."""
+        batch, heads, queries, size = q.shape
+        if queries > 1 or batch < _MANY_ROWS:
+            return attend(q, k, v, mask, dropout_p)
+        _, groups, seen, _ = v.shape
+        grouped = (q * size**-0.5).view(batch, groups, -1, size)  # [B, H, 1, K] -> [B, G, H/G, K]
+        scores = k @ grouped.transpose(2, 3)  # [B, G, S, H/G]
+        if mask is not None:
+            scores.masked_fill_(~mask.transpose(2, 3), -torch.inf)
+        weights = scores.softmax(dim=2).transpose(2, 3).reshape(-1)  # [B, G, H/G, S] -> [B*H*S]
+        places, starts = self._bags(v, mask, heads)
+        # All of the memory from the first value to the last one, as vectors of K.
+        vectors = ((batch - 1) * v.stride(0) + (groups - 1) * v.stride(1)) // size + seen
+        table = v.as_strided((vectors, size), (size, 1))
+        y = F.embedding_bag(places, table, starts, mode="sum", per_sample_weights=weights)  # [B*H, K]
+        return y.view(batch, heads, 1, size)
+
+    def _bags(self, v: Tensor, mask: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:
+        """Return what :func:`value_bags` does, which is the same in all layers of a step."""
+        layout, last = (v.shape, v.stride()), self._last
+        if last is None or last[0] is not mask or last[1] != layout:
+            last = self._last = mask, layout, value_bags(v, mask, heads)
+        return last[2]
+
+
+def value_bags(v: Tensor, mask: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:
+    """Return where the values of each head begin and lie in memory, counted in vectors of K.
+
+    Args:
+        v: values [B, G, S, K].
+        mask: [B, 1, 1, S], or None where every row sees all. What a row does not see is its last value again: it has
+            no weight, and is at hand.
+        heads: number H of query heads.
+
+    Returns:
+        places of values [B*H*S], and where among them those of a head begin [B*H]; both int32.
+    """
+    batch, groups, seen, size = v.shape
+    rows = torch.arange(batch, dtype=torch.int32)[:, None, None, None] * (v.stride(0) // size)
+    inner = torch.arange(groups, dtype=torch.int32)[:, None, None] * (v.stride(1) // size)
+    tokens = torch.arange(seen, dtype=torch.int32)
     if mask is not None:
-        scores.masked_fill_(~mask.transpose(2, 3), -torch.inf)
-    y: Tensor = scores.softmax(dim=2).transpose(2, 3) @ v  # [B, G, H/G, K]
-    return y.view(batch, heads, 1, size)
+        tokens = torch.minimum(tokens, mask.sum(dim=-1, keepdim=True, dtype=torch.int32) - 1)  # [B, 1, 1, S]
+    places = (rows + inner + tokens).expand(-1, -1, heads // groups, -1)  # [B, G, H/G, S]
+    return places.reshape(-1), torch.arange(0, batch * heads * seen, seen, dtype=torch.int32)
 
 
 class PackedLinear(nn.Module):
@@ -103,6 +145,7 @@ def pack(model: Transformer) -> Transformer:
     if not (here and has_onednn and weight.dtype == torch.float32):
         return model
     packed = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    attend_rows = RowAttention()
     for module in packed.modules():
         if isinstance(module, MultiHeadAttention):
             object.__setattr__(module, "project", PackedProjection(module))
