@@ -141,6 +141,20 @@ def test_headers_have_an_end(server: Served) -> None:
                 connection.sendall(b"a" * 2**14)
 
 
+@pytest.mark.parametrize("begun", [b"", b"GET /health HTTP/1.1\r\nHost: localh"])
+@pytest.mark.parametrize("before", [0, 1])
+def test_headers_come_in_time(narrow: Served, before: int, begun: bytes) -> None:
+    host, port = narrow.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        for _ in range(before):
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            answer = b""
+            while not answer.endswith(b'{"status":"ok"}'):
+                answer += connection.recv(4096)
+        connection.sendall(begun)
+        assert connection.recv(4096) == b""  # the server closes
+
+
 @pytest.mark.parametrize("header", ["", "Bearer", "Bearer wrong", "Basic secret", "Bearer secre", "Bearer secret2"])
 def test_without_the_key_nothing_is_told(narrow: Served, header: str) -> None:
     headers = {"authorization": header} if header else {}

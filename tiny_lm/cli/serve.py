@@ -81,7 +81,9 @@ def serve(
             for model in models:
                 model.loop.stop(grace=0)
 
-        server.run(app, listening, gate, grace=grace, end_stories=end_stories, tell=_tell)
+        server.run(
+            app, listening, gate, head_seconds=limits.arrival_seconds, grace=grace, end_stories=end_stories, tell=_tell
+        )
 
 
 def _serve_with(engine: str, runs: list[str], host: str, port: int, python: str | None) -> None:

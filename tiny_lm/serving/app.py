@@ -93,7 +93,7 @@ def create_app(
         hosts=hosts,
         key=key,
         body_bytes=limits.body_bytes,
-        body_seconds=min(limits.body_seconds, limits.seconds),
+        body_seconds=limits.arrival_seconds,
     )
     return app
 

@@ -16,6 +16,8 @@ MOST_LOGPROBS = 20
 PROMPT_CHARACTERS = 2**17
 """Most characters of a prompt or a message: far more than any context here holds."""
 
+_ARRIVAL_SECONDS = 30.0
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -23,7 +25,6 @@ class Limits:
 
     Attributes:
         body_bytes: of the body of a request.
-        body_seconds: until the body of a request is there.
         max_tokens: most tokens of a text; who asks for more gets these.
         seconds: from the arrival of a request to the end of its answer.
         slots: texts of a model that are told at once.
@@ -31,7 +32,6 @@ class Limits:
     """
 
     body_bytes: int = 2**20
-    body_seconds: float = 30.0
     max_tokens: int = 4096
     seconds: float = 300.0
     slots: int = 32
@@ -46,6 +46,11 @@ class Limits:
         ):
             if not least <= value <= most:
                 raise UserError(f"{name} must be between {least} and {most:,} (it is {value})")
+
+    @property
+    def arrival_seconds(self) -> float:
+        """Most seconds in which the head of a request comes, and then its body."""
+        return min(_ARRIVAL_SECONDS, self.seconds)
 
     def tokens(self, asked: int) -> int:
         """Return the most tokens of a text for which ``asked`` were asked."""

@@ -6,7 +6,9 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -52,9 +54,34 @@ def url_of(listening: socket.socket) -> str:
 
 
 class _Protocol(HttpToolsProtocol):
-    """HTTP with an end to headers, which are kept until the last one is there."""
+    """HTTP with an end to headers, in bytes and in time: they are kept until the last one is there."""
 
     _unparsed = 0  # bytes since a request, or a part of its body, was last complete
+    _head: asyncio.TimerHandle | None = None  # ends the time for headers that are waited for
+
+    def __init__(self, *, head_seconds: float, **options: Any) -> None:
+        """Take what uvicorn gives, and the most seconds that headers take."""
+        super().__init__(**options)
+        self._head_seconds = head_seconds
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        """Wait for the headers of the first request."""
+        super().connection_made(transport)
+        self._wait_for_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no more."""
+        self._head_came()
+        super().connection_lost(exc)
+
+    def _wait_for_head(self) -> None:
+        if self._head is None:
+            self._head = self.loop.call_later(self._head_seconds, self.transport.close)
+
+    def _head_came(self) -> None:
+        if self._head is not None:
+            self._head.cancel()
+            self._head = None
 
     def data_received(self, data: bytes) -> None:
         """Read what came, unless it is too much of what is no body."""
@@ -62,10 +89,13 @@ class _Protocol(HttpToolsProtocol):
         super().data_received(data)
         if self._unparsed > _HEADER_BYTES and not self.transport.is_closing():
             self.send_400_response("The headers are too large.")
+        elif self.cycle is None or self.cycle.response_complete:
+            self._wait_for_head()
 
     def on_headers_complete(self) -> None:
         """Begin the request."""
         self._unparsed = 0
+        self._head_came()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -126,6 +156,7 @@ def run(
     listening: socket.socket,
     gate: Gate,
     *,
+    head_seconds: float,
     grace: float,
     end_stories: Callable[[], None],
     tell: Callable[[str], None],
@@ -136,13 +167,14 @@ def run(
         app: the application.
         listening: where clients come in.
         gate: that the application was built with.
+        head_seconds: most seconds in which the headers of a request come; then the connection is closed.
         grace: seconds that running requests have to end.
         end_stories: ends what still runs after these.
         tell: is given lines for the user.
     """
     config = uvicorn.Config(
         app,
-        http=_Protocol,
+        http=partial(_Protocol, head_seconds=head_seconds),  # type: ignore[arg-type]  # all that is asked is a call
         log_level="warning",
         access_log=False,
         ws="none",
