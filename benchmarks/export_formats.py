@@ -32,12 +32,12 @@ from generate_speed import (
     Generate,
     installed,
     llama_cpp,
-    machine,
     onnx_runtime,
     ours,
     timed,
 )
 from generate_speed import transformers as transformers_generate
+from machine import machine
 
 GGUF_TYPES = ("F32", "F16", "Q8_0", "Q4_0", "Q4_K_M")
 ONNX_FILES = {FLOAT32: "float32", INT8: "int8"}

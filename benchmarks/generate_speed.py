@@ -137,12 +137,6 @@ def installed(name: str) -> bool:
     return name not in needed or find_spec(needed[name]) is not None
 
 
-def machine() -> str:
-    import torch
-
-    return f"CPU, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
-
-
 def timed(generate: Generate) -> Callable[[int, float], float]:
     """Return what generates twice and returns the seconds of the second time."""
 
@@ -199,6 +193,8 @@ def main() -> None:
     if arguments.contender:
         take_turns(timed(CONTENDERS[arguments.contender](arguments.run, arguments.exports)))
         return
+    from machine import machine  # loads torch, which not every contender needs
+
     print(machine(), flush=True)
     results = race(arguments.run, arguments.rounds)
     print_table(results)

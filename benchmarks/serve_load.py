@@ -273,16 +273,15 @@ def main() -> None:
         return
     if arguments.run is None:
         parser.error("name a run folder")
-    import torch
+    from machine import machine  # loads torch, which the clients do not need
 
-    machine = f"CPU, {os.cpu_count()} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
-    print(machine, flush=True)
+    print(machine(), flush=True)
     names = arguments.engines or [name for name in SERVERS if installed(name)]
     results = race(arguments.run, names, arguments.turns)
     print_table(results)
     if arguments.json:
         figures = {name: [[asdict(one) for one in each] for each in turns] for name, turns in results.items()}
-        arguments.json.write_text(json.dumps({"machine": machine, "figures": figures}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({"machine": machine(), "figures": figures}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

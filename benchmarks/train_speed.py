@@ -13,7 +13,6 @@ with Lightning, loader, logging, clipping and schedule, its time taken from the 
 import argparse
 import json
 import os
-import platform
 import resource
 import sys
 import time
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 from contender import Contender, take_turns
+from machine import machine
 from torch import Tensor, nn
 
 from tiny_lm.data import BinDataConfig
@@ -322,11 +322,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def describe_machine() -> dict[str, Any]:
-    gpu = torch.cuda.get_device_name() if DEVICE == "cuda" else None
-    return {"device": gpu or f"CPU, {os.cpu_count()} cores, {platform.machine()}", "torch": torch.__version__}
-
-
 def main() -> None:
     arguments = parse_arguments()
     if arguments.contender:
@@ -335,8 +330,7 @@ def main() -> None:
         torch.set_float32_matmul_precision("high")
         take_turns(measured(CONTENDERS[arguments.contender](shape, arguments.stream, arguments.steps)))
         return
-    machine = describe_machine()
-    print(f"{machine['device']}, torch {machine['torch']}, {time.strftime('%Y-%m-%d')}", flush=True)
+    print(machine(), flush=True)
     results = {}
     with TemporaryDirectory() as folder:
         stream = write_stream(Path(folder))
@@ -345,7 +339,7 @@ def main() -> None:
             print_table(shape, figures)
             results[shape] = figures
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n")
+        arguments.json.write_text(json.dumps({"machine": machine(), "results": results}, indent=2) + "\n")
     if DEVICE != "cuda":
         print("\nno GPU here: the shapes for GPUs were not run")
 

@@ -18,6 +18,7 @@
 import errno
 import json
 import math
+import os
 import platform
 import re
 import subprocess
@@ -243,10 +244,23 @@ def environment() -> dict[str, Any]:
         "command": sys.argv,
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "platform": platform.platform(),
+        "processor": processor(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in packages},
         "git": _git_state(),
     }
+
+
+def processor() -> str:
+    """Return name and cores of the processor; family and model too on Linux, where clouds call several kinds alike."""
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):  # no Linux
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
+        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        if "model name" in facts:
+            kind = (("family", "cpu family"), ("model", "model"))
+            name = ", ".join([facts["model name"], *(f"{told} {facts[key]}" for told, key in kind if key in facts)])
+    return f"{name}, {os.cpu_count()} cores"
 
 
 def _version(package: str) -> str | None:

@@ -172,7 +172,8 @@ def _mib(name: str, value: float) -> str:
 def machine_rows(material: Material) -> Rows:
     """Return software and machine."""
     versions = material.record.get("environment", {}).get("versions", {}) if _has_environment(material) else {}
-    rows = [("System", material.text("environment", "platform")), ("Python", material.text("environment", "python"))]
+    told = (("System", "platform"), ("Processor", "processor"), ("Python", "python"))
+    rows = [(name, material.text("environment", key)) for name, key in told]
     if isinstance(versions, dict):
         rows += [(str(name), str(version)) for name, version in versions.items() if version]
     return [(name, value) for name, value in rows if value]
