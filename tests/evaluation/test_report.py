@@ -92,6 +92,7 @@ def test_the_page_shows_all_parts_of_a_run(folder: Run) -> None:
     assert "all lived happily ever after" in page.text
     assert "some-judge" in page.text
     assert "gzip" in page.text
+    assert record["environment"]["processor"] in page.text
     assert record["environment"]["git"] is None or record["environment"]["git"]["commit"] in page.text
     assert "d_model: 32" in page.text
     assert page.source.count('class="absent"') == 1  # the quickstart promises no figure

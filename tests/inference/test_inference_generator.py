@@ -9,7 +9,7 @@ from generators import FAMILIES, GREEDY, generated_ids, make, never_drawn
 from tiny_lm.data import BinDataConfig
 from tiny_lm.errors import UserError
 from tiny_lm.inference import Request, Sampling, TextGenerator
-from tiny_lm.model import model_config_from_dict
+from tiny_lm.model import KVCache, Transformer, model_config_from_dict
 from tiny_lm.runs import Run
 from tiny_lm.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from tiny_lm.training import TrainingConfig
@@ -55,6 +55,22 @@ def test_prompt_longer_than_the_context_keeps_its_end(tokenizer: Tokenizer) -> N
     forbidden = never_drawn(generator)
     expected = int(logits.masked_fill(forbidden, float("-inf")).argmax())
     assert generated_ids(generator, prompt, 1)[-1] == expected
+
+
+@pytest.mark.parametrize(("prompts", "new", "held"), [(["One day", "A bear"], 20, 32), (["One day"], 200, 64)])
+def test_memory_is_taken_for_the_longest_text_only(
+    prompts: list[str], new: int, held: int, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, lengths = make(tokenizer), []
+    new_cache = Transformer.new_cache
+
+    def spied(model: Transformer, batch_size: int, max_length: int | None = None) -> KVCache:
+        lengths.append(max_length)
+        return new_cache(model, batch_size, max_length)
+
+    monkeypatch.setattr(Transformer, "new_cache", spied)
+    generator.generate_batch(prompts, Request(new, new))
+    assert lengths == [held]
 
 
 SPECIALS = {"pad": "<pad>", "eos": "<eos>", "bos": "<bos>", "unk": "<unk>"}

@@ -51,6 +51,7 @@ def test_run_folder_holds_what_the_design_says(fit: Fit, run: Run, stream_folder
     assert record["tokens"] == 12 * 4 * 32
     assert record["metrics"]["val_loss"] == result.metrics["val_loss"]
     assert record["environment"]["versions"]["torch"] == torch.__version__
+    assert record["environment"]["processor"].endswith(f" {os.cpu_count()} cores")
     events = read_metrics(run.metrics)
     assert all("step" in event and "timestamp" in event for event in events)
     assert {"train_loss", "train_ppl", "val_loss", "val_ppl", "val_bpb", "lr", "tokens", "tokens_per_sec"} <= {

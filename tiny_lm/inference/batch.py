@@ -9,10 +9,16 @@ class TextBatch:
     """Texts that are continued together, and may join and leave between steps."""
 
     def __init__(
-        self, model: Transformer, rows: int, *, prompt_tokens: int | None = None, step: DecodeStep = decode_step
+        self,
+        model: Transformer,
+        rows: int,
+        *,
+        length: int | None = None,
+        prompt_tokens: int | None = None,
+        step: DecodeStep = decode_step,
     ) -> None:
         """Have room for ``rows`` texts; the arguments are those of :class:`BatchDecoder`."""
-        self._decoder = BatchDecoder(model, rows, prompt_tokens=prompt_tokens, step=step)
+        self._decoder = BatchDecoder(model, rows, length=length, prompt_tokens=prompt_tokens, step=step)
         self._texts: dict[int, GrowingText] = {}  # by row
 
     def __len__(self) -> int:

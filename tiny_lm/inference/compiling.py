@@ -160,10 +160,11 @@ class CompiledStep:
         Args:
             model: the one that was compiled, in whatever layout is best for several rows, which it reads.
             tokens: ``[B]``.
-            cache: of as many rows, made by the model.
+            cache: of as many rows, made by the model for the whole context.
         """
         if cache.batch_size > 1:
             return decode_step(model, tokens, cache)
+        assert cache.max_length == len(self._positions)  # the compiled code does not check
         seen = self._positions[: cache.lengths[0] + 1]
         logits: Tensor = self._compiled(self._model, tokens, seen, cache.keys, cache.values)
         cache.advance(1)

@@ -138,13 +138,20 @@ class BatchDecoder:
     """
 
     def __init__(
-        self, model: Transformer, rows: int, *, prompt_tokens: int | None = None, step: DecodeStep = decode_step
+        self,
+        model: Transformer,
+        rows: int,
+        *,
+        length: int | None = None,
+        prompt_tokens: int | None = None,
+        step: DecodeStep = decode_step,
     ) -> None:
         """Have room for texts.
 
         Args:
             model: on any device, in evaluation mode.
             rows: most texts at once.
+            length: most tokens of a text, its prompt included, where that is known: memory is taken for these only.
             prompt_tokens: at most so many tokens of prompts are read in a step, so that long ones do not keep the
                 other rows waiting; None for all there are.
             step: does what :func:`decode_step` does.
@@ -152,7 +159,8 @@ class BatchDecoder:
         self._model, self._decode_step = model, step
         self._context = model.config.context_length
         self._prompt_tokens = rows * self._context if prompt_tokens is None else prompt_tokens
-        self._cache = model.new_cache(rows)
+        longest = self._context if length is None else -(-length // _ROUND) * _ROUND
+        self._cache = model.new_cache(rows, min(longest, self._context))
         self._device = self._cache.keys[0].device
         self._rows: dict[int, _Row] = {}
         self._free = list(range(rows))[::-1]

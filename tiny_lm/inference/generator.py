@@ -299,14 +299,16 @@ class TextGenerator:
         self.tokenizer.decode(prompt)
         return PromptScore(self._packed, prompt, top=top)
 
-    def new_batch(self, rows: int, *, prompt_tokens: int | None = None) -> TextBatch:
+    def new_batch(self, rows: int, *, length: int | None = None, prompt_tokens: int | None = None) -> TextBatch:
         """Return a place where texts that :meth:`begin` made are continued; the arguments are those of BatchDecoder."""
-        return TextBatch(self._packed, rows, prompt_tokens=prompt_tokens, step=self._step)
+        if isinstance(self._step, CompiledStep):
+            length = None  # it was compiled for a cache of the whole context
+        return TextBatch(self._packed, rows, length=length, prompt_tokens=prompt_tokens, step=self._step)
 
     def _continue(self, texts: Sequence[GrowingText]) -> Iterator[str]:
         """Continue texts to their ends, as many at once as there are rows, and yield piece after piece of all."""
         waiting = deque(text for text in texts if text.finish_reason is None)
-        batch = self.new_batch(min(len(waiting), _ROWS))
+        batch = self.new_batch(min(len(waiting), _ROWS), length=max((text.longest for text in waiting), default=1))
         while waiting or len(batch):
             while waiting and batch.free:
                 batch.join(waiting.popleft())

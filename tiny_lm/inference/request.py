@@ -89,6 +89,11 @@ class GrowingText:
         self._decoder = tokenizer.stream_decoder()
         self._stops = StopStrings(request.stop)
 
+    @property
+    def longest(self) -> int:
+        """Most tokens that prompt and text can have together."""
+        return len(self.wanted.prompt) + self._most
+
     def take(self, drawn: Drawn) -> str:
         """Add a token and return the text that is now certain: all of it, once the text has ended."""
         self.tokens += 1
