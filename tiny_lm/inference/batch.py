@@ -1,24 +1,15 @@
 """Texts that are continued together."""
 
-from tiny_lm.inference.decoding import BatchDecoder, DecodeStep, decode_step
+from tiny_lm.inference.decoding import BatchDecoder
 from tiny_lm.inference.request import GrowingText
-from tiny_lm.model import Transformer
 
 
 class TextBatch:
     """Texts that are continued together, and may join and leave between steps."""
 
-    def __init__(
-        self,
-        model: Transformer,
-        rows: int,
-        *,
-        length: int | None = None,
-        prompt_tokens: int | None = None,
-        step: DecodeStep = decode_step,
-    ) -> None:
-        """Have room for ``rows`` texts; the arguments are those of :class:`BatchDecoder`."""
-        self._decoder = BatchDecoder(model, rows, length=length, prompt_tokens=prompt_tokens, step=step)
+    def __init__(self, decoder: BatchDecoder) -> None:
+        """Have room for as many texts as ``decoder`` has rows."""
+        self._decoder = decoder
         self._texts: dict[int, GrowingText] = {}  # by row
 
     def __len__(self) -> int:

@@ -12,7 +12,7 @@ from typing_extensions import Self
 from tiny_lm.errors import UserError
 from tiny_lm.inference.batch import TextBatch
 from tiny_lm.inference.compiling import CompiledStep
-from tiny_lm.inference.decoding import Continuation, DecodeStep, decode_step
+from tiny_lm.inference.decoding import BatchDecoder, Continuation, DecodeStep, decode_step
 from tiny_lm.inference.packing import pack
 from tiny_lm.inference.request import Generated, GrowingText, Request
 from tiny_lm.inference.sampling import Sampling
@@ -303,7 +303,7 @@ class TextGenerator:
         """Return a place where texts that :meth:`begin` made are continued; the arguments are those of BatchDecoder."""
         if isinstance(self._step, CompiledStep):
             length = None  # it was compiled for a cache of the whole context
-        return TextBatch(self._packed, rows, length=length, prompt_tokens=prompt_tokens, step=self._step)
+        return TextBatch(BatchDecoder(self._packed, rows, length=length, prompt_tokens=prompt_tokens, step=self._step))
 
     def _continue(self, texts: Sequence[GrowingText]) -> Iterator[str]:
         """Continue texts to their ends, as many at once as there are rows, and yield piece after piece of all."""
