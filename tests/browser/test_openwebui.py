@@ -76,7 +76,7 @@ def running(command: list[str], url: str, log: Path, **environment: str) -> Iter
 def train_slow(run: Run, data: BinDataConfig) -> Run:
     """Train a model that is large enough to be seen telling, on one endless story, so that no answer ends early."""
     model = {"vocab_size": 512, "context_length": 256, "d_model": 512, "n_layers": 8, "n_heads": 8}
-    training = TrainingConfig(max_steps=8, learning_rate=3e-3, precision="32-true", sample_tokens=0)
+    training = TrainingConfig(max_steps=16, learning_rate=1e-3, precision="32-true", sample_tokens=0)
     train(model_config_from_dict(model, source="test"), training, data, run)
     return run
 
