@@ -62,7 +62,7 @@ class RowAttention:
 
 
 def value_bags(v: Tensor, mask: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:
-    """Return where the values of each head begin and lie in memory, counted in vectors of K.
+    """Return where the values of each head lie in memory, in vectors of K, and where a head begins among them.
 
     Args:
         v: values [B, G, S, K].
@@ -71,7 +71,7 @@ def value_bags(v: Tensor, mask: Tensor | None, heads: int) -> tuple[Tensor, Tens
         heads: number H of query heads.
 
     Returns:
-        places of values [B*H*S], and where among them those of a head begin [B*H]; both int32.
+        int32 [B*H*S] and [B*H].
     """
     batch, groups, seen, size = v.shape
     rows = torch.arange(batch, dtype=torch.int32)[:, None, None, None] * (v.stride(0) // size)

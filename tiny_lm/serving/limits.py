@@ -17,6 +17,7 @@ PROMPT_CHARACTERS = 2**17
 """Most characters of a prompt or a message: far more than any context here holds."""
 
 _ARRIVAL_SECONDS = 30.0
+"""For the head of a request, and then for its body, unless the whole request has less."""
 
 
 @dataclass(frozen=True)
