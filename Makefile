@@ -24,8 +24,9 @@ $(VENV)/installed-dev: $(VENV)/installed
 quickstart: $(VENV)/installed
 	$(BIN)/tiny-lm quickstart
 
+# One process a core, each with whole files: what a file's tests share is built once.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 # Opens the report and the demo in Chromium, which Debian's packages bring where we may install them.
 $(VENV)/installed-browser: $(VENV)/installed-dev

@@ -1,6 +1,7 @@
 """What the tests of several rooms share: real text, and small things built from it once."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ ROOT = Path(__file__).parent.parent
 
 # Children of the tests (the command line, a killed run) find one core each, so that they do not fight.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse two tests of one id, of which pytest-xdist would run only one."""
+    same = [name for name, times in Counter(item.nodeid for item in items).items() if times > 1]
+    if same:
+        raise pytest.UsageError(f"several tests are called {same[0]}")
 
 
 @pytest.fixture(scope="session")

@@ -19,10 +19,12 @@ config = schemathesis.Config.from_dict({"checks": {"negative_data_rejection": {"
 schema = schemathesis.openapi.from_dict(create_app([]).openapi(), config=config)
 
 
-@pytest.fixture(scope="module")
-def brief(run_folder: Path) -> Iterator[Served]:
+# A parameter, since pytest 9.2 makes ids of parameters alone: without one, schemathesis' tests of all routes have the
+# same id, and pytest-xdist runs one test for each id.
+@pytest.fixture(scope="module", params=["12"])
+def brief(run_folder: Path, request: pytest.FixtureRequest) -> Iterator[Served]:
     """A server that tells short texts only."""
-    served = start(run_folder, "--max-tokens", "12")
+    served = start(run_folder, "--max-tokens", request.param)
     yield served
     told = stop(served)
     assert "Traceback" not in told, told
