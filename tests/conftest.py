@@ -16,8 +16,15 @@ from tiny_lm.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
-# Children of the tests (the command line, a killed run) find one core each, so that they do not fight.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+@pytest.fixture(scope="session", autouse=True)
+def one_core_for_children() -> None:
+    """Give what the tests start (the command line, a killed run) one core each, so that they do not fight.
+
+    The tests themselves compute with all cores: torch has read the variable when a fixture sets it, and pytest-xdist's
+    first process, whose environment the others get, runs no fixtures.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
