@@ -1,7 +1,6 @@
 """What the tests of several rooms share: real text, and small things built from it once."""
 
 import os
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,6 @@ def one_core_for_children() -> None:
     first process, whose environment the others get, runs no fixtures.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Refuse two tests of one id, of which pytest-xdist would run only one."""
-    same = [name for name, times in Counter(item.nodeid for item in items).items() if times > 1]
-    if same:
-        raise pytest.UsageError(f"several tests are called {same[0]}")
 
 
 @pytest.fixture(scope="session")

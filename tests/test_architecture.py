@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -144,3 +145,9 @@ def test_no_workplace_path_is_committed() -> None:
         if path.is_file() and path.suffix not in (".png", ".gz"):
             text = path.read_text(encoding="utf-8", errors="replace")
             assert not [word for word in words if word in text], f"{name} names a package registry's host"
+
+
+def test_no_two_tests_have_one_id(request: pytest.FixtureRequest) -> None:
+    """pytest-xdist runs one test for each id, and says nothing of the others."""
+    times = Counter(test.nodeid for test in request.session.items)
+    assert [name for name, number in times.items() if number > 1] == []
