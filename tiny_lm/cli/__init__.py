@@ -5,12 +5,12 @@ Each command is a plain function in a module of this folder. Those modules impor
 """
 
 import errno
-import io
 import sys
 from typing import Annotated
 
 import typer
-from typer.exceptions import TyperException
+from typer.exceptions import Abort, TyperException
+from typer.main import get_command
 
 from tiny_lm import __version__
 from tiny_lm.cli.data import data_app, tokenize
@@ -30,6 +30,7 @@ from tiny_lm.cli.serve_config import serve_config
 from tiny_lm.cli.tokenizer import tokenizer_app
 from tiny_lm.cli.torchserve import export_torchserve
 from tiny_lm.cli.train import train
+from tiny_lm.console import guard_streams, print_error, print_message, print_result
 from tiny_lm.errors import UserError
 
 __all__ = ["app", "main"]
@@ -67,7 +68,7 @@ app.command(hidden=True)(upload_checkpoint)  # scripts/hf_hub/upload_gpt2.py
 
 def _version(show: bool) -> None:
     if show:
-        print(f"tiny-lm {__version__}")
+        print_result(f"tiny-lm {__version__}")
         raise typer.Exit
 
 
@@ -87,11 +88,11 @@ def main(*command: str) -> None:
         command: words put before those that the user typed: the documented scripts name their command here.
     """
     arguments = [*command, *sys.argv[1:]] or ["--help"]
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a story may hold what the terminal's own encoding lacks
-            stream.reconfigure(encoding="utf-8", errors="replace")
+    guard_streams()
     try:
-        code = app(arguments, prog_name="tiny-lm", standalone_mode=False)
+        code = get_command(app)(arguments, prog_name="tiny-lm", standalone_mode=False)
+    except Abort:  # the input ended where an answer was expected
+        code = 1
     except (UserError, TyperException) as error:
         code = _fail(error.format_message() if isinstance(error, TyperException) else str(error))
     except OSError as error:
@@ -103,6 +104,8 @@ def main(*command: str) -> None:
 
 def _fail(message: str) -> int:
     """Print one line, whatever the message of a library holds; but the help of a group without a command as it is."""
-    is_help = message.startswith("Usage: ")
-    print(message if is_help else "error: " + " ".join(message.split("\n")).strip(), file=sys.stderr)
+    if message.startswith("Usage: "):
+        print_message(message)
+    else:
+        print_error(message)
     return 2

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from tiny_lm.config import Config
+from tiny_lm.console import print_result
 
 Settings = Annotated[
     list[str] | None,
@@ -20,8 +21,8 @@ ReplaceErrors = Annotated[
 def print_configs(configs: Iterable[tuple[str, Config]]) -> None:
     """Print resolved configs as YAML, each under the name of its section."""
     for section, config in configs:
-        print(f"# {section}")
-        print(config.to_yaml())
+        print_result(f"# {section}")
+        print_result(config.to_yaml())
 
 
 def spread(words: Sequence[str], option: str) -> list[str]:

@@ -1,21 +1,10 @@
 """Text and numbers as a page shows them: whatever a story, a name or a prompt holds."""
 
 import math
-import re
 
-_INVISIBLE = re.compile(
-    "[\x00-\x09\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff]"
-)
+from tiny_lm.console import visible
 
-
-def visible(text: object) -> str:
-    r"""Return ``text`` with what has no shape, or turns the text around it, as ``\u202e``; line ends stay."""
-    return _INVISIBLE.sub(_escape, str(text))
-
-
-def _escape(match: "re.Match[str]") -> str:
-    code = ord(match[0])
-    return chr(0x2400 + code) if code < 0x20 else f"\\u{code:04x}"  # Unicode has pictures of the old control codes
+__all__ = ["duration", "fixed", "number", "percent", "short", "spoken", "visible"]
 
 
 def number(value: float | None, digits: int = 3) -> str:
