@@ -52,7 +52,7 @@ CONFINED = {
     "typer": ("cli/",),
     "lm_eval": ("evaluation/harness.py", "evaluation/harness_model.py"),
     "httpx": ("evaluation/judge.py", "serving/engines.py"),
-    "jinja2": ("evaluation/report/", "serving/api_page.py", "serving/chat.py"),
+    "jinja2": ("evaluation/report/", "serving/api_page.py", "serving/template_worker.py"),
     "fastapi": ("serving/",),
     "starlette": ("serving/",),
     "uvicorn": ("serving/",),

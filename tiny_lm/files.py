@@ -13,6 +13,10 @@ from tiny_lm.errors import UserError
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp")
 
+_NOT_IN_JSON_TEXT = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""What :func:`to_json` escapes besides what JSON itself requires: characters that end a line for Unicode but not for
+JSON, control characters that a terminal obeys, and lone surrogates, which UTF-8 cannot encode."""
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -108,6 +112,19 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Return ``value`` as JSON that stays on one line (without ``indent``) for every reader of lines.
+
+    Python's ``str.splitlines`` and many HTTP clients end a line at U+0085, U+2028 and U+2029 too, so these are escaped.
+
+    Raises:
+        ValueError: a number is infinite or NaN, which JSON does not have.
+    """
+    separators = (",", ":") if indent is None else None
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent, separators=separators)
+    return _NOT_IN_JSON_TEXT.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically.
 
@@ -115,7 +132,7 @@ def write_json(path: Path, value: Any) -> None:
         ValueError: a number is infinite or NaN, which JSON does not have.
         UserError: the file cannot be written.
     """
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, to_json(value, indent=2) + "\n")
 
 
 def read_text(path: Path, *, limit: int = 256 * 2**20) -> str:
@@ -135,13 +152,13 @@ def read_text(path: Path, *, limit: int = 256 * 2**20) -> str:
 
 
 def read_json(path: Path, *, limit: int = 256 * 2**20) -> Any:
-    """Read a JSON file.
+    """Read a JSON file, which may begin with a byte order mark, as editors on Windows write it.
 
     Raises:
         UserError: the file is missing, larger than ``limit`` bytes, or no JSON.
     """
     text = read_text(path, limit=limit)
     try:
-        return json.loads(text)
+        return json.loads(text.removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no valid JSON ({error})") from error

@@ -219,7 +219,7 @@ def _last_saved(run: Run) -> tuple[bool, float]:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the events of a ``metrics.jsonl``; a line that a killed run left half-written is passed over."""
     events = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8-sig", errors="replace").split("\n"):
         with suppress(ValueError):
             event = json.loads(line)
             if isinstance(event, dict) and isinstance(event.get("step"), int):

@@ -1,6 +1,5 @@
 """The command that measures runs."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typer.core import TyperCommand
 from tiny_lm.cli.options import Settings, spread
 from tiny_lm.cli.report import write_report_beside
 from tiny_lm.errors import UserError
+from tiny_lm.files import to_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -166,7 +166,7 @@ def _print_json(evaluations: "Sequence[Evaluation]", stories: "Sequence[list[Gen
         {**evaluation.to_dict(), "generated": [{"prompt": story.prompt, "text": story.text} for story in told]}
         for evaluation, told in zip(evaluations, stories, strict=True)
     ]
-    print(json.dumps(found if len(found) > 1 else found[0], indent=2, ensure_ascii=False))
+    print(to_json(found if len(found) > 1 else found[0], indent=2))
 
 
 def _print_rows(evaluation: "Evaluation") -> None:
@@ -200,7 +200,7 @@ def _print_rows(evaluation: "Evaluation") -> None:
         "repeated 2-4": "  ".join(f"{share:.3f}" for share in quality.repeated.values()),
         "longest copy": f"{copied.longest} tokens of the training text, mean {copied.mean_longest:.1f}"
         + (f" (unseen stories: {unseen.longest}, mean {unseen.mean_longest:.1f})" if unseen else ""),
-        "": json.dumps(copied.text, ensure_ascii=False),
+        "": to_json(copied.text),
         "copied": f"{copied.share:.1%} of the tokens, in copies of {copied.long} or more"
         + (f" (unseen stories: {unseen.share:.1%})" if unseen else ""),
         "invented words": f"{quality.invented_words.share:.1%}  {' '.join(quality.invented_words.examples)}",

@@ -1,6 +1,5 @@
 """The command that writes text with a trained model."""
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tiny_lm.errors import UserError
-from tiny_lm.files import read_text
+from tiny_lm.files import read_text, to_json
 
 if TYPE_CHECKING:
     from tiny_lm.inference import Generated, Request, TextGenerator
@@ -174,6 +173,6 @@ def _print_all(texts: Sequence["Generated"], seeds: Sequence[int] | None, as_jso
     for number, text in enumerate(texts):
         if as_json:
             facts = {"tokens": len(text.ids), "finish_reason": text.finish_reason, "seed": seeds and seeds[number]}
-            print(json.dumps({"prompt": text.prompt, "text": text.text, **facts}, ensure_ascii=False))
+            print(to_json({"prompt": text.prompt, "text": text.text, **facts}))
         else:
             print(f"{text.prompt}{text.text}" + (f"\n{_SEPARATOR}" if number + 1 < len(texts) else ""))

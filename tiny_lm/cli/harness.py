@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from tiny_lm.errors import UserError
+from tiny_lm.files import to_json
 
 
 def harness(
@@ -30,7 +31,8 @@ def harness(
         run, names, include_path=include_path, num_fewshot=num_fewshot, limit=limit, batch_size=batch_size
     )["results"]
     if as_json:
-        print(json.dumps(found, indent=2, default=str))
+        plain = json.loads(json.dumps(found, default=str), parse_constant=lambda _: None)  # JSON has no NaN
+        print(to_json(plain, indent=2))
         return
     for task, figures in found.items():
         for name, value, error in _rows(figures):

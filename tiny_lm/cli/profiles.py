@@ -1,6 +1,5 @@
 """The command that lists the profiles."""
 
-import json
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tiny_lm.config import shipped_configs
+from tiny_lm.files import to_json
 
 if TYPE_CHECKING:
     from tiny_lm.profile import Profile
@@ -42,7 +42,7 @@ def profiles(
         for (name, (profile, run)), result in zip(planned.items(), times, strict=True)
     ]
     if as_json:
-        print(json.dumps([_plain(row) for row in rows], indent=2, ensure_ascii=False))
+        print(to_json([_plain(row) for row in rows], indent=2))
     else:
         _print_table(rows, with_times=time)
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from tiny_lm.errors import UserError
-from tiny_lm.files import write_text
+from tiny_lm.files import to_json, write_text
 
 if TYPE_CHECKING:
     import httpx
@@ -161,7 +161,7 @@ class Judge:
         except _RefusedError as error:
             raise UserError(f"--judge {self.url}: {error}") from None
         finally:
-            write_text(answers, "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in log))
+            write_text(answers, "".join(to_json(asdict(answer)) + "\n" for answer in log))
         graded = [answer.grades for answer in log if answer.grades]
         if not graded:
             last = next((answer.error for answer in reversed(log) if answer.error), "no stories")

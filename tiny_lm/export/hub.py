@@ -30,7 +30,7 @@ def _is_text(file: Path) -> bool:
 
 def _is_json(file: Path) -> bool:
     try:
-        json.loads(file.read_text(encoding="utf-8"))
+        json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError):
         return False
     return True

@@ -50,6 +50,8 @@ def create_app(
         yield
         for model in catalogue.models:
             await asyncio.to_thread(model.loop.stop, grace=0)
+            if model.template is not None:
+                await asyncio.to_thread(model.template.close)
 
     app = FastAPI(
         title="tiny-lm",

@@ -48,6 +48,7 @@ class Catalogue:
         prompts: Sequence[list[int]],
         request: Request,
         *,
+        seconds: float,
         n: int = 1,
         seed: int | None = None,
         scores_prompts: bool = False,
@@ -58,6 +59,7 @@ class Catalogue:
             model: tells the texts.
             prompts: ids, one or more for each prompt.
             request: how to go on.
+            seconds: the time that is left for the texts.
             n: texts for each prompt; text i of a prompt has ``seed + i``.
             seed: any integer; None for another text each time.
             scores_prompts: tell the log-probabilities of the prompts' tokens too.
@@ -84,6 +86,6 @@ class Catalogue:
         return Generation(
             tickets,
             sum(map(len, prompts)),
-            seconds=self.limits.seconds,
+            seconds=seconds,
             on_first=lambda seconds: self.metrics.first_token(model.name, seconds),
         )

@@ -1,15 +1,15 @@
 """From the messages of a chat to the ids that a model goes on from."""
 
-import json
+import asyncio
 import re
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from tiny_lm.errors import UserError
+from tiny_lm.serving.template_process import TemplateFailedError, TemplateProcess
 from tiny_lm.tokenizer import Tokenizer
 from tiny_lm.tokenizer.chat_template import read_chat_template
 
@@ -51,7 +51,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, *, place: str) -> None:
-        """Compile the template in Jinja's sandbox.
+        """Compile the template, in a process that can be ended.
 
         Args:
             source: the text of the template.
@@ -61,36 +61,38 @@ class ChatTemplate:
         Raises:
             UserError: it is no template, or cannot render a question and its answer.
         """
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
         self.source, self._tokenizer, self._place = source, tokenizer, place
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         try:
-            self._template = environment.from_string(source)
-        except TemplateError as error:
-            raise UserError(f"{place}: is no chat template ({error})") from None
+            self._process = TemplateProcess(source)
+        except (UserError, TemplateFailedError) as error:
+            raise UserError(f"{place}: is not a valid chat template ({error})") from None
         self._specials = {token.text: token.id for token in tokenizer.specials}
         self._split = re.compile("|".join(re.escape(text) for text in sorted(self._specials, key=len, reverse=True)))
         self._by_role = {token.role: token.text for token in tokenizer.specials}
         self.end_of_turn = self._find_end_of_turn()
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def close(self) -> None:
+        """End the process that renders the template."""
+        self._process.close()
+
+    async def encode(self, messages: Sequence[Message]) -> list[int]:
         """Return the ids of the messages and of the beginning of an answer.
 
         Special tokens come from the template alone: written inside a message they are text.
 
         Raises:
             UserError: the template refuses the messages.
+            TemplateFailedError: it takes more time or memory than it may.
         """
         mark = secrets.token_hex(8)  # parts special tokens that stand in messages, so that the split does not see them
         parted = [Message(message.role, self._part(message.text, mark)) for message in messages]
-        text = self._render(parted, add_generation_prompt=True)
+        try:
+            text = await self._process.render_async(**self._values(parted, add_generation_prompt=True))
+        except UserError as error:
+            raise UserError(f"the chat template of this model refuses the messages ({error})") from None
+        return await asyncio.to_thread(self._encode_rendered, text, mark)
+
+    def _encode_rendered(self, text: str, mark: str) -> list[int]:
         ids: list[int] = []
         end = 0
         for special in self._split.finditer(text):
@@ -102,38 +104,25 @@ class ChatTemplate:
     def _part(self, text: str, mark: str) -> str:
         return self._split.sub(lambda special: special[0][:1] + mark + special[0][1:], text)
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return self._template.render(
-                messages=[{"role": message.role, "content": message.text} for message in messages],
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self._by_role["bos"],
-                eos_token=self._by_role["eos"],
-            )
-        except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-            raise UserError(f"the chat template of this model refuses the messages ({error})") from None
+    def _values(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> dict[str, Any]:
+        return {
+            "messages": [{"role": message.role, "content": message.text} for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self._by_role["bos"],
+            "eos_token": self._by_role["eos"],
+        }
 
     def _find_end_of_turn(self) -> tuple[str, ...]:
         """Return the special token that the template writes behind an answer."""
         answer = secrets.token_hex(8)
+        example = [Message("user", "Hello"), Message("assistant", answer)]
         try:
-            text = self._render([Message("user", "Hello"), Message("assistant", answer)], add_generation_prompt=False)
-        except UserError as error:
-            raise UserError(f"{self._place}: {error}") from None
+            text = self._process.render(**self._values(example, add_generation_prompt=False))
+        except (UserError, TemplateFailedError) as error:
+            self.close()
+            raise UserError(f"{self._place}: cannot render a question and its answer ({error})") from None
         behind = self._split.match(text.partition(answer)[2].lstrip())
         return (behind[0],) if behind else ()
-
-
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-
-def _refuse(message: str) -> None:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
 
 
 def load_chat_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:

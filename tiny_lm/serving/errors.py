@@ -12,6 +12,7 @@ from starlette.requests import Request as HttpRequest
 from tiny_lm.errors import UserError
 from tiny_lm.serving.batching import LoopDiedError, LoopStoppedError, QueueFull
 from tiny_lm.serving.generation import ClientGoneError, StoppedError, TimeIsUpError
+from tiny_lm.serving.template_process import TemplateFailedError
 
 RETRY_SECONDS = 2
 """What a client that is refused for now is told to wait."""
@@ -69,6 +70,8 @@ def describe(error: Exception) -> ApiError:
         return ApiError(503, "this model has failed; the server's log says why", code="model_failed")
     if isinstance(error, QueueFull):
         return ApiError(429, "too many requests are waiting: try again in a moment", code="queue_full")
+    if isinstance(error, TemplateFailedError):
+        return ApiError(500, str(error), code="chat_template_failed")
     if isinstance(error, UserError):
         return ApiError(400, str(error))
     return ApiError(500, "the server failed; its log says why", code="internal_error")
@@ -106,6 +109,7 @@ def install(app: FastAPI) -> None:
         LoopStoppedError,
         LoopDiedError,
         QueueFull,
+        TemplateFailedError,
         UserError,
         Exception,
     ):

@@ -162,7 +162,8 @@ async def prompt_of_messages(model: ServedModel, messages: Sequence[Message]) ->
 
     Raises:
         UserError: the chat template refuses the messages.
+        TemplateFailedError: it takes more time or memory than it may.
     """
     if model.template is None:
         return await encode(model, story_beginning(messages)), ()
-    return await asyncio.to_thread(model.template.encode, messages), model.template.end_of_turn
+    return await model.template.encode(messages), model.template.end_of_turn

@@ -3,8 +3,10 @@
 import asyncio
 import hmac
 import ipaddress
+import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -65,7 +67,7 @@ class Guard:
         """
         self._app, self._gate, self._metrics = app, gate, metrics
         self._body_bytes, self._body_seconds = body_bytes, body_seconds
-        self._hosts = {host.lower().strip("[]") for host in hosts}
+        self._hosts = {host_name(host) or host for host in hosts}
         self._key = None if key is None else key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,6 +76,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         started, status = time.monotonic(), 500
+        scope.setdefault("state", {})["arrived"] = started  # the time of a request counts from here
 
         async def watch(message: Message) -> None:
             nonlocal status
@@ -99,11 +102,13 @@ class Guard:
         """Return why a request is refused before it is read, or None."""
         headers, path = Headers(scope=scope), scope["path"]
         # Browsers name the host; what asks without a name (HTTP/1.0, as some health checks do) is none.
-        if "host" in headers and not self._is_ours(headers["host"]):
+        hosts, origins = headers.getlist("host"), headers.getlist("origin")
+        if len(hosts) > 1 or len(origins) > 1:
+            return error_response(path, 400, "the request has more than one Host or Origin header", code="bad_host")
+        if hosts and not self._is_ours(hosts[0]):
             message = "this server does not answer to that host name (tiny-lm serve --allow-host NAME admits one)"
             return error_response(path, 403, message, code="host_not_allowed")
-        origin = headers.get("origin")
-        if origin is not None and not self._is_ours(origin.partition("://")[2]):
+        if origins and not self._is_ours(origins[0].partition("://")[2]):
             return error_response(path, 403, "requests from that web page are not admitted", code="origin_not_allowed")
         if self._key is not None and path not in _OPEN_PATHS and not self._has_key(headers):
             message = "this server needs its API key, as in 'Authorization: Bearer KEY'"
@@ -122,11 +127,9 @@ class Guard:
     def _too_large(self) -> str:
         return f"the body is larger than {self._body_bytes:,} bytes"
 
-    def _is_ours(self, place: str) -> bool:
-        """Return whether ``place``, a host name that may carry a port, is one of ours."""
-        host = place.lower()
-        host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
-        return "*" in self._hosts or host in self._hosts
+    def _is_ours(self, address: str) -> bool:
+        """Return whether ``address``, a host name that may carry a port, is one of ours."""
+        return "*" in self._hosts or host_name(address) in self._hosts
 
     def _has_key(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -153,6 +156,27 @@ class Guard:
             return message
 
         return limited
+
+
+_ADDRESS = re.compile(
+    r"(?:\[([0-9a-f:.]{2,45})\]|([a-z0-9_](?:[a-z0-9_.-]{0,253}[a-z0-9_])?)\.?)(?::[0-9]{1,5})?", re.ASCII
+)
+"""``host``, ``host:port`` or ``[IPv6]:port``, in lower case; a host name may end with the dot of the DNS root."""
+
+
+def host_name(address: str) -> str | None:
+    """Return the host of an address that may carry a port, in one spelling, or None where it is malformed."""
+    with suppress(ValueError):
+        return str(ipaddress.ip_address(address))
+    match = _ADDRESS.fullmatch(address.lower())
+    if match is None:
+        return None
+    if match[1] is None:
+        return match[2]
+    try:
+        return str(ipaddress.IPv6Address(match[1]))
+    except ValueError:
+        return None
 
 
 def hosts_of(address: str, allowed: Sequence[str]) -> list[str]:

@@ -1,6 +1,5 @@
 """The part of the API of Ollama that its clients use to list models and to generate."""
 
-import json
 import time
 from collections.abc import AsyncIterator, Callable
 from datetime import datetime, timezone
@@ -11,6 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 
+from tiny_lm.files import to_json
 from tiny_lm.inference import Request, Sampling
 from tiny_lm.serving import ollama_schema as schema
 from tiny_lm.serving.catalogue import Catalogue
@@ -18,7 +18,7 @@ from tiny_lm.serving.chat import Message
 from tiny_lm.serving.errors import describe
 from tiny_lm.serving.generation import Generation, encode, prompt_of_messages
 from tiny_lm.serving.models import ServedModel
-from tiny_lm.serving.streaming import TextStream, while_connected
+from tiny_lm.serving.streaming import TextStream, prepare, seconds_left, while_connected
 
 API_VERSION = "0.12.0"
 """The version of Ollama whose API this is part of; some clients refuse servers that they take for old ones."""
@@ -63,11 +63,13 @@ def ollama_router(catalogue: Catalogue) -> APIRouter:
             return JSONResponse({**_head(model), "response": "", "done": True, "done_reason": "load"})
         if body.raw or model.template is None:
             # A template writes bos itself, so a prompt that is already rendered holds it.
-            prompt = await encode(model, body.prompt, bos=model.template is None)
+            encoding = encode(model, body.prompt, bos=model.template is None)
+            prompt = await prepare(request, catalogue.limits, encoding)
             stop_tokens: tuple[str, ...] = ()
         else:
             system = [Message("system", body.system)] if body.system else []
-            prompt, stop_tokens = await prompt_of_messages(model, [*system, Message("user", body.prompt)])
+            rendering = prompt_of_messages(model, [*system, Message("user", body.prompt)])
+            prompt, stop_tokens = await prepare(request, catalogue.limits, rendering)
         return await _answer(catalogue, model, prompt, stop_tokens, body, request, lambda text: {"response": text})
 
     @router.post("/chat", response_model=None, responses=_responses(schema.Answered))
@@ -77,7 +79,7 @@ def ollama_router(catalogue: Catalogue) -> APIRouter:
         if not body.messages:
             return JSONResponse({**_head(model), **_said(""), "done": True, "done_reason": "load"})
         messages = [Message(message.role, message.content or "") for message in body.messages]
-        prompt, stop_tokens = await prompt_of_messages(model, messages)
+        prompt, stop_tokens = await prepare(request, catalogue.limits, prompt_of_messages(model, messages))
         return await _answer(catalogue, model, prompt, stop_tokens, body, request, _said)
 
     return router
@@ -101,7 +103,8 @@ async def _answer(
     options = body.options or schema.Options()
     most = options.num_predict if options.num_predict >= 0 else model.context_length
     asked = _request(options, catalogue.limits.tokens(most), stop_tokens)
-    generation = catalogue.begin(model, [prompt], asked, seed=options.seed if options.seed >= 0 else None)
+    seconds, seed = seconds_left(request, catalogue.limits), options.seed if options.seed >= 0 else None
+    generation = catalogue.begin(model, [prompt], asked, seconds=seconds, seed=seed)
     if body.stream is None or body.stream:
         return TextStream(_lines(model, generation, wrap), generation, "application/x-ndjson")
     [choice] = await while_connected(request, generation, generation.choices())
@@ -125,7 +128,7 @@ async def _lines(model: ServedModel, generation: Generation, wrap: Wrap) -> Asyn
 
 
 def _line(content: object) -> str:
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")) + "\n"
+    return to_json(content) + "\n"
 
 
 def _request(options: schema.Options, most: int, stop_tokens: tuple[str, ...]) -> Request:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from tiny_lm.serving.limits import PROMPT_CHARACTERS
 from tiny_lm.serving.openai_schema import StopString, Strict
@@ -11,11 +11,21 @@ _Text = Annotated[str, Field(max_length=PROMPT_CHARACTERS)]
 _Name = Annotated[str, Field(max_length=1024)]
 
 
+def _admit_nulls(schema: dict[str, Any]) -> None:
+    """Say in the schema of a body that each of its fields may be null."""
+    for name, field in schema["properties"].items():
+        kind = {key: value for key, value in field.items() if key not in ("title", "description", "default")}
+        shown = {key: value for key, value in field.items() if key not in kind}
+        schema["properties"][name] = {"anyOf": [kind, {"type": "null"}], **shown}
+
+
 class Options(Strict):
     """How to draw tokens; the defaults are Ollama's.
 
     Options of its engine alone (``num_ctx`` and so on) are passed over.
     """
+
+    model_config = ConfigDict(json_schema_extra=_admit_nulls)
 
     num_predict: int = Field(-1, ge=-(2**31), lt=2**31, description="below 0: as many as the context holds")
     temperature: float = Field(0.8, ge=0, le=100)

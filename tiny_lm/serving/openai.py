@@ -17,7 +17,7 @@ from tiny_lm.serving.errors import ApiError
 from tiny_lm.serving.generation import Generation, encode, prompt_of_messages
 from tiny_lm.serving.models import ServedModel
 from tiny_lm.serving.openai_answers import Answers, ChatAnswers, CompletionAnswers, Echo
-from tiny_lm.serving.streaming import TextStream, while_connected
+from tiny_lm.serving.streaming import TextStream, prepare, seconds_left, while_connected
 
 _COMPLETION_TOKENS = 16
 """Most tokens of a completion that asks for no number: OpenAI's own default."""
@@ -46,12 +46,18 @@ def openai_router(catalogue: Catalogue) -> APIRouter:
         """Go on with a beginning, or with several."""
         model = catalogue.find(body.model)
         given = _several(body.prompt)
-        prompts = await _prompts(model, given)
+        prompts = await prepare(request, catalogue.limits, _prompts(model, given))
         most = catalogue.limits.tokens(_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens)
         asked = _request(body, most, logprobs=body.logprobs)
         scores_prompts = bool(body.echo) and body.logprobs is not None
         generation = catalogue.begin(
-            model, prompts, asked, n=body.n or 1, seed=body.seed, scores_prompts=scores_prompts
+            model,
+            prompts,
+            asked,
+            seconds=seconds_left(request, catalogue.limits),
+            n=body.n or 1,
+            seed=body.seed,
+            scores_prompts=scores_prompts,
         )
         echoes = [
             Echo(model.generator.tokenizer.decode(ids), unsaid=1 if isinstance(each, str) else 0)
@@ -69,13 +75,15 @@ def openai_router(catalogue: Catalogue) -> APIRouter:
     async def chat(body: schema.ChatRequest, request: HttpRequest) -> Response:
         """Answer messages; a model that was trained on stories alone goes on with their text."""
         model = catalogue.find(body.model)
-        prompt, stop_tokens = await prompt_of_messages(model, [_message(each) for each in body.messages])
+        rendering = prompt_of_messages(model, [_message(each) for each in body.messages])
+        prompt, stop_tokens = await prepare(request, catalogue.limits, rendering)
         most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         tells_logprobs = bool(body.top_logprobs) if body.logprobs is None else body.logprobs
         logprobs = (body.top_logprobs or 0) if tells_logprobs else None
         most = catalogue.limits.tokens(model.context_length if most is None else most)
         asked = _request(body, most, logprobs=logprobs, stop_tokens=stop_tokens)
-        generation = catalogue.begin(model, [prompt], asked, n=body.n or 1, seed=body.seed)
+        seconds = seconds_left(request, catalogue.limits)
+        generation = catalogue.begin(model, [prompt], asked, seconds=seconds, n=body.n or 1, seed=body.seed)
         answers = ChatAnswers(model, body.n or 1, tells_logprobs=tells_logprobs)
         return await _answer(body, request, generation, answers)
 

@@ -1,6 +1,5 @@
 """Generated text in the words of OpenAI's API: whole answers, and events of a stream."""
 
-import json
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -8,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from tiny_lm.files import to_json
 from tiny_lm.inference.decoding import Drawn
 from tiny_lm.inference.scoring import ReadToken
 from tiny_lm.serving.batching import Piece
@@ -219,4 +219,4 @@ def _usage(generation: Generation) -> dict[str, int]:
 
 
 def _event(content: object) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {to_json(content)}\n\n"

@@ -6,7 +6,7 @@ that would change the answer and cannot be honoured must be empty.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tiny_lm.serving.limits import MOST_CHOICES, MOST_LOGPROBS, MOST_PROMPTS, PROMPT_CHARACTERS
 
@@ -36,6 +36,14 @@ class Strict(BaseModel):
     """A body whose types are taken by the letter: the string ``"3"`` is no number."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, values: object) -> object:
+        """Treat a field that is null as absent: clients send null for what their user has not set."""
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
 
     @field_validator("*", mode="before")
     @classmethod

@@ -2,13 +2,14 @@
 
 import asyncio
 import errno
+import os
 import socket
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 from fastapi import FastAPI
@@ -22,6 +23,9 @@ _LAST_SECONDS = 5
 
 _HEADER_BYTES = 2**16
 """Most bytes of headers that are waited for."""
+
+_RESET_SECONDS = 0.1
+"""How often to look whether a client that sends nothing more has gone away."""
 
 _SWITCH_SECONDS = 0.0005
 """After so long the thread of the requests leaves Python to that of the model, and the other way round. With Python's
@@ -92,6 +96,27 @@ class _Protocol(HttpToolsProtocol):
         elif self.cycle is None or self.cycle.response_complete:
             self._wait_for_head()
 
+    def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's own always closes
+        """Keep the connection of a client that has sent its whole request and waits for the answer; close any other."""
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body:
+            return False
+        cycle.keep_alive = False
+        if cycle.scope["http_version"] == "1.1" and not cycle.response_started and not self.pipeline:
+            # A client that has closed its socket altogether answers any bytes with a reset; HTTP lets us send these.
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._close_when_reset()
+        return True
+
+    def _close_when_reset(self) -> None:
+        """Look now and then whether the client is still there: after the end of its input, nothing else says it."""
+        if self.transport.is_closing():
+            return
+        if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
+            return
+        self.loop.call_later(_RESET_SECONDS, self._close_when_reset)
+
     def on_headers_complete(self) -> None:
         """Begin the request."""
         self._unparsed = 0
@@ -107,6 +132,14 @@ class _Protocol(HttpToolsProtocol):
         """End the request."""
         self._unparsed = 0
         super().on_message_complete()
+
+
+def stop_at_once(sig: int) -> NoReturn:
+    """End the process quietly after a second signal, with the exit code that a shell shows for it.
+
+    Unwinding would print a traceback for each answer that is broken off. The server writes no files.
+    """
+    os._exit(128 + sig)
 
 
 class Server(uvicorn.Server):
@@ -132,8 +165,7 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to stop."""
         if self._gate.closed:
-            self.should_exit = self.force_exit = True
-            return
+            stop_at_once(sig)
         self._gate.closed = True
         self._deadline = time.monotonic() + self._grace
         if self._gate.inside:

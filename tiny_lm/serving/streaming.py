@@ -1,6 +1,7 @@
 """Answers that are sent while they are made, and clients that go away."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -9,7 +10,8 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from tiny_lm.serving.generation import ClientGoneError, Generation
+from tiny_lm.serving.generation import ClientGoneError, Generation, TimeIsUpError
+from tiny_lm.serving.limits import Limits
 
 _T = TypeVar("_T")
 
@@ -41,16 +43,38 @@ async def while_connected(request: HttpRequest, generation: Generation, work: Co
     Raises:
         ClientGoneError: it went away.
     """
+    try:
+        return await _wait(request, work, None)
+    finally:
+        generation.cancel()
+
+
+async def prepare(request: HttpRequest, limits: Limits, work: Coroutine[Any, Any, _T]) -> _T:
+    """Wait for ``work`` that comes before the generation, as long as the client does and the time of a request lasts.
+
+    Raises:
+        ClientGoneError: the client went away.
+        TimeIsUpError: the time of the request has passed.
+    """
+    return await _wait(request, work, seconds_left(request, limits))
+
+
+def seconds_left(request: HttpRequest, limits: Limits) -> float:
+    """Return the time that a request has left, counted from the arrival of its headers."""
+    arrived: float = request.state.arrived
+    return max(arrived + limits.seconds - time.monotonic(), 0.0)
+
+
+async def _wait(request: HttpRequest, work: Coroutine[Any, Any, _T], seconds: float | None) -> _T:
     answer, gone = asyncio.ensure_future(work), asyncio.ensure_future(_until_gone(request))
     try:
-        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not answer.done():
-            raise ClientGoneError
-        return answer.result()
+        await asyncio.wait((answer, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return answer.result()
+        raise ClientGoneError if gone.done() else TimeIsUpError
     finally:
         answer.cancel()
         gone.cancel()
-        generation.cancel()
 
 
 async def _until_gone(request: HttpRequest) -> None:

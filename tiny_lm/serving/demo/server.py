@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from tiny_lm.errors import UserError
@@ -118,12 +119,17 @@ def serve_demo(models: Mapping[str, TextGenerator], port: int, *, on_start: Call
         import uvicorn
     except ImportError:
         raise UserError("the demo needs Gradio: pip install 'tiny-lm[demo]'") from None
-    from tiny_lm.serving.server import listen, url_of
+    from tiny_lm.serving.server import listen, stop_at_once, url_of
 
     class Server(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             on_start(url_of(listening))
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if self.should_exit:
+                stop_at_once(sig)
+            super().handle_exit(sig, frame)
 
     with listen(HOST, port) as listening:
         tellers = Storytellers(models)
