@@ -1,5 +1,6 @@
 """`tiny-lm demo`: the newest run without any word, and what a user may do wrong."""
 
+import json
 import os
 import re
 import shutil
@@ -71,6 +72,39 @@ def test_only_what_the_page_needs_is_served(address: str, folder: Path) -> None:
         assert client.post("/gradio_api/queue/join", content=b" " * 70_000).status_code == 413
         assert client.post("/gradio_api/queue/join", content=iter([b"{}"])).status_code == 413  # says no length
         assert client.get("/", headers={"host": "elsewhere.example"}).status_code == 421
+
+
+def test_forged_calls_and_hosts_are_refused_in_one_line(address: str) -> None:
+    story = ["raspberry", "One day", 50, 0.8, 0, 0.9, 1]
+    with httpx.Client(base_url=address, trust_env=False) as client:
+        page = re.search(r"window.gradio_config = (.*?);</script>", client.get("/").text)
+        assert page is not None
+        events = json.loads(page[1])["dependencies"]
+        [tell, *_] = [event["id"] for event in events if event["api_name"] == "tell"]
+        call = {"fn_index": tell, "session_hash": "abc", "data": story, "trigger_id": None, "event_data": None}
+        assert client.post("/gradio_api/queue/join", json=call).status_code == 200
+        forged: list[dict[str, Any]] = [{"fn_index": number} for number in (99, -1, 0, "x", True, None)]
+        forged += [{"session_hash": session} for session in (None, "", "a b", [1], "a" * 1000)]
+        forged += [{"data": data} for data in (None, [], {}, [*story, 1], [{"path": "/etc/passwd"}] * 7)]
+        for place, values in enumerate(
+            (["nobody else", None], [5, None, "\ud800", "a" * 2001], [1e308, 49, 50.5, None], [None, 0, "x"], [2.5, -1])
+        ):
+            forged += [{"data": [*story[:place], value, *story[place + 1 :]]} for value in values]
+        forged += [{"batched": True}, {"trigger_id": "x"}]
+        for change in forged:
+            for path in ("/gradio_api/queue/join", "/gradio_api/run/predict"):
+                response = client.post(path, content=json.dumps({**call, **change}))
+                assert response.status_code == 400 and response.json()["detail"], change
+        for body in (b"", b"{", b"[]", b"\xff", b"[" * 50_000):
+            assert client.post("/gradio_api/queue/join", content=body).status_code == 400
+        assert client.get("/assets/" + "a" * 5000).status_code == 404
+        port = address.rpartition(":")[2]
+        for host in (f"[::1].evil.com:{port}", f"user@localhost:{port}", "localhost", f"localhost:{port}@evil.com", ""):
+            assert client.get("/", headers={"host": host}).status_code == 421
+        assert client.get("/", headers={"host": f"LOCALHOST:{port}"}).status_code == 200
+        assert (
+            client.post("/gradio_api/queue/join", json=call, headers={"origin": "http://evil.com"}).status_code == 403
+        )
 
 
 def test_without_a_run_it_says_what_to_do(cli: Cli, workplace: Path) -> None:

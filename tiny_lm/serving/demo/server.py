@@ -1,5 +1,6 @@
 """The server behind the page: on this machine only, and no more of Gradio's routes than the page uses."""
 
+import logging
 import socket
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -7,16 +8,22 @@ from types import FrameType
 from typing import Any
 
 from tiny_lm.errors import UserError
+from tiny_lm.files import to_json
 from tiny_lm.inference import TextGenerator
+from tiny_lm.serving.demo.calls import Calls
 from tiny_lm.serving.demo.page import build_page, page_style
 from tiny_lm.serving.demo.stories import Storytellers
 from tiny_lm.serving.demo.theme import build_theme
+from tiny_lm.serving.guard import host_name
 
 HOST = "127.0.0.1"
 
 _ICON = Path(__file__).parent / "favicon.svg"
 
+_log = logging.getLogger("uvicorn.error")
+
 _BODY_LIMIT = 64 * 2**10
+_PATH_LIMIT = 250
 _OPEN = {
     "GET": (
         "/assets/", "/static/", "/theme.css", "/favicon.ico", "/manifest.json",
@@ -46,9 +53,9 @@ _Send = Callable[[dict[str, Any]], Awaitable[None]]
 class Gate:
     """Lets through what the page itself asks for and refuses the rest, before Gradio sees it."""
 
-    def __init__(self, app: Any, hosts: frozenset[str]) -> None:
-        """Stand before ``app``, an ASGI application that is reached under the names ``hosts``."""
-        self._app, self._hosts = app, hosts
+    def __init__(self, app: Any, port: int, calls: Calls) -> None:
+        """Stand before ``app``, an ASGI application at ``port`` of this machine whose events are ``calls``."""
+        self._app, self._port, self._calls = app, port, calls
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
         """Answer one connection."""
@@ -59,34 +66,90 @@ class Gate:
             await _refuse(send, status if scope["type"] == "http" else 403)
             return
 
+        started = False
+
         async def send_with_headers(message: dict[str, Any]) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 message["headers"] = [*message.get("headers", []), *_HEADERS]
             await send(message)
 
-        await self._app(scope, receive, send_with_headers)
+        if scope["method"] == "POST":
+            body = await _read_body(receive)
+            if body is None:
+                await _refuse(send, 413)
+                return
+            if problem := self._calls.problem(body):
+                await _refuse(send, 400, problem)
+                return
+            receive = _replay(body, receive)
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except Exception as error:  # Gradio raises where a client asks for what is not there any more
+            _log.warning("%s %s failed (%s)", scope["method"], scope["path"][:100], type(error).__name__)
+            if not started:
+                await _refuse(send, 500)
 
     def _refusal(self, scope: _Scope) -> int:
         """Return the status with which a request is refused; 0: it is not."""
         headers = dict(scope["headers"])
-        if headers.get(b"host", b"").decode("latin-1") not in self._hosts:
+        names = [name for name, _ in scope["headers"]]
+        if names.count(b"host") != 1 or not self._is_ours(headers[b"host"]):
             return 421  # another name that leads here: a page elsewhere tries to reach us through it
+        if b"origin" in headers and not self._is_ours(headers[b"origin"].removeprefix(b"http://")):
+            return 403  # a page elsewhere
         path, method = scope["path"], scope["method"].replace("HEAD", "GET")
         is_page = path == "/" and method == "GET"
+        if len(path) > _PATH_LIMIT:
+            return 404
         if not is_page and (".." in path or not path.startswith(_OPEN.get(method, ()))):
             return 404
         if method == "POST" and not _is_small(headers.get(b"content-length", b"")):
             return 413
         return 0
 
+    def _is_ours(self, address: bytes) -> bool:
+        """Return whether an address names this machine, at the port of the page."""
+        text = address.decode("latin-1")
+        return host_name(text) in (HOST, "localhost") and text.endswith(f":{self._port}")
+
 
 def _is_small(length: bytes) -> bool:
     return length.isdigit() and int(length) <= _BODY_LIMIT
 
 
-async def _refuse(send: _Send, status: int) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
-    await send({"type": "http.response.body", "body": b""})
+async def _read_body(receive: _Receive) -> bytes | None:
+    """Return a whole body, or None where it is larger than admitted."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+        if len(body) > _BODY_LIMIT:
+            return None
+    return body
+
+
+def _replay(body: bytes, receive: _Receive) -> _Receive:
+    """Return a ``receive`` that gives ``body`` first."""
+    given = False
+
+    async def replayed() -> dict[str, Any]:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed
+
+
+async def _refuse(send: _Send, status: int, detail: str = "") -> None:
+    body = to_json({"detail": detail}).encode() if detail else b""
+    headers = [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/json")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
 def build_app(tellers: Storytellers, port: int) -> Gate:
@@ -95,12 +158,13 @@ def build_app(tellers: Storytellers, port: int) -> Gate:
     import gradio as gr
 
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    page = build_page(tellers)
     gr.mount_gradio_app(
-        app, build_page(tellers), "/", theme=build_theme(), head=f"<style>{page_style()}</style>",
+        app, page, "/", theme=build_theme(), head=f"<style>{page_style()}</style>",
         favicon_path=str(_ICON), server_name=HOST, server_port=port, footer_links=[], show_error=False,
         max_file_size=1, run_history=False, enable_monitoring=False, mcp_server=False, ssr_mode=False, pwa=False,
     )  # fmt: skip
-    return Gate(app, frozenset(f"{name}:{port}" for name in (HOST, "localhost")))
+    return Gate(app, port, Calls(page))
 
 
 def serve_demo(models: Mapping[str, TextGenerator], port: int, *, on_start: Callable[[str], None]) -> None:
