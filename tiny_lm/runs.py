@@ -15,7 +15,6 @@
       run.json                             git state, versions, device, sizes, times, final metrics
 """
 
-import errno
 import json
 import math
 import os
@@ -23,19 +22,27 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from tiny_lm.config import nearest
 from tiny_lm.errors import UserError
 from tiny_lm.files import read_json, write_json
+from tiny_lm.locks import lock_file, lock_folder
 
 RUNS_FOLDER = Path("runs")
+
+_IN_TRAINING = "another process is training this run; wait for its end, or stop it first"
+_IN_READING = "other processes are reading this run; try again when they are done"
+_LOCK_FILE = ".lock"  # keeps other machines away
+_READING_SECONDS = 20.0  # an export holds a run while it loads the model
 
 _STEP = re.compile(r"step-(\d+)\.ckpt")
 
@@ -138,27 +145,36 @@ class Run:
         """Keep other processes from training in this folder while the block runs; a killed one frees it by itself.
 
         Raises:
+            UserError: another process is training there, or has been reading the run for long.
+        """
+        end = time.monotonic() + _READING_SECONDS
+        with ExitStack() as stack:
+            while True:
+                try:
+                    stack.enter_context(lock_folder(self.folder, _IN_TRAINING, create=True))
+                    break
+                except UserError:
+                    if not self.folder.is_dir():
+                        raise
+                    with lock_folder(self.folder, _IN_TRAINING, shared=True):
+                        pass  # nobody trains it; others only read it
+                    if time.monotonic() > end:
+                        raise UserError(f"{self.folder}: {_IN_READING}") from None
+                    time.sleep(0.05)
+            stack.enter_context(lock_file(self.folder / _LOCK_FILE, _IN_TRAINING))
+            yield
+
+    @contextmanager
+    def claim_to_read(self) -> Iterator[None]:
+        """Keep others from training in this folder while the block runs; many may read, without a right to write.
+
+        Raises:
             UserError: another process is training there.
         """
-        try:
-            import fcntl
-        except ImportError:  # Windows has no such locks
-            yield
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / ".lock").open("w")
-        except OSError as error:
-            raise UserError(f"{self.folder}: could not be written ({error.strerror or error})") from error
-        with lock:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # belongs to this process alone, not to its children
-            except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    raise UserError(
-                        f"{self.folder}: another process is training this run; wait for its end, or stop it first"
-                    ) from None
-                # A network disk without locks: there the user must take care.
+        with (
+            lock_folder(self.folder, _IN_TRAINING, shared=True),
+            lock_file(self.folder / _LOCK_FILE, _IN_TRAINING, shared=True),
+        ):
             yield
 
     def model_checkpoint(self) -> Path:
@@ -194,6 +210,25 @@ def open_run(path: str | Path) -> Run:
 def new_run_name(model: str, data: str) -> str:
     """Name a run after what is trained on what, and when (UTC)."""
     return f"{model}-{data}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
+
+
+def create_run(name: str) -> Run:
+    """Create the folder of a new run, which no other process gets; where the name is taken, one with a number.
+
+    Raises:
+        UserError: it could not be created.
+    """
+    for number in count(1):
+        run = Run(RUNS_FOLDER / (name if number == 1 else f"{name}-{number}"))
+        try:
+            run.folder.parent.mkdir(parents=True, exist_ok=True)
+            run.folder.mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"{run.folder}: could not be written ({error.strerror or error})") from error
+        return run
+    raise AssertionError
 
 
 def find_newest_run(names: Sequence[str] | None = None) -> Run | None:

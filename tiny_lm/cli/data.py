@@ -1,5 +1,6 @@
 """Commands about text: fetch it, write the built-in stories, turn it into token streams."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
@@ -39,7 +40,9 @@ def download(
 
 @data_app.command()
 def stories(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Text file to write.")] = Path("stories.txt"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Text file to write; -: standard output.")] = Path(
+        "stories.txt"
+    ),
     count: Annotated[int, typer.Option(min=1, max=10**9, help="Number of stories.")] = 20_000,
     seed: Annotated[int, typer.Option(min=0, help="Another seed tells other stories.")] = 0,
     split: Annotated[str, typer.Option(metavar="train|validation", help="No story is in both.")] = "train",
@@ -48,6 +51,7 @@ def stories(
     from tiny_lm.cli.progress import track
     from tiny_lm.dataset import DatasetConfig, Split, estimate_bytes, write_documents
     from tiny_lm.dataset.stories import generate_stories
+    from tiny_lm.files import is_stdout
 
     if split not in get_args(Split):
         raise UserError(f"--split {split}: unknown{nearest(split, get_args(Split))}")
@@ -55,7 +59,8 @@ def stories(
     config = DatasetConfig(name="stories", source="stories", num_stories=count, num_validation=count, seed=seed)
     documents = generate_stories(count, seed=seed, split=chosen)
     documents = track(documents, "writing stories", total_bytes=estimate_bytes(config, chosen))
-    print(f"{output}: {write_documents(documents, output):,} stories")
+    written = write_documents(documents, output)
+    print(f"{output}: {written:,} stories", file=sys.stderr if is_stdout(output) else sys.stdout)
 
 
 def tokenize(

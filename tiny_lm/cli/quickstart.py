@@ -1,5 +1,6 @@
 """The command that goes all the way, from raw text to a story."""
 
+import os
 import shutil
 import sys
 import time
@@ -12,7 +13,7 @@ import typer
 from tiny_lm.cli.options import ReplaceErrors
 from tiny_lm.cli.train import Configs, run_training
 from tiny_lm.errors import UserError
-from tiny_lm.runs import RUNS_FOLDER, Run
+from tiny_lm.runs import RUNS_FOLDER, Run, create_run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from tiny_lm.training.fit import TrainingResult
 
 _NAME = "quickstart"
+_IN_USE = "another process is using this folder; wait for its end, or run this one in another working directory"
 _VALIDATIONS = 8
 _PROMPTS = ("Once upon a time", "One day,", "")
 
@@ -37,11 +39,20 @@ def quickstart(
 
     Text, tokenizer, token stream, model, training, loss curve and three stories, on a CPU if need be.
     """
+    from tiny_lm.locks import lock_folder
+    from tiny_lm.tokenizer import TokenizerConfig
+
+    if text and not text.exists() and not any(character in str(text) for character in "*?["):
+        raise UserError(f"--text {text}: no such file or folder")
+    # One of its folders stands for all: tokenizer, token stream and run have the same names in each quickstart.
+    with lock_folder(Path(TokenizerConfig.from_yaml(_NAME).output_dir), _IN_USE, create=True):
+        _run_quickstart(text, minutes, errors, seed)
+
+
+def _run_quickstart(text: Path | None, minutes: float, errors: str, seed: int) -> None:
     from rich.console import Console
 
     console = Console(stderr=True, soft_wrap=True, highlight=False)
-    if text and not text.exists() and not any(character in str(text) for character in "*?["):
-        raise UserError(f"--text {text}: no such file or folder")
     started = time.perf_counter()
     console.print("[bold]1 of 4[/]  text to tokens")
     stream = _prepare_text(text, errors, console)
@@ -122,8 +133,12 @@ def _fresh_run() -> Run:
     """Return `runs/quickstart`, empty: a run that is there already is kept under a name with its time."""
     run = Run(RUNS_FOLDER / _NAME)
     if run.folder.exists():
-        when = time.strftime("%Y%m%d-%H%M%S", time.gmtime(run.folder.stat().st_mtime))
-        run.folder.rename(run.folder.with_name(f"{_NAME}-{when}"))
+        with run.claim():
+            when = time.strftime("%Y%m%d-%H%M%S", time.gmtime(run.folder.stat().st_mtime))
+            kept = create_run(f"{_NAME}-{when}").folder  # empty, so that it is replaced
+            if os.name == "nt":
+                kept.rmdir()  # Windows replaces no folder
+            run.folder.rename(kept)
     return run
 
 

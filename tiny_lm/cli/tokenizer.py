@@ -37,14 +37,17 @@ def train_and_save(
     """Train a tokenizer on the training split and write its folder."""
     from tiny_lm.cli.progress import track
     from tiny_lm.dataset import estimate_bytes, iter_documents
+    from tiny_lm.locks import lock_folder
     from tiny_lm.tokenizer import train_tokenizer
 
+    output_dir = Path(tokenizer_config.output_dir)
     val_split = tokenizer_config.val_split
     documents = iter_documents(dataset_config, "train", val_split=val_split, errors=errors)
     total_bytes = estimate_bytes(dataset_config, "train", val_split=val_split)
     documents = track(documents, "tokenizer", total_bytes=total_bytes)
-    tokenizer = train_tokenizer(tokenizer_config, documents)
-    tokenizer.save(Path(tokenizer_config.output_dir))
+    with lock_folder(output_dir, "another process is using this tokenizer; wait for its end", create=True):
+        tokenizer = train_tokenizer(tokenizer_config, documents)
+        tokenizer.save(output_dir)
     return tokenizer
 
 
@@ -80,10 +83,12 @@ def import_(
     ] = None,
 ) -> None:
     """Import an old pickled tokenizer, admitting nothing but tiktoken's own data."""
+    from tiny_lm.locks import lock_folder
     from tiny_lm.tokenizer import TokenizerConfig, import_pickled_tokenizer
     from tiny_lm.tokenizer.config import STANDARD_SPECIALS
 
     specials = TokenizerConfig.from_yaml(config).special_tokens if config else STANDARD_SPECIALS
     imported = import_pickled_tokenizer(pickle_file, specials)
-    imported.save(output_dir)
+    with lock_folder(output_dir, "another process is using this tokenizer; wait for its end", create=True):
+        imported.save(output_dir)
     print(f"{output_dir}: {imported.vocab_size:,} tokens")

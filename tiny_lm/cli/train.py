@@ -12,7 +12,7 @@ from tiny_lm.cli.report import write_report_beside
 from tiny_lm.config import parse_overrides, shipped_configs
 from tiny_lm.errors import UserError
 from tiny_lm.files import remove_leftovers
-from tiny_lm.runs import RUNS_FOLDER, Run, find_newest_run, new_run_name, open_run
+from tiny_lm.runs import RUNS_FOLDER, Run, create_run, find_newest_run, new_run_name, open_run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,12 +52,17 @@ def train(
         names = resumed.read_record().get("configs", names)
     resume = resume or configs[1].resume_from_checkpoint
     run, checkpoint = _choose_run(configs[1], resume, names)
-    if checkpoint is None:
-        _check_streams(configs[2])
-    if resume == "auto" and _is_finished(run, configs[1]):  # a job that is started again and again ends well
-        _end_again(run, configs[1])
-    else:
-        run_training(run, configs, names, checkpoint)
+    try:
+        if checkpoint is None:
+            _check_streams(configs[2])
+        if resume == "auto" and _is_finished(run, configs[1]):  # a job that is started again and again ends well
+            _end_again(run, configs[1])
+        else:
+            run_training(run, configs, names, checkpoint)
+    finally:
+        if not configs[1].run_name:
+            with suppress(OSError):  # the folder of a name of ours, where it is empty since no training began
+                run.folder.rmdir()
     _print_summary(run)
 
 
@@ -128,8 +133,13 @@ def _choose_run(config: "TrainingConfig", resume: str | None, names: list[str]) 
     if run is not None:
         is_named = str(resume).endswith(".ckpt")
         return run, Path(str(resume)) if is_named else find_checkpoint(run, _console(_is_main_process(config)))
-    run = Run(RUNS_FOLDER / (config.run_name or new_run_name(names[0], names[2])))
-    if resume is None and run.folder.exists() and _is_main_process(config):
+    name = config.run_name or new_run_name(names[0], names[2])
+    run = Run(RUNS_FOLDER / name)
+    if not _is_main_process(config):
+        return run, None
+    if not config.run_name:
+        return create_run(name), None
+    if resume is None and run.folder.exists() and any(run.folder.iterdir()):
         raise UserError(f"{run.folder}: is there already; go on with --resume auto, or choose another run_name")
     return run, None
 

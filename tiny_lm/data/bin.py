@@ -5,8 +5,11 @@ file into the next.
 """
 
 import mmap
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,12 @@ from torch.utils.data import Dataset
 from tiny_lm.data.config import BinDataConfig
 from tiny_lm.data.metadata import TOKENIZER_FOLDER, StreamMetadata
 from tiny_lm.errors import UserError
+from tiny_lm.locks import lock_folder
+
+with suppress(ImportError):  # Windows
+    import resource
+
+_BEING_WRITTEN = "another process is writing this token stream; wait for its end"
 
 _MOST_RESIDENT = 16 * 2**20  # bytes of a stream that stay in memory: giving each batch back at once costs time
 
@@ -26,6 +35,25 @@ _Tokens = np.memmap[Any, np.dtype[Any]]
 
 IGNORE_INDEX = -100
 """Target that counts in no loss unless a config says otherwise; the default of ``F.cross_entropy``."""
+
+
+@dataclass(frozen=True)
+class FileVersion:
+    """What changes when a file is written again."""
+
+    size: int
+    modified: int
+    """In nanoseconds."""
+    inode: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "FileVersion":
+        """Return the version of a file from what ``stat`` says."""
+        return cls(status.st_size, status.st_mtime_ns, status.st_ino)
+
+    def has_same_content(self, other: "FileVersion") -> bool:
+        """Whether both are one version; inodes do not count, since some network disks give new ones at any time."""
+        return (self.size, self.modified) == (other.size, other.modified)
 
 
 @dataclass(frozen=True)
@@ -37,6 +65,8 @@ class TokenStream:
     tokens_per_file: tuple[int, ...]
     bytes_per_token: float
     """UTF-8 bytes of text for each token, over all files."""
+    versions: tuple["FileVersion", ...]
+    """Of the files, as they were when the stream was opened."""
 
     @property
     def tokens(self) -> int:
@@ -62,18 +92,19 @@ def open_stream(path: str, config: BinDataConfig) -> TokenStream:
         )
     if not files:
         raise UserError(f"{path}: no such token stream; write one with `tiny-lm tokenize`")
+    versions = tuple(FileVersion.of(file.stat()) for file in files)  # before what is said about them is read
     metadata = [StreamMetadata.read(file.parent) for file in files]
     first = metadata[0]
     tokens, text_bytes = [], 0
-    for file, meta in zip(files, metadata, strict=True):
+    for file, meta, version in zip(files, metadata, versions, strict=True):
         if meta.tokenizer_hash != first.tokenizer_hash:
             raise UserError(f"{file}: written by another tokenizer than {files[0]}; streams of one path must share it")
         statistics = meta.files.get(file.name)
         if statistics is None:
             raise UserError(f"{file}: is not listed in {file.parent / 'metadata.json'}; run `tiny-lm tokenize` again")
         expected = statistics.tokens * np.dtype(meta.dtype).itemsize
-        size = file.stat().st_size
-        if size != expected:
+        if version.size != expected:
+            size = version.size
             raise UserError(f"{file}: has {size:,} bytes where its metadata.json says {expected:,}; tokenize again")
         tokens.append(statistics.tokens)
         text_bytes += statistics.bytes
@@ -83,7 +114,44 @@ def open_stream(path: str, config: BinDataConfig) -> TokenStream:
     ]:
         if given is not None and given != true:
             raise UserError(f"{key}: the data config says {given}, the metadata.json beside {files[0]} says {true}")
-    return TokenStream(files, first, tuple(tokens), text_bytes / max(sum(tokens), 1))
+    return TokenStream(files, first, tuple(tokens), text_bytes / max(sum(tokens), 1), versions)
+
+
+@contextmanager
+def hold_streams(*streams: TokenStream) -> Iterator[None]:
+    """Keep `tiny-lm tokenize` from writing these streams again while the block runs; many may hold them.
+
+    Raises:
+        UserError: a stream is being written, or was written again since it was opened.
+    """
+    folders = sorted({file.parent for stream in streams for file in stream.files})
+    with ExitStack() as stack:
+        for folder in islice(folders, _max_maps()):  # each takes a descriptor; the files are checked anyway
+            stack.enter_context(lock_folder(folder, _BEING_WRITTEN, shared=True))
+        for stream in streams:
+            for file, version in zip(stream.files, stream.versions, strict=True):
+                _check_version(file, _stat(file), version)
+        yield
+
+
+def _stat(file: Path) -> os.stat_result:
+    try:
+        return file.stat()
+    except OSError as error:
+        raise UserError(f"{file}: could not be read ({error.strerror or error})") from error
+
+
+def _check_version(file: Path, status: os.stat_result, version: FileVersion) -> None:
+    if not version.has_same_content(FileVersion.of(status)):
+        raise UserError(f"{file}: was written again since this command opened it; start the command again")
+
+
+def _max_maps() -> int:
+    """Return how many files of a stream may be mapped at once: each map keeps a file descriptor."""
+    if "resource" not in globals():
+        return 256
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 4096 if soft == resource.RLIM_INFINITY else max(8, min(soft // 5, 4096))
 
 
 def _find_files(pattern: Path) -> tuple[Path, ...]:
@@ -138,7 +206,7 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
         if every_token:  # one more where the stream ends inside a window
             windows += np.where(windows, windows * self._stride + self._overlap, 0) < targets
         self._first_window = np.concatenate([[0], np.cumsum(windows)])  # [F+1]
-        self._maps: dict[int, _Tokens] = {}  # opened when first read
+        self._maps: dict[int, _Tokens] = {}  # the one used last comes last
         self._resident = 0  # bytes of them that may be in memory, at most
         if len(self) == 0:
             raise UserError(
@@ -167,12 +235,9 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
         short = np.full(len(windows), self.block_size + 1)  # [B] tokens really read
         file_of = np.searchsorted(self._first_window, windows, side="right") - 1
         for file in np.unique(file_of):
-            if file not in self._maps:
-                # Windows are shuffled: what the kernel would read ahead is hardly ever the next one.
-                self._maps[file] = _map(self.stream.files[file], self.stream, "MADV_RANDOM")
             rows = np.flatnonzero(file_of == file)
             starts = (windows[rows] - self._first_window[file]) * self._stride
-            ids[rows], short[rows] = self._read(self._maps[file], starts)
+            ids[rows], short[rows] = self._read(self._mapped(int(file)), starts)
             if (largest := ids[rows].max()) >= self.stream.metadata.vocab_size:
                 raise UserError(
                     f"{self.stream.files[file]}: holds the token id {largest}, but its tokenizer has "
@@ -187,6 +252,28 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
         if self._mask_after_eos:
             _mask_after_first(y, self.stream.metadata.eos_id, self._ignore_index)
         return x, y
+
+    def _mapped(self, file: int) -> _Tokens:
+        """Return the map of a file, and give up the one that was not used for longest where there are too many."""
+        tokens = self._maps.pop(file, None)
+        if tokens is None:
+            while len(self._maps) >= _max_maps():
+                del self._maps[next(iter(self._maps))]
+            # Windows are shuffled: what the kernel would read ahead is hardly ever the next one.
+            tokens = _map(self.stream, file, "MADV_RANDOM")
+        self._maps[file] = tokens
+        return tokens
+
+    def check_unchanged(self) -> None:
+        """Check that no file was overwritten in place; one that was replaced is still there for who has mapped it.
+
+        Raises:
+            UserError: one was.
+        """
+        for file, version in zip(self.stream.files, self.stream.versions, strict=True):
+            status = _stat(file)
+            if status.st_ino == version.inode:
+                _check_version(file, status, version)
 
     def _read(self, tokens: _Tokens, starts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
         """Read windows of one file: ids ``[N, T+1]`` (past the end: 0) and how many of each are real ``[N]``."""
@@ -210,15 +297,26 @@ def read_in_order(stream: TokenStream, size: int, *, overlap: int = 0) -> Iterat
         size: new tokens in a piece; the last one of a file may have fewer.
         overlap: tokens before them, the last ones of the piece before, of the same file; fewer at its beginning.
     """
-    for file in stream.files:
-        tokens = _map(file, stream, "MADV_SEQUENTIAL")
+    for file in range(len(stream.files)):
+        tokens = _map(stream, file, "MADV_SEQUENTIAL")
         for start in range(0, len(tokens), size):
             yield np.array(tokens[max(start - overlap, 0) : start + size])
             _advise(tokens, "MADV_DONTNEED")
 
 
-def _map(file: Path, stream: TokenStream, advice: str) -> _Tokens:
-    tokens = np.memmap(file, dtype={"uint16": "<u2", "uint32": "<u4"}[stream.metadata.dtype], mode="r")
+def _map(stream: TokenStream, number: int, advice: str) -> _Tokens:
+    """Map a file of a stream into memory.
+
+    Raises:
+        UserError: it cannot be read, or was written again since the stream was opened.
+    """
+    file = stream.files[number]
+    try:
+        with file.open("rb") as opened:
+            _check_version(file, os.fstat(opened.fileno()), stream.versions[number])
+            tokens = np.memmap(opened, dtype={"uint16": "<u2", "uint32": "<u4"}[stream.metadata.dtype], mode="r")
+    except OSError as error:
+        raise UserError(f"{file}: could not be read ({error.strerror or error})") from error
     _advise(tokens, advice)
     return tokens
 

@@ -75,7 +75,12 @@ class BinTokenDataModule(pl.LightningDataModule):
         """Every token of the validation stream once, in order, or the windows of its first ``max_tokens``.
 
         Several processes share them.
+
+        Raises:
+            UserError: a stream was overwritten since it was opened.
         """
+        for dataset in (self.train_dataset, self.val_dataset):
+            dataset.check_unchanged()
         windows = len(self.val_dataset)
         if max_tokens is not None:
             windows = min(windows, -(-max_tokens // self.config.block_size))

@@ -1,8 +1,8 @@
 """Corpus to token stream: documents as ``<bos> ... <eos>``, one after the other, in flat files of token ids."""
 
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,8 +11,11 @@ import numpy as np
 
 from tiny_lm.data.metadata import METADATA_FILE, TOKENIZER_FOLDER, FileStatistics, StreamMetadata
 from tiny_lm.errors import UserError
-from tiny_lm.files import atomic_path
+from tiny_lm.files import scratch_folder, write_errors
+from tiny_lm.locks import lock_folder
 from tiny_lm.tokenizer.base import Tokenizer
+
+_IN_USE = "another process uses this token stream; wait for its end, or write to another tokenized_output_dir"
 
 # Documents are encoded in batches of about this many characters: large enough to keep every thread busy, small enough
 # that memory does not depend on the size of the corpus.
@@ -46,30 +49,35 @@ def tokenize_corpus(
         the metadata as written.
 
     Raises:
-        UserError: a split holds no document, or the disk is full.
+        UserError: a split holds no document, another process uses the stream, or the disk is full.
     """
     dtype: Literal["uint16", "uint32"] = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     files: dict[str, FileStatistics] = {}
-    with ExitStack() as stack:  # the files get their names when all of them are written
+    with lock_folder(output_dir, _IN_USE, create=True), scratch_folder(output_dir) as scratch:
         for name, documents in corpus.items():
-            temporary = stack.enter_context(atomic_path(output_dir / f"{name}.bin"))
-            files[f"{name}.bin"] = _write_split(tokenizer, documents, temporary, np.dtype(dtype), num_threads)
-            if files[f"{name}.bin"].documents == 0:
+            file = f"{name}.bin"
+            with write_errors(output_dir / file):
+                files[file] = _write_split(tokenizer, documents, scratch / file, np.dtype(dtype), num_threads)
+            if files[file].documents == 0:
                 raise UserError(f"{source}: the {name} split holds no document; use more text or other filters")
-        (output_dir / METADATA_FILE).unlink(missing_ok=True)
-    shutil.rmtree(output_dir / TOKENIZER_FOLDER, ignore_errors=True)
-    tokenizer.save(output_dir / TOKENIZER_FOLDER)
-    metadata = StreamMetadata(
-        dtype=dtype,
-        vocab_size=tokenizer.vocab_size,
-        tokenizer_hash=tokenizer.hash,
-        special_tokens=tokenizer.special_tokens,
-        source=source,
-        seed=seed,
-        files=files,
-    )
-    metadata.write(output_dir)
-    return metadata
+        with write_errors(output_dir / METADATA_FILE):
+            (output_dir / METADATA_FILE).unlink(missing_ok=True)
+        for file in files:
+            with write_errors(output_dir / file):
+                (scratch / file).replace(output_dir / file)
+        shutil.rmtree(output_dir / TOKENIZER_FOLDER, ignore_errors=True)
+        tokenizer.save(output_dir / TOKENIZER_FOLDER)
+        metadata = StreamMetadata(
+            dtype=dtype,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer_hash=tokenizer.hash,
+            special_tokens=tokenizer.special_tokens,
+            source=source,
+            seed=seed,
+            files=files,
+        )
+        metadata.write(output_dir)
+        return metadata
 
 
 @dataclass
@@ -102,6 +110,8 @@ def _write_split(
             encoded = tokenizer.encode_batch(batch, bos=True, eos=True, num_threads=num_threads)
             file.write(np.concatenate([np.asarray(ids) for ids in encoded]).astype(dtype.newbyteorder("<")).tobytes())
             totals.add([len(ids) for ids in encoded], sum(len(text.encode()) for text in batch))
+        file.flush()
+        os.fsync(file.fileno())
     return FileStatistics(**vars(totals))
 
 

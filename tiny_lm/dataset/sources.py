@@ -7,7 +7,7 @@ from tiny_lm.dataset.config import BLANK_LINE, END_OF_TEXT, DatasetConfig, Error
 from tiny_lm.dataset.filters import apply_filters, in_validation
 from tiny_lm.dataset.local import BOM, DOCUMENT_LIMIT, HEAD, find_files, read_local, tidy
 from tiny_lm.errors import UserError
-from tiny_lm.files import atomic_path
+from tiny_lm.files import open_output
 
 _SPLITS: tuple[Split, Split] = ("train", "validation")
 
@@ -127,7 +127,7 @@ def write_documents(documents: Iterable[str], path: Path, *, separator: str = EN
 
     Args:
         documents: the texts.
-        path: the file.
+        path: the file, or ``-`` for standard output.
         separator: the line after each document, or ``blank-line``.
 
     Returns:
@@ -139,7 +139,7 @@ def write_documents(documents: Iterable[str], path: Path, *, separator: str = EN
     """
     marker = b"" if separator == BLANK_LINE else separator.encode("utf-8")
     count = 0
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with open_output(path) as file:
         for index, document in enumerate(documents):
             data = _encode(tidy(document), marker, f"document {index}")
             if not data:

@@ -11,7 +11,7 @@ import torch
 
 from tiny_lm.config import parse_overrides
 from tiny_lm.data import BinDataConfig
-from tiny_lm.data.bin import BinTokenDataset, TokenStream, open_stream
+from tiny_lm.data.bin import BinTokenDataset, TokenStream, hold_streams, open_stream
 from tiny_lm.data.order import OrderedBatches
 from tiny_lm.errors import UserError
 from tiny_lm.evaluation.quality import Progress, Quality, invented_words, length_of, overlap, variety
@@ -182,8 +182,13 @@ def evaluate_run(subject: Subject, options: EvaluationOptions, progress: Progres
         progress: told of each step.
 
     Raises:
-        UserError: a number of the options is out of its range.
+        UserError: a number of the options is out of its range, or a stream is being written or was written again.
     """
+    with hold_streams(subject.train, subject.val):
+        return _evaluate(subject, options, progress)
+
+
+def _evaluate(subject: Subject, options: EvaluationOptions, progress: Progress) -> Evaluation:
     reading, positions = measure_loss(subject, options.stride, progress)
     surprise = total_surprise(positions)
     prompts = _encodable(story_beginnings(), subject.generator)

@@ -87,7 +87,7 @@ def load_source(path: str | Path) -> Source:
     if (path / "config.json").is_file() and not (path / "run.json").is_file():
         raise UserError(f"{path}: is a model in Hugging Face's layout; make a run of it first: tiny-lm import {path}")
     run = open_run(path)
-    with run.claim():
+    with run.claim_to_read():
         return load_checkpoint_source(run.model_checkpoint(), run.tokenizer, model_config=_config_of(run))
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from tiny_lm.config import Config
 from tiny_lm.data import BinDataConfig
+from tiny_lm.data.bin import hold_streams
 from tiny_lm.data.module import BinTokenDataModule
 from tiny_lm.errors import UserError
 from tiny_lm.model import ModelConfig, flops_per_token, num_parameters
@@ -134,7 +135,7 @@ def train(
     if training_config.init_from and resume_from is None:
         facts["init_from"] = begin_with(Path(training_config.init_from), module.model, tokenizer)
         console.print(f"begins with the weights of {training_config.init_from}", markup=False)
-    with run.claim() if processes.is_main else nullcontext():
+    with hold_streams(data.train_stream, data.val_stream), run.claim() if processes.is_main else nullcontext():
         if processes.is_main:
             _begin(run, (model_config, training_config, data_config), tokenizer, names, **facts)
             forget_after(run, resume_from, resumed_step)

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from tiny_lm.errors import UserError
 from tiny_lm.files import atomic_path
+from tiny_lm.locks import open_append
 from tiny_lm.runs import Run, read_metrics
 
 
@@ -52,7 +53,7 @@ class JsonlLogger(Logger):
         values = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
+            with os.fdopen(open_append(self._path), "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values, "timestamp": round(time.time(), 3)}) + "\n")
         except OSError as error:
             raise UserError(f"{self._path}: could not be written ({error.strerror or error})") from error

@@ -1,0 +1,238 @@
+"""Locks on folders in use: shared by processes that read, exclusive for one that writes.
+
+A folder is locked through its own descriptor (``flock``): that needs no file and no permission to write, and the system
+releases it when the process ends, however it ends. Forked children close their copies, so that they do not keep the
+lock of a parent that was killed. On a network disk such a lock holds between the processes of one machine;
+:func:`lock_file` holds between machines. Where a system or a disk has no locks (Windows among them), nothing is locked.
+"""
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tiny_lm.errors import UserError
+
+try:
+    import fcntl
+
+    HAS_LOCKS = True
+except ImportError:  # Windows
+    HAS_LOCKS = False
+
+_BUSY = (errno.EACCES, errno.EAGAIN)
+_NO_FOLLOW: int = getattr(os, "O_NOFOLLOW", 0)
+_NO_BLOCK: int = getattr(os, "O_NONBLOCK", 0)  # a pipe in the place of a file must not keep us waiting
+
+_descriptors: set[int] = set()  # open and locked by this process
+_exclusive: set[tuple[int, int]] = set()  # folders that it locks exclusively, by device and inode
+
+
+def _close_after_fork() -> None:
+    """Close the locked descriptors in a forked child: the lock would otherwise last as long as the child."""
+    for descriptor in _descriptors:
+        with suppress(OSError):
+            os.close(descriptor)
+    _descriptors.clear()
+    _exclusive.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_after_fork)
+
+
+@contextmanager
+def lock_folder(
+    folder: Path, in_use: str, *, shared: bool = False, wait: float = 0.0, create: bool = False
+) -> Iterator[None]:
+    """Lock a folder while the block runs. A process that locks it exclusively already may lock it again.
+
+    Args:
+        folder: what to lock.
+        in_use: says in the error what another process does there, and what to do about it.
+        shared: several may hold such a lock at once, but none beside an exclusive one.
+        wait: seconds to wait for others to release it.
+        create: create the folder where it is missing, and remove it at the end if nothing was put into it.
+
+    Raises:
+        UserError: another process holds a lock that does not go together with this one, or the folder could not be
+            created.
+    """
+    created = False
+    if create:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):
+                folder.mkdir()
+                created = True
+            if not folder.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+        except OSError as error:
+            raise UserError(f"{folder}: could not be written ({error.strerror or error})") from error
+    try:
+        with _locked(folder, in_use, shared, wait):
+            yield
+    finally:
+        if created:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+@contextmanager
+def _locked(folder: Path, in_use: str, shared: bool, wait: float) -> Iterator[None]:
+    end = time.monotonic() + wait
+    while True:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except OSError:  # a folder that may not be listed, or Windows
+            yield
+            return
+        key = _identity(os.fstat(descriptor))
+        if key in _exclusive:
+            os.close(descriptor)
+            yield
+            return
+        if not try_lock(descriptor, shared=shared):
+            holders = _describe_holders(descriptor)
+            os.close(descriptor)
+            if time.monotonic() >= end:
+                raise UserError(f"{folder}: {in_use}{holders}")
+            time.sleep(0.05)
+        elif _is_at(folder, key):
+            break
+        else:  # it was renamed or removed in the meantime
+            os.close(descriptor)
+    if not shared:
+        _exclusive.add(key)
+    try:
+        with keep_open(descriptor):
+            yield
+    finally:
+        _exclusive.discard(key)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _is_at(path: Path, identity: tuple[int, int]) -> bool:
+    try:
+        return _identity(path.stat()) == identity
+    except OSError:
+        return False
+
+
+def try_lock(descriptor: int, *, shared: bool = False) -> bool:
+    """Lock an open file or folder without waiting; return False where another process holds it."""
+    if not HAS_LOCKS:
+        return True
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in _BUSY  # otherwise a disk without locks: there the user must take care
+    return True
+
+
+@contextmanager
+def keep_open(descriptor: int) -> Iterator[None]:
+    """Close a locked descriptor at the end of the block, which releases its lock; forked children close it at once."""
+    _descriptors.add(descriptor)
+    try:
+        yield
+    finally:
+        if descriptor in _descriptors:  # otherwise this is a forked child
+            _descriptors.discard(descriptor)
+            os.close(descriptor)
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether no process holds a lock on ``path``, a temporary file or folder that its writer locks."""
+    if not HAS_LOCKS:
+        return False
+    try:
+        # Open for writing, as network disks want it of an exclusive lock.
+        descriptor = os.open(path, (os.O_RDONLY if path.is_dir() else os.O_RDWR) | _NO_FOLLOW | _NO_BLOCK)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held, or a disk without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+@contextmanager
+def lock_file(path: Path, in_use: str, *, shared: bool = False) -> Iterator[None]:
+    """Lock a file, between machines where their network disk has locks. A shared lock needs no right to write it.
+
+    Args:
+        path: the file; an exclusive lock creates it, and a link in its place is not followed.
+        in_use: says in the error what another process does there, and what to do about it.
+        shared: several may hold such a lock at once; where the file is missing, nothing is locked.
+
+    Raises:
+        UserError: another process holds it, or it could not be created.
+    """
+    if not HAS_LOCKS:
+        yield
+        return
+    try:
+        descriptor = os.open(path, (os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT) | _NO_FOLLOW | _NO_BLOCK)
+    except OSError as error:
+        if shared:
+            yield
+            return
+        if error.errno == errno.ELOOP:
+            raise UserError(f"{path}: is a link, which is not followed; remove it") from error
+        raise UserError(f"{path.parent}: could not be written ({error.strerror or error})") from error
+    try:
+        try:  # not flock: a lock of this kind reaches other machines, and belongs to this process alone
+            fcntl.lockf(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _BUSY:
+                raise UserError(f"{path.parent}: {in_use}") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def open_append(path: Path) -> int:
+    """Return a descriptor that appends to a file of ours; a link in its place is not followed.
+
+    Raises:
+        OSError: it could not be opened, or is not a regular file.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_FOLLOW | _NO_BLOCK
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return descriptor
+
+
+def _describe_holders(descriptor: int) -> str:
+    """Return the processes that lock an open folder, in parentheses; nothing where the system does not list them."""
+    inode = str(os.fstat(descriptor).st_ino)
+    found = []
+    with suppress(OSError):
+        for line in Path("/proc/locks").read_text(encoding="ascii").splitlines():
+            fields = line.split()
+            if len(fields) > 5 and fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == inode:
+                found.append(_describe_process(fields[4]))
+    return f" ({'; '.join(dict.fromkeys(found))})" if found else ""
+
+
+def _describe_process(number: str) -> str:
+    with suppress(OSError):
+        words = Path(f"/proc/{number}/cmdline").read_text(encoding="utf-8", errors="replace").rstrip("\0").split("\0")
+        if len(words) > 1 and Path(words[0]).name.startswith("python") and not words[1].startswith("-"):
+            del words[0]
+        command = " ".join([Path(words[0]).name, *words[1:]])
+        command = "".join(character if character.isprintable() else "?" for character in command)
+        return f"process {number}: {command[:80]}"
+    return f"process {number}"
