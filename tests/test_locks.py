@@ -232,3 +232,23 @@ def test_a_name_of_the_longest_length_is_written(tmp_path: Path) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text("x")
     assert path.read_text() == "x"
+
+
+def test_a_second_quickstart_in_one_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tiny_lm.cli.quickstart import quickstart
+
+    monkeypatch.chdir(tmp_path)
+    first = f"lock_folder(Path({str(tmp_path / 'tokenizers' / 'quickstart')!r}), 'in use', create=True)"
+    with held(first), pytest.raises(UserError, match="another process is using this folder"):
+        quickstart(None, 1.0, "strict", 0)
+    assert [path.name for path in tmp_path.rglob("*")] == ["tokenizers", "quickstart"]
+
+
+def test_metrics_are_not_appended_through_a_link(tmp_path: Path) -> None:
+    from tiny_lm.training.trackers import JsonlLogger
+
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "metrics.jsonl").symlink_to("precious")
+    with pytest.raises(UserError, match=r"metrics.jsonl: could not be written"):
+        JsonlLogger(tmp_path / "metrics.jsonl").log_metrics({"loss": 1.0}, 1)
+    assert (tmp_path / "precious").read_text() == "kept"

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tiny_lm.console import print_result
 from tiny_lm.errors import UserError
 from tiny_lm.locks import HAS_LOCKS, is_abandoned, keep_open, lock_folder, try_lock
 
@@ -147,7 +148,7 @@ def open_output(path: Path) -> Iterator[BinaryIO]:
         if is_stdout(path):
             sys.stdout.flush()
             yield sys.stdout.buffer
-            sys.stdout.buffer.flush()
+            print_result(end="")  # which ends the command where nobody reads it
         elif path.is_dir():
             raise UserError(f"{path}: is a folder, but a file is to be written; choose another name")
         elif path.exists() and (not path.is_file() or str(path).startswith(("/dev/std", "/dev/fd/", "/proc/"))):
