@@ -25,8 +25,9 @@ from tiny_lm.export.verify import (
 )
 from tiny_lm.files import atomic_folder, check_free, write_json, write_text
 from tiny_lm.model import num_parameters
-from tiny_lm.model.huggingface import Dtype, to_huggingface_config, to_huggingface_state
+from tiny_lm.model.huggingface import Dtype, to_huggingface_config
 from tiny_lm.model.huggingface_folder import WEIGHTS_FILE
+from tiny_lm.model.huggingface_weights import to_huggingface_state
 from tiny_lm.tokenizer import Tokenizer
 from tiny_lm.tokenizer.sentencepiece import SentencePieceTokenizer
 
