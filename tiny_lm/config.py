@@ -242,7 +242,8 @@ def parse_yaml(text: str, *, source: str) -> Any:
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
         raise UserError(f"{source}{place}: is no valid YAML ({problem})") from None
-    except (ValueError, RecursionError, OverflowError) as error:
+    # PyYAML raises the others where a tag such as !!int or !!timestamp stands before what is not one.
+    except (ValueError, RecursionError, OverflowError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{source}: is no valid YAML ({error})") from None
 
 

@@ -20,6 +20,7 @@ import math
 import os
 import platform
 import re
+import stat
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ from typing import Any
 
 from tiny_lm.config import nearest
 from tiny_lm.errors import UserError
-from tiny_lm.files import read_json, write_json
+from tiny_lm.files import read_text, write_json
 from tiny_lm.locks import lock_file, lock_folder
 
 RUNS_FOLDER = Path("runs")
@@ -43,6 +44,9 @@ _IN_TRAINING = "another process is training this run; wait for its end, or stop 
 _IN_READING = "other processes are reading this run; try again when they are done"
 _LOCK_FILE = ".lock"  # keeps other machines away
 _READING_SECONDS = 20.0  # an export holds a run while it loads the model
+
+_RECORD_LIMIT = 16 * 2**20  # bytes; a run.json has some thousand
+_METRICS_LIMIT = 512 * 2**20  # bytes; a million events have some 300 million
 
 _STEP = re.compile(r"step-(\d+)\.ckpt")
 
@@ -129,9 +133,12 @@ class Run:
 
     def read_record(self) -> dict[str, Any]:
         """Return ``run.json``, or nothing where there is none yet."""
-        if not self.record.exists():
+        if not os.path.lexists(self.record):
             return {}
-        record = read_json(self.record)
+        try:
+            record = parse_finite_json(read_text(self.record, limit=_RECORD_LIMIT))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.record}: is not valid JSON ({error})") from None
         if not isinstance(record, dict):
             raise UserError(f"{self.record}: is no record of a run")
         return record
@@ -196,9 +203,16 @@ def open_run(path: str | Path) -> Run:
         UserError: there is no such folder, or it is no run.
     """
     folder = Path(path)
-    if folder.is_file():
+    try:
+        mode = folder.stat().st_mode
+        (folder / "run.json").exists()
+    except FileNotFoundError:
+        mode = 0
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise UserError(f"{folder}: could not be read ({getattr(error, 'strerror', None) or error})") from None
+    if stat.S_ISREG(mode):
         raise UserError(f"{folder}: is a file, and no run folder")
-    if not folder.is_dir():
+    if not stat.S_ISDIR(mode):
         known = [str(record.parent) for record in RUNS_FOLDER.glob("*/run.json")]
         raise UserError(f"{folder}: no such run folder{nearest(str(folder), known)}")
     run = Run(folder)
@@ -231,42 +245,97 @@ def create_run(name: str) -> Run:
     raise AssertionError
 
 
-def find_newest_run(names: Sequence[str] | None = None) -> Run | None:
-    """Return the newest run, or that of the model, training and data configs of these names.
-
-    One that has a checkpoint comes before any that has none, since it was stopped before its first save.
-    """
-    ours = []
-    for record in RUNS_FOLDER.glob("*/run.json"):
-        with suppress(UserError):  # a damaged record belongs to some other run
-            configs = Run(record.parent).read_record().get("configs")
-            if names is None or configs == list(names):
-                ours.append(Run(record.parent))
-    return max(ours, key=_last_saved, default=None)
+def list_runs() -> list[Run]:
+    """Return all runs in the folder of runs whose ``run.json`` can be read, by name."""
+    found = []
+    for record in sorted(RUNS_FOLDER.glob("*/run.json")):
+        with suppress(UserError):
+            Run(record.parent).read_record()
+            found.append(Run(record.parent))
+    return found
 
 
-def _last_saved(run: Run) -> tuple[bool, float]:
+def find_newest_run() -> Run | None:
+    """Return the run that was saved last; one that has a checkpoint comes before any that has none."""
+    return max(list_runs(), key=last_saved, default=None)
+
+
+def last_saved(run: Run) -> tuple[bool, float]:
     """Return whether a run has a checkpoint, and when its checkpoints or else its record last changed."""
-    has_checkpoint = any(run.checkpoints.glob("*.ckpt"))
-    return has_checkpoint, (run.checkpoints if has_checkpoint else run.record).stat().st_mtime
+    with suppress(OSError):
+        if any(run.checkpoints.glob("*.ckpt")):
+            return True, run.checkpoints.stat().st_mtime
+    with suppress(OSError):
+        return False, run.record.stat().st_mtime
+    return False, 0.0
+
+
+def parse_finite_json(text: str) -> Any:
+    """Parse JSON whose numbers may come from anywhere; one that no float holds (NaN, infinity, 10^400) becomes None.
+
+    Raises:
+        ValueError: it is not JSON.
+        RecursionError: it is nested too deeply.
+    """
+    return json.loads(text, parse_int=_parse_int, parse_float=_parse_float, parse_constant=lambda _: None)
+
+
+def _parse_int(text: str) -> int | float | None:
+    return int(text) if len(text) < 19 else _parse_float(text)
+
+
+def _parse_float(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+def number_in(record: Any, *keys: str) -> float | None:
+    """Return a number of a ``run.json`` by its keys, outer ones first; None where there is none."""
+    for key in keys:
+        record = record.get(key) if isinstance(record, dict) else None
+    return float(record) if isinstance(record, (int, float)) and not isinstance(record, bool) else None
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the events of a ``metrics.jsonl``; a line that a killed run left half-written is passed over."""
+    """Return the events of a ``metrics.jsonl``: their step, and what is a finite number or None under a name.
+
+    Lines that are no event are passed over: a killed run leaves one half-written, and people edit files.
+
+    Raises:
+        UserError: the file cannot be read, or is larger than any run's.
+    """
     events = []
-    for line in path.read_text(encoding="utf-8-sig", errors="replace").split("\n"):
-        with suppress(ValueError):
-            event = json.loads(line)
-            if isinstance(event, dict) and isinstance(event.get("step"), int):
-                events.append(event)
+    try:
+        if path.stat().st_size > _METRICS_LIMIT:
+            raise UserError(f"{path}: larger than {_METRICS_LIMIT} bytes, which no log of metrics is")
+        with path.open("rb") as file:
+            for line in file:
+                event = parse_event(line)
+                if event is not None:
+                    events.append({key: value for key, value in event.items() if _is_figure(value)})
+    except OSError as error:
+        raise UserError(f"{path}: could not be read ({error.strerror or error})") from error
     return events
+
+
+def parse_event(line: bytes) -> dict[str, Any] | None:
+    """Return what a line of ``metrics.jsonl`` holds; None where it is no event of a step."""
+    with suppress(ValueError, RecursionError):
+        event = parse_finite_json(line.decode("utf-8-sig", errors="replace"))
+        if isinstance(event, dict) and type(event.get("step")) is int and 0 <= event["step"] < 2**53:
+            return event
+    return None
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 def mean_over_time(events: Sequence[dict[str, Any]], key: str) -> float:
     """Return the mean of a figure of log windows, each weighted with the time that its tokens took; NaN without one."""
     total = seconds = tokens = 0.0
     for event in events:
-        if event.get(key) is not None and event.get("tokens_per_sec"):
+        if event.get(key) is not None and event.get("tokens_per_sec") and event.get("tokens") is not None:
             passed = (event["tokens"] - tokens) / event["tokens_per_sec"]
             total, seconds, tokens = total + event[key] * passed, seconds + passed, event["tokens"]
     return total / seconds if seconds else math.nan

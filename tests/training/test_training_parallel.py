@@ -22,6 +22,7 @@ from tiny_lm.errors import UserError
 from tiny_lm.model.checkpoint import load_checkpoint_model
 from tiny_lm.runs import Run, read_metrics
 from tiny_lm.training.fit import train
+from tiny_lm.training.launch import PARENT_KEY
 from tiny_lm.training.parallel import choose_processes, end_children, share_batch
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "training" / "train_gpt2.py"
@@ -81,6 +82,7 @@ SLURM_ENVIRONMENT = {
     "SLURM_PROCID": "3",
     "SLURM_LOCALID": "1",
     "SLURM_NODEID": "1",
+    "SLURM_STEP_ID": "0",
 }
 
 
@@ -108,12 +110,11 @@ def test_a_launcher_and_a_config_that_disagree(launched: str) -> None:
 
 def test_lightning_numbers_the_processes_that_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_processes(training(devices=2), "cpu").is_main
+    monkeypatch.setenv(PARENT_KEY, str(os.getppid()))
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert choose_processes(training(devices=2), "cpu").rank == 1
-    monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("NODE_RANK", "1")
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    assert choose_processes(training(devices=2, num_nodes=2), "cpu").rank == 2
+    assert choose_processes(training(devices=2, num_nodes=2), "cpu").rank == 3
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from tiny_runs import losses, model, training
 from tiny_lm.data import BinDataConfig
 from tiny_lm.errors import UserError
 from tiny_lm.model.checkpoint import load_checkpoint_model, read_checkpoint
-from tiny_lm.runs import Run, find_newest_run, read_metrics
+from tiny_lm.runs import Run, read_metrics
 from tiny_lm.training import TrainingConfig
 from tiny_lm.training.checkpoints import AtomicCheckpointIO, link
 from tiny_lm.training.fit import TrainingResult, train
@@ -181,7 +181,7 @@ def test_two_processes_do_not_train_in_one_folder(fit: Fit, run: Run) -> None:
     code = f"""
 import time
 from pathlib import Path
-from tiny_lm.runs import Run, find_newest_run
+from tiny_lm.runs import Run
 with Run(Path({str(run.folder)!r})).claim():
     print("claimed", flush=True)
     time.sleep(1000)
@@ -193,32 +193,6 @@ with Run(Path({str(run.folder)!r})).claim():
             fit(resume_from=run.last_checkpoint, max_steps=2)
         other.kill()
     assert fit(resume_from=run.last_checkpoint, max_steps=2).steps == 2
-
-
-def test_the_newest_run_of_these_configs_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that was killed before its first save is better than none, and no better than any other."""
-    monkeypatch.chdir(tmp_path)
-
-    def begin(name: str, age: float, *, configs: list[str], saved: bool) -> None:
-        run = Run(Path("runs") / name)
-        run.update_record(configs=configs)
-        if saved:
-            run.checkpoints.mkdir()
-            run.step_checkpoint(1).touch()
-        for path in (run.record, *run.folder.glob("checkpoints")):
-            os.utime(path, (1e9 - age, 1e9 - age))
-
-    ours = ["model", "training", "data"]
-    assert find_newest_run(ours) is None
-    begin("other", 0, configs=["model", "training", "other"], saved=True)
-    begin("unsaved", 1, configs=ours, saved=False)
-    begin("unsaved-before", 2, configs=ours, saved=False)
-    (Path("runs") / "foreign").mkdir()
-    (Path("runs") / "foreign" / "run.json").write_text("[")
-    assert find_newest_run(ours) == Run(Path("runs") / "unsaved")
-    begin("saved", 3, configs=ours, saved=True)
-    begin("saved-before", 4, configs=ours, saved=True)
-    assert find_newest_run(ours) == Run(Path("runs") / "saved")
 
 
 # --- damaged checkpoints ---------------------------------------------------------------------------------------------

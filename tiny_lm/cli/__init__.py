@@ -32,6 +32,7 @@ from tiny_lm.cli.torchserve import export_torchserve
 from tiny_lm.cli.train import train
 from tiny_lm.console import guard_streams, print_error, print_message, print_result
 from tiny_lm.errors import UserError
+from tiny_lm.signals import Terminated, signals_as_exceptions
 
 __all__ = ["app", "main"]
 
@@ -90,7 +91,11 @@ def main(*command: str) -> None:
     arguments = [*command, *sys.argv[1:]] or ["--help"]
     guard_streams()
     try:
-        code = get_command(app)(arguments, prog_name="tiny-lm", standalone_mode=False)
+        with signals_as_exceptions():
+            code = get_command(app)(arguments, prog_name="tiny-lm", standalone_mode=False)
+    except Terminated as end:
+        print_message(f"ended by {end.name}")
+        code = end.code
     except Abort:  # the input ended where an answer was expected
         code = 1
     except (UserError, TyperException) as error:

@@ -7,6 +7,7 @@ import typer
 from tiny_lm.cli.options import Settings
 from tiny_lm.config import override, parse_overrides
 from tiny_lm.errors import UserError
+from tiny_lm.training.launch import check_variables
 
 if TYPE_CHECKING:
     from tiny_lm.training.batch_size import BatchSizes, Trial
@@ -26,6 +27,7 @@ def estimate(
     settings: Settings = None,
 ) -> None:
     """Estimate the memory that training takes, by formula: nothing is built."""
+    check_variables()
     from tiny_lm.training.free_memory import free_memory
     from tiny_lm.training.memory import estimate_memory, find_savings
 
@@ -57,6 +59,7 @@ def find_batch_size(
     Each is tried with the state of the optimizer and a validation. Where a data config or a profile says how many
     windows make a step, only micro-batches that divide them are tried, and accumulation keeps the step as it is.
     """
+    check_variables()
     from tiny_lm.training.batch_size import find_batch_sizes
     from tiny_lm.training.free_memory import free_memory
 

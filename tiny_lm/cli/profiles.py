@@ -8,6 +8,7 @@ import typer
 
 from tiny_lm.config import shipped_configs
 from tiny_lm.files import to_json
+from tiny_lm.training.launch import check_variables
 
 if TYPE_CHECKING:
     from tiny_lm.profile import Profile
@@ -70,6 +71,7 @@ def _load() -> "dict[str, tuple[Profile, PlannedRun]]":
 
 
 def _measure(runs: "Iterable[PlannedRun]") -> "list[RunTime]":
+    check_variables()
     from rich.console import Console
 
     from tiny_lm.training.speed import estimate_run_times

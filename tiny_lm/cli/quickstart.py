@@ -14,6 +14,7 @@ from tiny_lm.cli.options import ReplaceErrors
 from tiny_lm.cli.train import Configs, run_training
 from tiny_lm.errors import UserError
 from tiny_lm.runs import RUNS_FOLDER, Run, create_run
+from tiny_lm.training.launch import check_variables
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,6 +53,7 @@ def quickstart(
 def _run_quickstart(text: Path | None, minutes: float, errors: str, seed: int) -> None:
     from rich.console import Console
 
+    check_variables()
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     started = time.perf_counter()
     console.print("[bold]1 of 4[/]  text to tokens")

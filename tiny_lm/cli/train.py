@@ -1,7 +1,10 @@
 """The command that trains a model."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
+from math import isfinite
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -12,7 +15,8 @@ from tiny_lm.cli.report import write_report_beside
 from tiny_lm.config import parse_overrides, shipped_configs
 from tiny_lm.errors import UserError
 from tiny_lm.files import remove_leftovers
-from tiny_lm.runs import RUNS_FOLDER, Run, create_run, find_newest_run, new_run_name, open_run
+from tiny_lm.runs import RUNS_FOLDER, Run, create_run, new_run_name, number_in, open_run
+from tiny_lm.training.launch import check_variables
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,6 +44,7 @@ def train(
 
     What is trained is a profile, or a model, a training and a data config, or both, where a config replaces its part.
     """
+    check_variables()
     resumed = _run_of(resume)
     given = {"model": model_config, "training": training_config, "data": data_config}
     files = _config_files(profile, given, resumed)
@@ -47,18 +52,16 @@ def train(
     if dry_run:
         print_configs(zip(("model", "training", "data"), configs, strict=True))
         return
-    names = [Path(file).stem for file in files]
-    if resumed is not None:
-        names = resumed.read_record().get("configs", names)
+    started_from = _started_from(files, resumed)
     resume = resume or configs[1].resume_from_checkpoint
-    run, checkpoint = _choose_run(configs[1], resume, names)
+    run, checkpoint = _choose_run(configs, resume, started_from)
     try:
         if checkpoint is None:
             _check_streams(configs[2])
         if resume == "auto" and _is_finished(run, configs[1]):  # a job that is started again and again ends well
             _end_again(run, configs[1])
         else:
-            run_training(run, configs, names, checkpoint)
+            run_training(run, configs, *started_from, checkpoint=checkpoint)
     finally:
         if not configs[1].run_name:
             with suppress(OSError):  # the folder of a name of ours, where it is empty since no training began
@@ -123,13 +126,36 @@ def _load(files: list[str], settings: list[str] | None) -> Configs:
     )
 
 
-def _choose_run(config: "TrainingConfig", resume: str | None, names: list[str]) -> tuple[Run, Path | None]:
+def _started_from(files: list[str], resumed: Run | None) -> tuple[list[str], list[str]]:
+    """Return names of the config files and where they lie; of a run that is resumed, those that it began with."""
+    from tiny_lm.training.which_run import config_origin
+
+    names = [Path(file).stem for file in files]
+    origins = [config_origin(kind, file) for kind, file in zip(("model", "training", "data"), files, strict=True)]
+    if resumed is not None:
+        names, origins = (
+            [str(value) for value in known] if isinstance(known := record.get(key), list) and len(known) == 3 else given
+            for record in [resumed.read_record()]
+            for key, given in (("configs", names), ("config_files", origins))
+        )
+    return names, origins
+
+
+def _choose_run(
+    configs: Configs, resume: str | None, started_from: tuple[list[str], list[str]]
+) -> tuple[Run, Path | None]:
     """Return the run folder to write and the checkpoint to go on from, if the run has one."""
     from tiny_lm.training.resume import find_checkpoint
+    from tiny_lm.training.which_run import describe_near_misses, find_run
 
+    config, names = configs[1], started_from[0]
     run = _run_of(resume)
-    if resume == "auto":
-        run = Run(RUNS_FOLDER / config.run_name) if config.run_name else find_newest_run(names)
+    if resume == "auto" and config.run_name:
+        run = Run(RUNS_FOLDER / config.run_name)
+    elif resume == "auto":
+        run = find_run(configs, *started_from)
+        if run is None and (why := describe_near_misses(configs, *started_from)):
+            _console(_is_main_process(config)).print(why, markup=False)
     if run is not None:
         is_named = str(resume).endswith(".ckpt")
         return run, Path(str(resume)) if is_named else find_checkpoint(run, _console(_is_main_process(config)))
@@ -160,7 +186,7 @@ def _is_main_process(config: "TrainingConfig") -> bool:
 
 def _is_finished(run: Run, config: "TrainingConfig") -> bool:
     record = run.read_record()
-    return record.get("status") == "finished" and record["steps"] >= config.max_steps
+    return record.get("status") == "finished" and (number_in(record, "steps") or 0) >= config.max_steps
 
 
 def _end_again(run: Run, config: "TrainingConfig") -> None:
@@ -182,7 +208,9 @@ def _draw(run: Run) -> None:
     write_report_beside(run)
 
 
-def run_training(run: Run, configs: Configs, names: list[str], checkpoint: Path | None = None) -> "TrainingResult":
+def run_training(
+    run: Run, configs: Configs, names: list[str], config_files: Sequence[str] = (), *, checkpoint: Path | None = None
+) -> "TrainingResult":
     """Train, draw the curves and write the report, also of a run that the user stopped or that failed on its way.
 
     Raises:
@@ -196,7 +224,7 @@ def run_training(run: Run, configs: Configs, names: list[str], checkpoint: Path 
     start = f"going on from {checkpoint}" if checkpoint else "from the beginning"
     console.print(f"run folder {run.folder}, {start}")
     try:
-        result = fit(*configs, run, resume_from=checkpoint, names=names, console=console)
+        result = fit(*configs, run, resume_from=checkpoint, names=names, config_files=config_files, console=console)
     except UserError:
         if main and run.read_record().get("status") == "failed":
             with suppress(UserError):  # what ended the run is told, whatever else there is
@@ -215,26 +243,33 @@ def _print_summary(run: Run) -> None:
     """Print what the run came to."""
     from tiny_lm.runs import mean_over_time, read_metrics
 
-    record: dict[str, Any] = run.read_record()
-    metrics, events = record["metrics"], read_metrics(run.metrics)
-    best = min((event for event in events if event.get("val_loss") is not None), key=lambda event: event["val_loss"])
-    peak, mfu = record["peak_flops"], mean_over_time(events, "mfu")
+    record, events = run.read_record(), read_metrics(run.metrics) if run.metrics.is_file() else []
+
+    def show(form: str, *keys: str) -> str:  # of a record that somebody edited, a row may be missing
+        value = number_in(record, *keys)
+        return "" if value is None else form.format(value)
+
+    best = min((event for event in events if event.get("val_loss") is not None), key=itemgetter("val_loss"), default={})
+    mfu, speed = mean_over_time(events, "mfu"), mean_over_time(events, "tokens_per_sec")
     memory = {"process": "process_peak_memory_mb", "GPU": "gpu_peak_memory_mb"}
-    peaks = [f"{name} {record['memory'][key]:,.0f} MiB" for name, key in memory.items() if key in record["memory"]]
+    peaks = [show(f"{name} {{:,.0f}} MiB", "memory", key) for name, key in memory.items()]
+    seconds = number_in(record, "seconds")
     rows = {
         "run": str(run.folder),
-        "device": f"{record['device']}, {record['precision']}",
-        "parameters": f"{record['parameters']:,}",
-        "steps": f"{record['steps']:,} of {record['tokens_per_step']:,} tokens, {record['tokens']:,} in all",
-        "wall time": str(timedelta(seconds=round(record["seconds"]))),
-        "speed": f"{mean_over_time(events, 'tokens_per_sec'):,.0f} tokens/s",
-        "MFU": f"{mfu:.1%} of {peak['value'] / 1e12:,.3g} TFLOP/s ({peak['source']})",
-        "peak memory": ", ".join(peaks),
-        "train loss": f"{metrics['train_loss']:.4f}",
-        "val loss": f"{metrics['val_loss']:.4f}",
-        "best val loss": f"{best['val_loss']:.4f} at step {best['step']:,}",
-        "val perplexity": f"{metrics['val_ppl']:.3f}",
-        "bits per byte": f"{metrics['val_bpb']:.4f}",
+        "device": f"{record.get('device')}, {record.get('precision')}",
+        "parameters": show("{:,.0f}", "parameters"),
+        "steps": show("{:,.0f}", "steps")
+        + show(" of {:,.0f} tokens", "tokens_per_step")
+        + show(", {:,.0f} in all", "tokens"),
+        "wall time": str(timedelta(seconds=round(seconds))) if seconds is not None and seconds < 1e9 else "",
+        "speed": f"{speed:,.0f} tokens/s" if isfinite(speed) else "",
+        "MFU": f"{mfu:.1%} of {_peak(record)}" if isfinite(mfu) else "",
+        "peak memory": ", ".join(filter(None, peaks)),
+        "train loss": show("{:.4f}", "metrics", "train_loss"),
+        "val loss": show("{:.4f}", "metrics", "val_loss"),
+        "best val loss": f"{best['val_loss']:.4f} at step {best['step']:,}" if best else "",
+        "val perplexity": show("{:.3f}", "metrics", "val_ppl"),
+        "bits per byte": show("{:.4f}", "metrics", "val_bpb"),
         "curves": " ".join(str(path) for path in sorted(run.plots.glob("*.png"))),
         "report": str(run.report) if run.report.is_file() else "",
         "sample stories": str(run.samples) if run.samples.is_file() else "",
@@ -243,3 +278,8 @@ def _print_summary(run: Run) -> None:
     for name, value in rows.items():
         if value:
             print(f"{name:<15} {value}")
+
+
+def _peak(record: dict[str, Any]) -> str:
+    value, source = number_in(record, "peak_flops", "value") or 0.0, record.get("peak_flops")
+    return f"{value / 1e12:,.3g} TFLOP/s ({source.get('source') if isinstance(source, dict) else source})"

@@ -1,9 +1,9 @@
 """Reading the model out of a training checkpoint, without executing anything that the file may hold."""
 
 import pickle
-import struct
+import re
+import stat
 import zipfile
-import zlib
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,9 @@ CHECKPOINT_KEY = "tiny_lm"
 
 AVERAGE_KEY = "average"
 """Key of a checkpoint for the moving average of the weights, if the run keeps one; who uses the model gets that."""
+
+_TENSOR = re.compile(r"/data/\d+$")
+"""Parts of a checkpoint that hold a tensor's values."""
 
 _MODULE_PREFIX = "model."  # CausalLMModule holds the network as its attribute `model`
 
@@ -45,46 +48,82 @@ def read_checkpoint(path: Path, *, mmap: bool = True, whole: bool = False) -> di
     Raises:
         UserError: the file is missing, damaged, no checkpoint of tiny-lm, or holds more than weights.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint")
+    _check_readable(path)
     # torch.save writes a zip file; anything else would be read as a bare pickle, which is not even tried.
     if not _is_zip(path):
         raise UserError(f"{path}: is damaged or no checkpoint (not a zip file as torch.save writes it)")
-    if whole:
-        check_whole(path)
+    check_whole(path, weights=whole)
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: refused, since it is damaged or holds more than weights and values") from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a pickle that is not what it should be ends in an exception of any class
         first_line = str(error).partition("\n")[0]
-        raise UserError(f"{path}: is damaged and cannot be read ({first_line})") from None
+        raise UserError(f"{path}: is damaged and cannot be read ({first_line or type(error).__name__})") from None
     if not _is_ours(checkpoint):
         raise UserError(f"{path}: is no checkpoint of tiny-lm")
     return checkpoint
 
 
+def _check_readable(path: Path) -> None:
+    """Check that a checkpoint is a file that this user may read.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait forever
+            what = "is a folder" if path.is_dir() else "is not a file"
+            raise UserError(f"{path}: {what}, where a checkpoint was expected")
+        with path.open("rb"):
+            pass
+    except FileNotFoundError:
+        what = "is a link to a file that is not there" if path.is_symlink() else "no such checkpoint"
+        raise UserError(f"{path}: {what}") from None
+    except OSError as error:
+        raise UserError(f"{path}: could not be read ({error.strerror or error})") from None
+
+
 def _is_zip(path: Path) -> bool:
-    with suppress(zipfile.BadZipFile):  # at the end it looks like one
+    with suppress(Exception):  # at the end it looks like one
         return zipfile.is_zipfile(path)
     return False
 
 
-def check_whole(path: Path) -> None:
-    """Read a file that ``torch.save`` wrote from end to end and compare its parts with their check sums.
+def check_whole(path: Path, *, weights: bool = True) -> None:
+    """Read a file that ``torch.save`` wrote and compare its parts with their check sums, as loading does not.
 
-    Loading does not: it believes what it reads.
+    Args:
+        path: the file.
+        weights: read also the values of tensors, which is nearly all of the file; else only what describes them.
 
     Raises:
         UserError: a part is missing, or another than was written.
     """
     try:
         with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
-    except (zipfile.BadZipFile, zlib.error, struct.error, OSError, EOFError, RuntimeError, ValueError) as error:
+            for part in file.infolist():
+                # Packed parts, which torch.save never writes, could unpack to more than any memory holds.
+                if part.compress_type != zipfile.ZIP_STORED:
+                    raise UserError(
+                        f"{path}: is damaged or was not written by tiny-lm (its part {part.filename} is packed)"
+                    )
+                if (weights or not _TENSOR.search(part.filename)) and not _is_sum_right(file, part):
+                    raise UserError(f"{path}: is damaged (the check sum of its part {part.filename} is another)")
+    except UserError:
+        raise
+    except Exception as error:  # zipfile has no class for all the ways in which a file can be no zip file
         raise UserError(f"{path}: is damaged ({error})") from None
-    if damaged is not None:
-        raise UserError(f"{path}: is damaged (the check sum of its part {damaged} is another)")
+
+
+def _is_sum_right(file: zipfile.ZipFile, part: zipfile.ZipInfo) -> bool:
+    with file.open(part) as content:
+        try:
+            while content.read(2**20):
+                pass
+        except zipfile.BadZipFile:  # raised at the end, where the sum is compared
+            return False
+    return True
 
 
 def _is_ours(checkpoint: Any) -> bool:
@@ -92,6 +131,8 @@ def _is_ours(checkpoint: Any) -> bool:
         return False
     ours = checkpoint.get(CHECKPOINT_KEY)
     if not isinstance(ours, dict) or not {"model", "tokenizer_hash"} <= ours.keys():
+        return False
+    if not all(isinstance(ours.get(section, {}), dict) for section in ("model", "training", "data")):
         return False
     return _are_weights(checkpoint.get("state_dict")) and _are_weights(checkpoint.get(AVERAGE_KEY, {}))
 
@@ -128,6 +169,6 @@ def load_checkpoint_model(path: Path, *, config: ModelConfig | None = None) -> C
     except RuntimeError as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{path}: its weights do not fit its config ({problem[:200]})") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+    if not torch.equal(weights["lm_head.weight"], weights["token_emb.weight"]):
+        raise UserError(f"{path}: its head is not its embedding, as it is in every model of tiny-lm")
     return CheckpointModel(model.eval(), stored, ours["tokenizer_hash"], int(checkpoint["global_step"]))

@@ -15,7 +15,6 @@ from tiny_lm.errors import UserError
 from tiny_lm.files import atomic_path, read_json
 from tiny_lm.tokenizer.base import Tokenizer, vocabulary
 from tiny_lm.tokenizer.config import TokenizerConfig
-from tiny_lm.tokenizer.sentencepiece_model import check_sentencepiece_model
 
 if TYPE_CHECKING:
     import sentencepiece
@@ -93,7 +92,7 @@ class SentencePieceTokenizer(Tokenizer):
                 sentence_iterator=_segments(documents, failures),
                 model_writer=model,
                 model_type="bpe",
-                vocab_size=config.vocab_size - len(set(config.special_tokens.values())),
+                vocab_size=config.vocab_size - len(config.special_tokens),
                 hard_vocab_limit=False,  # a small corpus yields a smaller vocabulary
                 byte_fallback=True,
                 character_coverage=0.9999,
@@ -213,11 +212,12 @@ class SentencePieceTokenizer(Tokenizer):
 def _processor(model: bytes) -> "sentencepiece.SentencePieceProcessor":
     import sentencepiece
 
-    check_sentencepiece_model(model)
+    if not model:  # the library would take it for "none given yet"
+        raise UserError("tokenizer.model is empty")
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except (RuntimeError, OSError, ValueError):
-        raise UserError("tokenizer.model is damaged or not a SentencePiece model") from None
+        raise UserError("tokenizer.model is no SentencePiece model, or a damaged one") from None
 
 
 def _reason(error: Exception) -> str:

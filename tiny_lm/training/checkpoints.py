@@ -16,6 +16,7 @@ from tiny_lm.errors import UserError
 from tiny_lm.files import atomic_path
 from tiny_lm.model.checkpoint import check_whole, read_checkpoint
 from tiny_lm.runs import Run
+from tiny_lm.signals import TERMINATING_SIGNALS
 from tiny_lm.training.callbacks import Validation
 from tiny_lm.training.guard import LossGuard
 from tiny_lm.training.monitors import StepCallback, TokensMonitor
@@ -141,7 +142,12 @@ def link(source: Path, target: Path) -> None:
 
 
 class GracefulStop(Callback):
-    """Turns Ctrl-C and SIGTERM into "finish this step, write a checkpoint, stop"; a second Ctrl-C stops at once."""
+    """Turns Ctrl-C, SIGTERM and SIGHUP into "finish this step, write a checkpoint, stop".
+
+    A second Ctrl-C stops at once. A closed terminal often sends SIGHUP twice (the shell does, and the kernel), so a
+    second one of the others changes nothing. Signals that whoever started this process ignores (nohup, or ``&`` in a
+    script, which ignores Ctrl-C) stay ignored.
+    """
 
     def __init__(self, writer: CheckpointWriter, console: Console) -> None:
         """Ask ``writer`` to stop the run."""
@@ -151,8 +157,9 @@ class GracefulStop(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Take over the signals."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous[number] = signal.signal(number, self._request)
+        for number in (signal.SIGINT, *TERMINATING_SIGNALS):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._request)
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
         """Give the signals back."""
@@ -163,9 +170,11 @@ class GracefulStop(Callback):
         self._restore()
 
     def _request(self, number: int, frame: Any) -> None:
-        self._console.print("stopping after this step; press Ctrl-C again to stop at once")
-        self._writer.stop_requested = True
-        self._restore()
+        if number == signal.SIGINT:
+            signal.signal(number, self._previous.pop(number))
+        if not self._writer.stop_requested:
+            self._writer.stop_requested = True
+            self._console.print("stopping after this step; press Ctrl-C again to stop at once")
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -20,7 +20,7 @@ from tiny_lm.data.bin import hold_streams
 from tiny_lm.data.module import BinTokenDataModule
 from tiny_lm.errors import UserError
 from tiny_lm.model import ModelConfig, flops_per_token, num_parameters
-from tiny_lm.runs import Run, environment
+from tiny_lm.runs import Run, environment, number_in
 from tiny_lm.tokenizer import Tokenizer, load_tokenizer
 from tiny_lm.tokenizer.chat_template import read_chat_template
 from tiny_lm.training.acceleration import choose_compile, keep_freed_memory, prefers_blocked_attention
@@ -69,6 +69,7 @@ def train(
     *,
     resume_from: Path | None = None,
     names: Sequence[str] = (),
+    config_files: Sequence[str] = (),
     console: Console | None = None,
 ) -> TrainingResult:
     """Train a model and fill its run folder.
@@ -79,7 +80,8 @@ def train(
         data_config: token streams, windows and batches.
         run: the run folder to write; it may be new or, when resuming, the run's own.
         resume_from: a checkpoint to go on from.
-        names: of the three configs, by which ``--resume auto`` finds the run again.
+        names: of the three configs, for people.
+        config_files: where the three configs lie, by which ``--resume auto`` finds the run again.
         console: where progress is shown; standard error by default.
 
     Raises:
@@ -104,8 +106,8 @@ def train(
     compiles, compile_reason = choose_compile(
         training_config, model_config, tokens_per_step, data_config.block_size, device
     )
-    told = tell_choice(device, precision, precision_reason), tell_share(processes, share), compile_reason
-    for line in filter(None, told):
+    described = tell_choice(device, precision, precision_reason), tell_share(processes, share), compile_reason
+    for line in filter(None, (processes.notice, *described)):
         console.print(line, markup=False)
     compiles = compiles and processes.strategy != "fsdp"
     if device == "cpu":
@@ -131,6 +133,9 @@ def train(
     loggers = build_loggers(training_config.trackers, run, resumed_step, console)
     options = {"accelerator": device, "precision": precision, "logger": loggers, **lightning_options(processes, share)}
     facts = _facts(model_config, data_config, device, processes, kept)
+    facts |= {"name": run.name, "tokenizer_hash": tokenizer.hash}
+    if config_files:
+        facts["config_files"] = list(config_files)
     facts |= {"tokens_per_step": tokens_per_step, **data.sizes}
     if training_config.init_from and resume_from is None:
         facts["init_from"] = begin_with(Path(training_config.init_from), module.model, tokenizer)
@@ -222,7 +227,7 @@ def _fit(
     validation = Validation(config, data.val_stream, monitor, average, stories, event)
     guard = LossGuard(config, run, data, console)
     writer = CheckpointWriter(run, config.save_every_n_steps, config.keep_checkpoints, validation, monitor, guard)
-    before, started = record.get("seconds", 0.0), time.perf_counter()
+    before, started = number_in(record, "seconds") or 0.0, time.perf_counter()
     try:
         with quiet_lightning():
             trainer = pl.Trainer(
@@ -252,7 +257,7 @@ def _fit(
     except BaseException as error:
         if processes.is_main:
             with suppress(UserError):  # a full disk takes the record no more than the checkpoint
-                run.update_record(status="failed")
+                run.update_record(status="stopped" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed")
         if is_out_of_memory(error):
             raise UserError(
                 "out of memory: lower batch_size and raise accumulate_grad_batches as much, or set "

@@ -1,8 +1,7 @@
 """Several processes: how many there are, which one this is, their share of a batch, and what they must agree on.
 
 Processes are started in one of three ways: by torchrun, by SLURM's ``srun``, or by Lightning, which runs the command
-of the first process again for the other devices of its machine. Each gives its processes their numbers in environment
-variables of its own.
+of the first process again for the other devices of its machine; ``launch.py`` tells them apart.
 """
 
 import os
@@ -20,6 +19,7 @@ from lightning_fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning_fabric.utilities.rank_zero import rank_zero_only
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, Strategy
 from torch import nn
@@ -28,6 +28,7 @@ from tiny_lm.errors import UserError
 from tiny_lm.model.transformer import Block
 from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.device import Device
+from tiny_lm.training.launch import PARENT_KEY, Launch, find_launch
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Processes:
     rank: int
     environment: ClusterEnvironment
     """What started them, as Lightning sees it."""
+    notice: str | None = None
+    """What to say to the user about how they were started, if anything."""
 
     @property
     def world_size(self) -> int:
@@ -62,38 +65,55 @@ def choose_processes(config: TrainingConfig, device: Device) -> Processes:
     Raises:
         UserError: the machine, the launcher and the config do not fit each other.
     """
-    environment, launcher, started = _find_launcher()
+    launch = find_launch(config.devices, config.num_nodes)
     devices = _count_devices(device) if config.devices == "auto" else config.devices
-    if started is not None:
+    if launch.started is not None:
+        started = launch.started
         devices = started[0] if config.devices == "auto" else devices
         if (devices, config.num_nodes) != started:
             raise UserError(
-                f"{launcher} started devices {started[0]} x num_nodes {started[1]}, the config says devices {devices} "
-                f"x num_nodes {config.num_nodes}: set training.devices={started[0]} and training.num_nodes={started[1]}"
+                f"{launch.launcher} started devices {started[0]} x num_nodes {started[1]}, the config says devices "
+                f"{devices} x num_nodes {config.num_nodes}: set training.devices={started[0]} and "
+                f"training.num_nodes={started[1]}"
             )
-    elif config.num_nodes > 1 and "MASTER_ADDR" not in os.environ:
-        raise UserError(
-            f"num_nodes {config.num_nodes}: start the command on each node with torchrun or srun, as docs/scaling.md "
-            "shows; nothing here says where the other nodes are"
-        )
     _check_devices(devices, device)
     strategy = _choose_strategy(config, device, devices * config.num_nodes)
-    rank = environment.node_rank() * devices + environment.local_rank()
-    return Processes(devices, config.num_nodes, strategy, rank, environment)
+    rank = launch.node_rank * devices + launch.local_rank
+    # Lightning takes it from variables that may be left over, and only process 0 writes what it logs.
+    rank_zero_only.rank = rank  # type: ignore[attr-defined]  # Lightning sets it, too
+    return Processes(devices, config.num_nodes, strategy, rank, _build_environment(launch), launch.notice)
 
 
-def _find_launcher() -> tuple[ClusterEnvironment, str, tuple[int, int] | None]:
-    """Return what started this process, its name, and the (devices, nodes) that it started; Lightning has yet to."""
-    if TorchElasticEnvironment.detect():
-        here = int(os.environ["LOCAL_WORLD_SIZE"])
-        return TorchElasticEnvironment(), "torchrun", (here, int(os.environ["WORLD_SIZE"]) // here)
-    if SLURMEnvironment.detect():
-        tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES", 1))
-        if tasks > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
-            raise UserError(f"SLURM started {tasks} tasks: give --ntasks-per-node and not --ntasks")
-        # Lightning's own way of resuming knows nothing of the run folder.
-        return SLURMEnvironment(auto_requeue=False), "srun", (tasks // nodes, nodes)
-    return LightningEnvironment(), "Lightning", None
+class _OwnEnvironment(LightningEnvironment):
+    """Numbers the processes of this command as ``launch.py`` found them, whatever else the variables say."""
+
+    def __init__(self, launch: Launch) -> None:
+        super().__init__()
+        self._launch = launch
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        """Whether the other processes of this machine are there already."""
+        return self._launch.launcher == "tiny-lm"
+
+    def local_rank(self) -> int:
+        """Return the number of this process on its machine."""
+        return self._launch.local_rank
+
+    def node_rank(self) -> int:
+        """Return the number of this machine."""
+        return self._launch.node_rank
+
+
+def _build_environment(launch: Launch) -> ClusterEnvironment:
+    """Return what started this process, as Lightning sees it."""
+    if launch.launcher == "torchrun":
+        return TorchElasticEnvironment()
+    if launch.launcher == "srun":
+        return SLURMEnvironment(auto_requeue=False)  # its way of resuming knows nothing of the run folder
+    if launch.launcher == "user":
+        os.environ[PARENT_KEY] = str(os.getpid())  # those that Lightning starts know by it that we did
+    return _OwnEnvironment(launch)
 
 
 def _count_devices(device: Device) -> int:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import nn
 
 from tiny_lm.errors import UserError
 from tiny_lm.files import remove_leftovers
+from tiny_lm.model import load_model_config
 from tiny_lm.model.checkpoint import CHECKPOINT_KEY, read_checkpoint
 from tiny_lm.runs import Run
 from tiny_lm.training.checkpoints import link
@@ -23,26 +26,59 @@ from tiny_lm.training.trackers import JsonlLogger
 
 
 def find_checkpoint(run: Run, console: Console) -> Path | None:
-    """Return the newest checkpoint of a run that can be read, or None where it has none yet.
+    """Return the newest checkpoint of a run that it can go on from, or None where it has none yet.
 
-    Each is read from end to end; damaged ones are named in one warning.
+    Each is read from end to end. Those that are damaged, unreadable or of another model are named in one warning.
 
     Raises:
-        UserError: all are damaged.
+        UserError: none is left.
     """
-    damaged = []
+    unfit = []
     for path in _newest_first(run):
         try:
-            step = read_checkpoint(path, whole=True)["global_step"]
+            checkpoint = read_checkpoint(path, whole=True)
+            _check_origin(path, checkpoint, run)
         except UserError as error:
-            damaged.append(str(error))
+            unfit.append(str(error))
             continue
-        if damaged:
-            console.print(f"warning: {'; '.join(damaged)}; going on from {path} of step {step:,}", markup=False)
+        if unfit:
+            step = checkpoint["global_step"]
+            console.print(f"warning: {'; '.join(unfit)}; going on from {path} of step {step:,}", markup=False)
         return path
-    if damaged:
-        raise UserError(f"{run.folder}: none of its checkpoints can be read ({damaged[0]}); train it anew")
+    if unfit:
+        raise UserError(
+            f"{run.folder}: none of its checkpoints can be read ({unfit[0]}); restore one, or begin a new run"
+        )
     return None
+
+
+def _check_origin(path: Path, checkpoint: dict[str, Any], run: Run) -> None:
+    """Check that a checkpoint is one of this run, as far as the run folder knows.
+
+    Raises:
+        UserError: it holds another model, or no state of an optimizer.
+    """
+    _check_state(path, checkpoint)
+    try:
+        model = load_model_config(run.configs / "model.yaml").to_dict()
+    except UserError:
+        return  # a config that is gone says nothing; damage to it is reported where it is used
+    if model != checkpoint[CHECKPOINT_KEY]["model"]:
+        raise UserError(f"{path}: holds another model than {run.configs / 'model.yaml'}")
+
+
+def _check_state(path: Path, checkpoint: dict[str, Any]) -> None:
+    """Check that a checkpoint has all that training goes on with, and not the weights alone.
+
+    Raises:
+        UserError: it lacks a part.
+    """
+    for key, kind in _STATE.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise UserError(
+                f"{path}: holds weights but not the state of a training ({key} is missing); begin a new run with "
+                f"training.init_from={path}"
+            )
 
 
 def _newest_first(run: Run) -> list[Path]:
@@ -50,13 +86,15 @@ def _newest_first(run: Run) -> list[Path]:
     found = [(float(step), 1, path) for step, path in run.saved_steps()]
     # An unreadable last.ckpt would have been the newest.
     for path, preference, otherwise in ((run.last_checkpoint, 2, math.inf), (run.best_checkpoint, 0, -1.0)):
-        if path.is_file():
+        if os.path.lexists(path):
             step = otherwise
             with suppress(UserError):
                 step = read_checkpoint(path)["global_step"]
             found.append((step, preference, path))
     return [path for *_, path in sorted(found, reverse=True)]
 
+
+_STATE = {"callbacks": dict, "optimizer_states": list, "lr_schedulers": list, "loops": dict}
 
 # --- what must agree, and what may change ----------------------------------------------------------------------------
 
@@ -103,6 +141,7 @@ def check_resume(path: Path, identity: dict[str, Any], console: Console, *, fini
         UserError: the checkpoint is damaged, nothing is left to train, or something differs that must not.
     """
     checkpoint = read_checkpoint(path, whole=True)
+    _check_state(path, checkpoint)
     ours = checkpoint[CHECKPOINT_KEY]
     if ours["model"] != identity["model"]:
         differences = ", ".join(
@@ -196,6 +235,7 @@ def forget_after(run: Run, checkpoint: Path | None, step: int) -> None:
     harm.
     """
     remove_leftovers(run.folder)
+    _move_folders_aside(run)
     if checkpoint is None:
         run.last_checkpoint.unlink(missing_ok=True)
     else:
@@ -211,13 +251,23 @@ def forget_after(run: Run, checkpoint: Path | None, step: int) -> None:
     drop_samples_after(run.samples, step)
 
 
+def _move_folders_aside(run: Run) -> None:
+    """Give other names to folders that stand where checkpoints are to be written: what is in them is not ours."""
+    for path in run.checkpoints.glob("*.ckpt"):
+        if path.is_dir() and not path.is_symlink():
+            number = next(n for n in count(1) if not os.path.lexists(path.with_name(f"{path.name}.folder-{n}")))
+            path.rename(path.with_name(f"{path.name}.folder-{number}"))
+
+
 def _restore_best(run: Run, checkpoint: Path) -> None:
     """Give a run the ``best.ckpt`` that a checkpoint of it knows of, where that is still there under another name.
 
     It may lack it: the process was killed between the names of one file, or ``best.ckpt`` was of a later step.
     """
     state = read_checkpoint(checkpoint)
-    best = state["callbacks"]["Validation"]["best_step"]
+    best = state["callbacks"].get("Validation", {}).get("best_step")
+    if not isinstance(best, int):
+        return
     file = checkpoint if best == state["global_step"] else run.step_checkpoint(best)
     if file.is_file():
         link(file, run.best_checkpoint)

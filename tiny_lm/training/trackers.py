@@ -21,7 +21,7 @@ from rich.console import Console
 from tiny_lm.errors import UserError
 from tiny_lm.files import atomic_path
 from tiny_lm.locks import open_append
-from tiny_lm.runs import Run, read_metrics
+from tiny_lm.runs import Run, parse_event
 
 
 class JsonlLogger(Logger):
@@ -67,10 +67,15 @@ class JsonlLogger(Logger):
         """Forget events after ``step``, which a resumed run is about to log again."""
         if not self._path.exists():
             return
-        events = read_metrics(self._path)
-        with atomic_path(self._path) as temporary:
-            lines = [json.dumps(event) + "\n" for event in events if event["step"] <= step]
-            temporary.write_text("".join(lines), encoding="utf-8")
+        with (
+            atomic_path(self._path) as temporary,
+            self._path.open("rb") as before,
+            temporary.open("wb") as after,
+        ):
+            for line in before:
+                event = parse_event(line)
+                if event is not None and event["step"] <= step:
+                    after.write(line.rstrip(b"\n") + b"\n")
 
 
 # --- trackers of other projects --------------------------------------------------------------------------------------

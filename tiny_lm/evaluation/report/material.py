@@ -13,8 +13,10 @@ from tiny_lm.errors import UserError
 from tiny_lm.evaluation.report.results import Evaluation, read_evaluation
 from tiny_lm.evaluation.report.story import Story, pick_story, read_text
 from tiny_lm.model.checkpoint import CheckpointModel, load_checkpoint_model
-from tiny_lm.runs import Run, read_metrics
+from tiny_lm.runs import Run, number_in, read_metrics
 from tiny_lm.tokenizer import Tokenizer, load_tokenizer
+
+_TEXT_LIMIT = 64 * 2**20
 
 SECTIONS = ("model", "training", "data")
 
@@ -55,10 +57,7 @@ class Material:
 
     def number(self, *keys: str) -> float | None:
         """Return a number of ``run.json`` by its keys, outer ones first; None where there is none."""
-        value: Any = self.record
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+        return number_in(self.record, *keys)
 
     def text(self, *keys: str) -> str:
         """Return a text of ``run.json`` by its keys; nothing where there is none."""
@@ -118,6 +117,8 @@ def gather(run: Run, settings: Sequence[str] = ()) -> Material:
 
 
 def _read(file: Path) -> str:
+    if file.stat().st_size > _TEXT_LIMIT:
+        raise UserError(f"{file}: larger than {_TEXT_LIMIT} bytes, which a page cannot show")
     return file.read_text(encoding="utf-8", errors="replace")
 
 

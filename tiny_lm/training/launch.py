@@ -1,0 +1,217 @@
+"""What the environment variables say about how this process was started: by torchrun, by srun, by us, or alone.
+
+Launchers describe the processes that they start in environment variables, and schedulers, containers and earlier
+commands leave such variables behind. A variable alone therefore proves nothing: each launcher is recognised by all that
+it sets. What cannot be explained is refused in one line that names the variables, since a process that takes itself for
+one of several waits for the others forever, or trains to the end and writes nothing.
+
+This module imports nothing of Lightning, which reads some of these variables while it is imported.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from tiny_lm.errors import UserError
+
+PARENT_KEY = "TINY_LM_PARENT"
+"""Set to the number of the process that starts others for its devices; its children find their parent there."""
+
+_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
+_READ_BY_LIGHTNING = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+_TORCHRUN = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+_OTHER_LAUNCHERS = {
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+    "MV2_COMM_WORLD_SIZE": "mpirun",
+    "MPI_LOCALNRANKS": "mpiexec",
+    "JSM_NAMESPACE_SIZE": "jsrun",
+    "WORLD_SIZE": "another launcher",
+}
+_OWN_STEPS = 2**32 - 16  # step ids from here on are SLURM's own: the batch script, an interactive shell
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How this process was started."""
+
+    launcher: Literal["torchrun", "srun", "tiny-lm", "user"]
+    """``tiny-lm``: by the first process of this machine; ``user``: by nothing that we know of."""
+    started: tuple[int, int] | None
+    """Devices and nodes, where a launcher decided them."""
+    node_rank: int
+    local_rank: int
+    notice: str | None = None
+    """What to say to the user about it, if anything."""
+
+
+def check_variables() -> None:
+    """Refuse environment variables that Lightning would fail on, or let change a run; call it before it is imported.
+
+    Raises:
+        UserError: with the variable to unset.
+    """
+    for key in _READ_BY_LIGHTNING:
+        _read(os.environ, key)
+    for key in os.environ:
+        if key.startswith("PL_TRAINER_"):
+            raise UserError(
+                f"{key} is set in the environment and would change how a run trains; unset it, and use the training "
+                "config instead"
+            )
+
+
+def find_launch(devices: int | Literal["auto"], num_nodes: int) -> Launch:
+    """Find out how this process was started.
+
+    Args:
+        devices: on each node, as the training config says.
+        num_nodes: as the training config says.
+
+    Raises:
+        UserError: variables are left over from another launcher, or processes were started in a way that is not
+            supported.
+    """
+    check_variables()
+    variables = os.environ
+    if "TORCHELASTIC_RUN_ID" in variables:
+        return _torchrun(variables)
+    if (tasks := _srun_tasks(variables)) is not None:
+        return _srun(variables, tasks)
+    if (child := _child(variables)) is not None:
+        return child
+    _check_other_launchers(variables)
+    if num_nodes > 1:
+        return _node_of_several(variables, num_nodes)
+    # Left by an earlier run in this process, which started others for its devices (a notebook that trains twice).
+    ours = variables.get(PARENT_KEY) == str(os.getpid())
+    numbered = [key for key in _RANKS if _read(variables, key)]
+    if devices != 1 and "LOCAL_RANK" in variables:
+        numbered = numbered or ["LOCAL_RANK"]
+    if numbered and not ours:
+        raise _left_over(variables, numbered)
+    return Launch("user", None, 0, 0, _describe_slurm(variables))
+
+
+def _torchrun(variables: Mapping[str, str]) -> Launch:
+    missing = [key for key in _TORCHRUN if _read(variables, key) is None]
+    if missing:
+        raise UserError(
+            f"TORCHELASTIC_RUN_ID is set, as torchrun does, but {' and '.join(missing)} {_are(missing)} not: to train "
+            "without torchrun, unset TORCHELASTIC_RUN_ID"
+        )
+    rank, local_rank, node_rank, world, here = (_read(variables, key) or 0 for key in _TORCHRUN)
+    if not (here >= 1 and world >= here and world % here == 0 and local_rank < here and rank < world):
+        shown = ", ".join(f"{key}={variables[key]}" for key in _TORCHRUN)
+        raise UserError(
+            f"the variables of torchrun do not fit each other ({shown}): start as many processes on each node with "
+            f"torchrun, or unset TORCHELASTIC_RUN_ID and {', '.join(_TORCHRUN)} to train alone"
+        )
+    return Launch("torchrun", (here, world // here), node_rank, local_rank)
+
+
+def _srun_tasks(variables: Mapping[str, str]) -> int | None:
+    """Return the tasks of the srun step that this process belongs to; None where srun did not start it.
+
+    The script of sbatch and the shell of salloc have most of srun's variables, too, as process 0 of all tasks.
+    """
+    if variables.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return None  # an interactive shell to Lightning
+    if any(key not in variables for key in ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")):
+        return None
+    step = _read(variables, "SLURM_STEP_ID")
+    if (step is None and _read(variables, "SLURM_PROCID") == 0) or (step is not None and step >= _OWN_STEPS):
+        return None
+    tasks = _read(variables, "SLURM_STEP_NUM_TASKS") or _read(variables, "SLURM_NTASKS")
+    return tasks if tasks and tasks > 1 else None
+
+
+def _srun(variables: Mapping[str, str], tasks: int) -> Launch:
+    nodes = _read(variables, "SLURM_STEP_NUM_NODES") or _read(variables, "SLURM_NNODES") or 1
+    if "SLURM_NTASKS_PER_NODE" not in variables:
+        raise UserError(f"SLURM started {tasks} tasks: give --ntasks-per-node and not --ntasks")
+    for key in ("SLURM_NTASKS_PER_NODE", "SLURM_NNODES", "SLURM_NTASKS"):
+        _read(variables, key)
+    if tasks % nodes:
+        raise UserError(f"SLURM started {tasks} tasks on {nodes} nodes: start as many on each, with --ntasks-per-node")
+    node_rank, local_rank = _read(variables, "SLURM_NODEID") or 0, _read(variables, "SLURM_LOCALID") or 0
+    return Launch("srun", (tasks // nodes, nodes), node_rank, local_rank)
+
+
+def _child(variables: Mapping[str, str]) -> Launch | None:
+    """Return the launch of a process that our first process started for another device; None if this is none."""
+    if variables.get(PARENT_KEY) != str(os.getppid()):
+        return None
+    local_rank = _read(variables, "LOCAL_RANK")
+    if not local_rank:
+        return None
+    return Launch("tiny-lm", None, _read(variables, "NODE_RANK") or 0, local_rank)
+
+
+def _check_other_launchers(variables: Mapping[str, str]) -> None:
+    """Refuse to be one of several processes that a launcher started with which we cannot train.
+
+    Each of them would train alone, into a folder of its own or all into one.
+    """
+    for key, name in _OTHER_LAUNCHERS.items():
+        size = _read(variables, key)
+        if key == "WORLD_SIZE" and PARENT_KEY in variables and variables[PARENT_KEY] == str(os.getpid()):
+            continue
+        if size is not None and size > 1:
+            raise UserError(
+                f"{key}={size} is set, as by {name} for one of {size} processes: unset {key} to train in this process, "
+                "or start the processes with torchrun or srun, as docs/scaling.md shows"
+            )
+
+
+def _node_of_several(variables: Mapping[str, str], num_nodes: int) -> Launch:
+    """Return the launch of a command that the user started on each node, with the variables that PyTorch documents."""
+    needed = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
+    missing = [key for key in needed if not variables.get(key)]
+    if missing:
+        raise UserError(
+            f"num_nodes {num_nodes}: start the command on each node with torchrun or srun, as docs/scaling.md "
+            f"shows; nothing here says where the other nodes are ({' and '.join(missing)} {_are(missing)} not set)"
+        )
+    _read(variables, "MASTER_PORT")
+    node_rank = _read(variables, "NODE_RANK") or 0
+    if node_rank >= num_nodes:
+        raise UserError(f"NODE_RANK={node_rank} is set, but num_nodes is {num_nodes}: nodes are counted from 0")
+    if _read(variables, "LOCAL_RANK") is not None and variables.get(PARENT_KEY) != str(os.getpid()):
+        raise _left_over(variables, ["LOCAL_RANK"])
+    return Launch("user", None, node_rank, 0)
+
+
+def _left_over(variables: Mapping[str, str], keys: Iterable[str]) -> UserError:
+    shown = " and ".join(f"{key}={variables[key]}" for key in keys)
+    return UserError(
+        f"{shown} {_are(list(keys))} set in the environment, as for one of several processes, but no launcher that is "
+        f"known started this one: unset {' '.join(keys)} to train, or start with torchrun or srun (docs/scaling.md)"
+    )
+
+
+def _describe_slurm(variables: Mapping[str, str]) -> str | None:
+    """Say that the other tasks of an allocation stay idle, where srun did not start this process."""
+    tasks = variables.get("SLURM_NTASKS", "1")
+    if tasks == "1":
+        return None
+    return f"SLURM_NTASKS is {tasks}, but srun did not start this process: it trains alone; to use all tasks, use srun"
+
+
+def _read(variables: Mapping[str, str], key: str) -> int | None:
+    """Return a variable that holds a number from 0 on; None where it is not set.
+
+    Raises:
+        UserError: it holds anything else.
+    """
+    text = variables.get(key)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= 10):
+        raise UserError(f"{key}={text!r} is set in the environment, which is not a number; unset {key}")
+    return int(text)
+
+
+def _are(keys: list[str]) -> str:
+    return "are" if len(keys) > 1 else "is"
