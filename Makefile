@@ -8,17 +8,22 @@ OPENWEBUI := .venv-openwebui
 
 CHROMIUM ?= $(firstword $(wildcard /usr/bin/chromium /usr/bin/chromium-browser /usr/bin/google-chrome) /usr/bin/chromium)
 
-.PHONY: quickstart test test-browser test-openwebui test-llamacpp test-llama-server test-vllm test-torchserve test-transformers4 test-transformersjs lint types wheel lock clean
+.PHONY: quickstart test test-browser test-openwebui test-llamacpp test-llama-server test-vllm test-torchserve test-transformers4 test-transformersjs test-lowest test-newest fuzz audit lint types wheel lock clean
 
-# The stamps are renewed whenever the project's declared dependencies or their pins change.
-$(VENV)/installed: pyproject.toml requirements.lock
+# Every file that pip installs is compared with the hashes of the lock files, which name all packages: --no-deps.
+PIP_LOCKED := $(BIN)/python -m pip install --quiet --no-deps --require-hashes
+
+# The stamps are renewed whenever the project's declared dependencies or their pins change. The project itself is built
+# with the hatchling of the lock. torch's libraries for NVIDIA's GPUs are left out where its build does not ask for them.
+$(VENV)/installed: pyproject.toml requirements.lock requirements/torch.lock requirements/cuda.lock requirements/build.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable .
+	$(PIP_LOCKED) --requirement requirements.lock --requirement requirements/build.lock --requirement requirements/torch.lock
+	! $(BIN)/python -m pip show torch | grep --quiet "^Requires:.*cuda" || $(PIP_LOCKED) --requirement requirements/cuda.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --group dev
+$(VENV)/installed-dev: $(VENV)/installed requirements/dev.lock
+	$(PIP_LOCKED) --requirement requirements/dev.lock
 	touch $@
 
 quickstart: $(VENV)/installed
@@ -31,7 +36,7 @@ test: $(VENV)/installed-dev
 
 # Opens the report and the demo in Chromium, which Debian's packages bring where we may install them.
 $(VENV)/installed-browser: $(VENV)/installed-dev
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --group browser
+	$(PIP_LOCKED) --requirement requirements/browser.lock
 	@test -x $(CHROMIUM) || test "$$(id -u)" = 0 || { echo "install Chromium, or name it: make test-browser CHROMIUM=..."; exit 1; }
 	test -x $(CHROMIUM) || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
 	touch $@
@@ -49,20 +54,20 @@ test-openwebui: $(VENV)/installed-browser $(OPENWEBUI)/installed
 	CHROMIUM=$(CHROMIUM) OPENWEBUI=$(OPENWEBUI)/bin/open-webui $(BIN)/python -m pytest -m openwebui tests/browser
 
 # Compares GGUF files with the real llama.cpp, which pip builds from source: four to ten minutes on two cores.
+# What builds it is not pinned: pip fetches that for the build alone.
 test-llamacpp: $(VENV)/installed-dev
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --editable ".[llamacpp]"
+	$(PIP_LOCKED) --requirement requirements/llamacpp.lock
 	$(BIN)/python -m pytest -m llamacpp tests/export
 
 # llama.cpp's own server and converter, built under build/ (about six minutes on two cores) and kept; and other servers.
 test-llama-server: $(VENV)/installed-dev
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --group llama-server --editable ".[llamacpp]"
+	$(PIP_LOCKED) --requirement requirements/llamacpp.lock --requirement requirements/llama-server.lock
 	tests/engines/build_llama_server.sh $(BIN)/python build/llama.cpp
 	$(BIN)/python -m pytest -m llama_server tests/engines
 
 # Exports in transformers 4, which is laid over our environment: these three packages are all that differs.
-.venv-transformers4/installed: $(VENV)/installed-dev
-	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv-transformers4 \
-	  transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.0
+.venv-transformers4/installed: $(VENV)/installed-dev requirements/transformers4.lock
+	$(PIP_LOCKED) --upgrade --target .venv-transformers4 --requirement requirements/transformers4.lock
 	touch $@
 
 test-transformers4: .venv-transformers4/installed
@@ -93,7 +98,7 @@ test-vllm: $(VENV)/installed-dev .venv-vllm/installed
 
 # The archive in the real TorchServe, which needs Java: Debian's package brings it where we may install it.
 test-torchserve: $(VENV)/installed-dev
-	$(BIN)/python -m pip install --quiet --constraint requirements.lock --group torchserve
+	$(PIP_LOCKED) --requirement requirements/torchserve.lock
 	@command -v java > /dev/null || test "$$(id -u)" = 0 || { echo "install Java 17 or newer"; exit 1; }
 	command -v java > /dev/null || { apt-get update && apt-get install --yes --no-install-recommends default-jre-headless; }
 	$(BIN)/python -m pytest -m torchserve tests/engines
@@ -108,14 +113,44 @@ types: $(VENV)/installed-dev
 wheel: $(VENV)/installed-dev
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
-# Pins for every platform and Python >= 3.10. What torch brings for GPUs is left to torch, whose wheels differ by platform.
-lock: $(VENV)/installed
+# Pins with hashes for every platform and Python >= 3.10.
+lock: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile pyproject.toml --quiet --group dev --group browser --group llama-server --group torchserve --extra llamacpp --universal --python-version 3.10 --no-header --no-annotate \
-	  --no-emit-index-url --no-emit-find-links --color never --output-file $(VENV)/resolved
-	grep --invert-match --extended-regexp '^(nvidia-|cuda-|triton|torch==|pip==|setuptools==)' $(VENV)/resolved \
-	  > requirements.lock
-	echo "torch==2.13.0" >> requirements.lock
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python scripts/lock_requirements.py
+
+# Known weaknesses of what is installed, from the package index's own list.
+audit: $(VENV)/installed-dev
+	test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet pip-audit==2.10.0; }
+	.venv-audit/bin/pip-audit --progress-spinner off --require-hashes --disable-pip --requirement requirements.lock --requirement requirements/torch.lock
+
+# The fast tests on the oldest versions that pyproject.toml admits, and with the newest Python at hand that torch supports.
+FAST_TESTS := tests/tokenizer tests/dataset tests/data tests/model tests/inference tests/test_config.py
+LOWEST_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) $(PYTHON))
+NEWEST_PYTHON ?= $(firstword $(wildcard $(foreach minor,14 13 12,$(HOME)/.pyenv/versions/3.$(minor).*/bin/python)) $(PYTHON))
+
+.venv-uv/installed:
+	$(PYTHON) -m venv .venv-uv
+	.venv-uv/bin/python -m pip install --quiet uv==0.13.9
+	touch $@
+
+.venv-lowest/installed: pyproject.toml .venv-uv/installed
+	$(LOWEST_PYTHON) -m venv .venv-lowest
+	.venv-uv/bin/uv pip install --quiet --python .venv-lowest --resolution lowest-direct --group fast-tests --requirements pyproject.toml --extra serve --extra export
+	touch $@
+
+.venv-newest/installed: pyproject.toml .venv-uv/installed
+	$(NEWEST_PYTHON) -m venv .venv-newest
+	.venv-uv/bin/uv pip install --quiet --python .venv-newest --group fast-tests --requirements pyproject.toml --extra serve --extra export
+	touch $@
+
+test-lowest test-newest: test-%: .venv-%/installed
+	.venv-$*/bin/python --version
+	PYTHONPATH=$(CURDIR) OMP_WAIT_POLICY=passive .venv-$*/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(FAST_TESTS)
+
+# Mutants of small real files, read by every reader: tests/fuzz/fuzz.py
+FUZZ_MUTANTS ?= 10000
+fuzz: $(VENV)/installed-dev
+	$(BIN)/python tests/fuzz/fuzz.py --mutants $(FUZZ_MUTANTS)
 
 clean:
-	rm -rf $(VENV) $(OPENWEBUI) .venv-transformers4 .venv-vllm dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OPENWEBUI) .venv-transformers4 .venv-vllm .venv-lowest .venv-newest .venv-uv .venv-audit dist build .pytest_cache .mypy_cache .ruff_cache
