@@ -14,10 +14,12 @@ CHROMIUM ?= $(firstword $(wildcard /usr/bin/chromium /usr/bin/chromium-browser /
 PIP_LOCKED := $(BIN)/python -m pip install --quiet --no-deps --require-hashes
 
 # The stamps are renewed whenever the project's declared dependencies or their pins change. The project itself is built
-# with the hatchling of the lock. torch's libraries for NVIDIA's GPUs are left out where its build does not ask for them.
+# with the hatchling of the lock. A build of torch in a folder that PIP_FIND_LINKS names comes before the index's, which pip
+# would prefer otherwise, since only the index states hashes beforehand. torch's libraries for NVIDIA's GPUs are left out where its build does not ask for them.
 $(VENV)/installed: pyproject.toml requirements.lock requirements/torch.lock requirements/cuda.lock requirements/build.lock
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_LOCKED) --requirement requirements.lock --requirement requirements/build.lock --requirement requirements/torch.lock
+	$(PIP_LOCKED) --requirement requirements.lock --requirement requirements/build.lock
+	$(PIP_LOCKED) --no-index --requirement requirements/torch.lock 2> /dev/null || $(PIP_LOCKED) --requirement requirements/torch.lock
 	! $(BIN)/python -m pip show torch | grep --quiet "^Requires:.*cuda" || $(PIP_LOCKED) --requirement requirements/cuda.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@

@@ -1,9 +1,9 @@
 """Write the pinned requirements, each with its hashes: `make lock`.
 
-One resolution for every platform and Python 3.10 and newer is divided by who needs a package, so that what `make` installs
-for one purpose is one file: `requirements.lock` is for `tiny-lm` itself, `requirements/dev.lock` for the tests, and so on.
-torch has a file of its own, since it comes as several builds; its libraries for NVIDIA's GPUs are installed only where its
-build asks for them.
+One resolution for every platform and Python 3.10 and newer is divided by who needs a package, so that what `make`
+installs for one purpose is one file: `requirements.lock` is for `tiny-lm` itself, `requirements/dev.lock` for tests,
+and so on. torch has a file of its own, since it comes as several builds; its libraries for NVIDIA's GPUs are installed
+only where its build asks for them.
 """
 
 import re
@@ -28,7 +28,7 @@ CUDA = "requirements/cuda.lock"
 CUDA_PACKAGES = re.compile(r"(?:nvidia|cuda)-[\w-]+|triton")
 
 TORCH_CPU_HASHES = {"6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b"}
-"""Builds of torch that are for processors only and not in the package index: 2.13.0+cpu for CPython 3.11 on x86-64 Linux."""
+"""Builds for processors only, which the package index lacks: 2.13.0+cpu for CPython 3.11 on x86-64 Linux."""
 
 
 def resolve(

@@ -4,8 +4,8 @@
     python tests/fuzz/fuzz.py --reader run-json --first 812 --mutants 1  # one mutant again
 
 A reader may return a value or raise UserError. Anything else is a finding: another exception, a process that dies, a
-mutant that takes too long, or memory that grows by more than 1 GiB. Findings stand on standard output, and their mutants
-under build/fuzz. Each reader runs in a process of its own, which is started again behind a mutant that ended it.
+mutant that takes too long, or memory that grows by over 1 GiB. Findings stand on standard output, and their
+mutants under build/fuzz. Each reader runs in a process of its own, which is started again behind one that ended it.
 """
 
 import argparse
@@ -45,7 +45,9 @@ def make_mutant(reader: str, number: int, files: list[Path]) -> tuple[Path, byte
     rng = random.Random(f"{SEED} {reader} {number}")
     file = rng.choice(files)
     kind = READERS[reader].kind
-    return file, mutate(file.read_bytes(), rng, kind if kind != "json" or file.suffix in (".json", ".jsonl") else "binary")
+    return file, mutate(
+        file.read_bytes(), rng, kind if kind != "json" or file.suffix in (".json", ".jsonl") else "binary"
+    )
 
 
 def work(reader: str, numbers: range, folder: Path) -> None:
@@ -64,7 +66,9 @@ def work(reader: str, numbers: range, folder: Path) -> None:
     files = files_of(READERS[reader], folder)
     read = READERS[reader].open(folder)
     for file in files[:: max(1, len(files) // 5)]:
-        read(file)  # whole files are read without a complaint, and what is loaded once is loaded before memory is counted
+        read(
+            file
+        )  # whole files are read without a complaint, and what is loaded once is loaded before memory is counted
     _limit_growth()
     for number in numbers:
         say(number=number)
@@ -98,22 +102,23 @@ def _limit_growth() -> None:
 
 def watch(reader: str, numbers: range, seeds: Path) -> list[str]:
     """Read the mutants ``numbers`` with one reader; return what was found, one text for each."""
-    from readers import READERS
-
     found: list[str] = []
     start, began = numbers.start, time.monotonic()
     while start < numbers.stop:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "seeds"
             shutil.copytree(seeds, folder)
-            last = _watch_process(reader, range(start, numbers.stop), folder, READERS[reader].seconds, found)
+            last = _watch_process(reader, range(start, numbers.stop), folder, seeds, found)
         start = numbers.stop if last is None else last + 1
     print(f"{reader}: {len(numbers)} mutants, {len(found)} findings, {time.monotonic() - began:.0f} s", flush=True)
     return found
 
 
-def _watch_process(reader: str, numbers: range, folder: Path, seconds: float, found: list[str]) -> int | None:
+def _watch_process(reader: str, numbers: range, folder: Path, seeds: Path, found: list[str]) -> int | None:
     """Start one process and collect its findings; return the mutant that ended it, or None when all were read."""
+    from readers import READERS
+
+    seconds = READERS[reader].seconds
     words = [sys.executable, __file__, "--work", str(folder), "--reader", reader]
     words += ["--first", str(numbers.start), "--mutants", str(len(numbers))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
@@ -144,26 +149,25 @@ def _watch_process(reader: str, numbers: range, folder: Path, seconds: float, fo
                     return None
                 current = answer["number"]
                 if "problem" in answer:
-                    found.append(_keep(reader, current, folder, answer["problem"]))
+                    found.append(_keep(reader, current, seeds, answer["problem"]))
     if current < numbers.start:
-        raise SystemExit(f"{reader}: did not start: {ending}")
-    found.append(_keep(reader, current, folder, ending))
+        found.append(f"{reader}: did not start or read the whole files: {ending}")
+        return numbers.stop
+    found.append(_keep(reader, current, seeds, ending))
     return current
 
 
-def _keep(reader: str, number: int, folder: Path, problem: str) -> str:
+def _keep(reader: str, number: int, seeds: Path, problem: str) -> str:
     """Write a mutant and what is wrong with it under build/fuzz; return the text about it."""
     from readers import READERS, files_of
 
-    for whole in folder.rglob("*.whole"):  # left by a process that was ended
-        whole.replace(whole.with_suffix(""))
     with contextlib.suppress(OSError):
-        file, data = make_mutant(reader, number, files_of(READERS[reader], folder))
+        file, data = make_mutant(reader, number, files_of(READERS[reader], seeds))
         place = FOUND / reader / str(number)
         place.mkdir(parents=True, exist_ok=True)
         (place / file.name).write_bytes(data)
         (place / "problem.txt").write_text(problem, encoding="utf-8")
-        return f"{reader} {number} ({file.relative_to(folder)}): {problem}"
+        return f"{reader} {number} ({file.relative_to(seeds)}): {problem}"
     return f"{reader} {number}: {problem}"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tiny_lm.config import parse_overrides, read_yaml
+from tiny_lm.config import parse_overrides
 from tiny_lm.errors import UserError
 
 Read = Callable[[Path], object]
@@ -144,7 +144,7 @@ def _read_stream(path: Path) -> None:
     names = {"train_path": str(path.parent / "train.bin"), "val_path": str(path.parent / "val.bin")}
     config = BinDataConfig(**names, block_size=16, batch_size=2)
     stream = open_stream(config.train_path, config)
-    dataset = BinTokenDataset(stream, 16)
+    dataset = BinTokenDataset(stream, config)
     dataset[[0, len(dataset) - 1]]
     next(read_in_order(stream, 64))
 
@@ -210,13 +210,6 @@ def _read_files_to_push(path: Path) -> None:
     admitted_files(path.parent)
 
 
-def _read_served_folder(path: Path) -> None:
-    from tiny_lm.serving.models import find_models
-
-    find_models([str(path.parent)])
-    read_yaml(path) if path.suffix == ".yaml" else None
-
-
 # --- the server ------------------------------------------------------------------------------------------------------
 
 
@@ -242,7 +235,9 @@ def _open_server(seeds: Path) -> Read:
     lifespan = app.router.lifespan_context(app)
     loop.run_until_complete(lifespan.__aenter__())
     client = httpx.AsyncClient(
-        transport=httpx.ASGITransport(app=app), base_url="http://127.0.0.1", headers={"content-type": "application/json"}
+        transport=httpx.ASGITransport(app=app),
+        base_url="http://127.0.0.1",
+        headers={"content-type": "application/json"},
     )
 
     def read(path: Path) -> None:
@@ -261,7 +256,7 @@ READERS: dict[str, Reader] = {
     "tokenizer-model": Reader(("tokenizers/sentencepiece/*.model",), _plain(_read_tokenizer), "binary"),
     "tokenizer-import": Reader(("export/tokenizer*.json",), _plain(_read_foreign_tokenizer)),
     "tokenizer-pickle": Reader(("pickle/*.pkl",), _plain(_read_pickle), "binary"),
-    "chat-template": Reader(("export/chat_template.jinja", "export/tokenizer_config.json"), _open_chat_template, seconds=60),
+    "chat-template": Reader(("export/chat_template.jinja",), _open_chat_template, "yaml", seconds=60),
     "checkpoint": Reader(("run/checkpoints/last.ckpt",), _plain(_read_checkpoint), "binary"),
     "checkpoint-unchecked": Reader(("run/checkpoints/last.ckpt",), _plain(_read_unchecked_checkpoint), "binary"),
     "huggingface-config": Reader(("export/config.json",), _plain(_read_huggingface_folder)),
@@ -275,7 +270,7 @@ READERS: dict[str, Reader] = {
     "samples": Reader(("run/samples.md",), _plain(_read_run), "binary"),
     "samples-truncated": Reader(("run/samples.md",), _plain(_truncate_samples), "binary"),
     "plots": Reader(("run/metrics.jsonl",), _plain(_read_plots)),
-    "corpus": Reader(("corpora/*.txt", "corpora/*.csv", "corpora/*.gz", "corpora/*.parquet"), _plain(_read_corpus), "binary"),
+    "corpus": Reader(("corpora/*.[tc]*", "corpora/*.gz", "corpora/*.parquet"), _plain(_read_corpus), "binary"),
     "corpus-json": Reader(("corpora/*.jsonl", "corpora/*.json"), _plain(_read_corpus)),
     "prompts": Reader(("texts/prompts.txt",), _plain(_read_prompts), "binary"),
     "judge": Reader(("texts/answer.json", "texts/grades.txt"), _plain(_read_judge_answer)),

@@ -43,7 +43,9 @@ def write_seeds(folder: Path) -> None:
     shutil.copytree(ROOT / "configs", folder / "configs")
     tokenizers: dict[str, Tokenizer] = {}
     for kind, size in (("BPE", 320), ("char", None), ("sentencepiece", 320)):
-        config = TokenizerConfig(name=kind, type=kind, dataset_config="stories", **({"vocab_size": size} if size else {}))
+        config = TokenizerConfig(
+            name=kind, type=kind, dataset_config="stories", **({"vocab_size": size} if size else {})
+        )
         tokenizers[kind.lower()] = train_tokenizer(config, stories)
         tokenizers[kind.lower()].save(folder / "tokenizers" / kind.lower())
     stream = folder / "stream"
@@ -60,7 +62,12 @@ def _write_run(folder: Path, stream: Path) -> None:
     train(
         model_config_from_dict(MODEL, source="fuzz"),
         TrainingConfig(
-            max_steps=4, learning_rate=1e-3, precision="32-true", val_every_n_steps=2, save_every_n_steps=2, log_every_n_steps=1
+            max_steps=4,
+            learning_rate=1e-3,
+            precision="32-true",
+            val_every_n_steps=2,
+            save_every_n_steps=2,
+            log_every_n_steps=1,
         ),
         BinDataConfig(
             train_path=str(stream / "train.bin"), val_path=str(stream / "val.bin"), block_size=16, batch_size=2
@@ -68,7 +75,9 @@ def _write_run(folder: Path, stream: Path) -> None:
         Run(folder),
     )
     words = ["eval", str(folder), "--max-new-tokens", "4", "--samples", "2"]
-    subprocess.run([sys.executable, "-c", "from tiny_lm.cli import main; main()", *words], cwd=folder.parent, check=True)
+    subprocess.run(
+        [sys.executable, "-c", "from tiny_lm.cli import main; main()", *words], cwd=folder.parent, check=True
+    )
 
 
 def _write_export(folder: Path, tokenizer: Tokenizer) -> None:
