@@ -8,13 +8,13 @@ from llama_server import EXACT_FLAGS, OLLAMA_FLAGS, LlamaServerEngine, serve
 from modelfile_grammar import parameters, read_modelfile
 from tiny_exports import FAMILIES, TrainedRun
 
-from tiny_lm.export.gguf import TOLERANCES
+from tiny_lm.export.gguf import llama_cpp_reference
 from tiny_lm.export.gguf_file import write_gguf
 from tiny_lm.export.gguf_vocabulary import to_gguf_vocabulary
 from tiny_lm.export.modelfile import modelfile
 from tiny_lm.export.ollama import continuation_surprise, garbled_from
 from tiny_lm.export.source import Source, load_source
-from tiny_lm.export.verify import PROMPTS, OwnEngine, check_greedy, check_probabilities, check_tokens
+from tiny_lm.export.verify import PROMPTS, OwnEngine, check_greedy, check_tokens
 from tiny_lm.inference import TextGenerator
 
 pytestmark = pytest.mark.llama_server
@@ -28,8 +28,6 @@ def write(source: Source, file: Path, kind: str = "F32") -> Path:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_is_the_same_model(family: str, trained_run: TrainedRun, tmp_path: Path) -> None:
     source = load_source(trained_run(family, unused_rows=3).folder)
-    tolerance = TOLERANCES[family]
-    assert tolerance <= (1e-4 if family in ("llama3", "qwen3") else 5e-3)
     own = OwnEngine(source)
     with serve(write(source, tmp_path / "x.gguf"), *EXACT_FLAGS) as client:
         engine = LlamaServerEngine(client, source)
@@ -38,8 +36,9 @@ def test_each_family_is_the_same_model(family: str, trained_run: TrainedRun, tmp
             source, config=dataclasses.replace(source.config, context_length=source.config.context_length - 1)
         )
         checks = check_tokens(source, own, engine)
-        checks.append(check_probabilities(shorter, own, engine, tolerance))
-        checks.append(check_greedy(shorter, own, engine, tolerance))
+        reference = llama_cpp_reference(shorter, engine)
+        checks += reference.check(engine)
+        checks.append(check_greedy(shorter, own, engine, reference.difference_limit))
         assert [(check.name, check.result) for check in checks if not check.passed] == []
         # A prompt of text is begun as in training, and answered by our own text.
         generator = TextGenerator(source.model, source.tokenizer)

@@ -87,8 +87,8 @@ def test_half_precision_is_compared_with_rounded_weights(trained_run: TrainedRun
 @pytest.mark.parametrize(
     ("key", "value", "check"),
     [
-        ("rms_norm_eps", 1e-2, "log-probabilities"),
-        ("rope_parameters", {"rope_type": "default", "rope_theta": 100.0}, "log-probabilities"),
+        ("rms_norm_eps", 1e-2, "settings read back: norm_eps is 0.01 and not 1e-05"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 100.0}, "settings read back: rope_theta is 100.0"),
     ],
 )
 def test_a_wrong_model_is_noticed_and_nothing_stays(

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.llamacpp
 def test_each_family_is_the_same_model_in_llama_cpp(family: str, trained_run: TrainedRun, tmp_path: Path) -> None:
     source = load_source(trained_run(family).folder)
     proof, kept = export_gguf(source, tmp_path / "out", ["Q8_0"])
-    assert [check.passed for check in (*proof.checks, *kept.checks)] == [True] * 10
+    assert [check.passed for check in (*proof.checks, *kept.checks)] == [True] * 14
     probabilities = next(check for check in proof.checks if check.name.startswith("log-probabilities"))
     assert probabilities.value <= (1e-4 if family in ("llama3", "qwen3") else 5e-3)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [kept.name, "verification.json"]

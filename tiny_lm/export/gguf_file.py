@@ -1,10 +1,12 @@
 """One GGUF file of a model, written with the ``gguf`` package: no converter, no cloned repository."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from tiny_lm.errors import UserError
@@ -137,6 +139,30 @@ def _add_facts(writer: "GGUFWriter", source: Source, file_type: int) -> None:
         writer.add_value_length(config.head_size)
 
 
+def expected_settings(config: ModelConfig) -> dict[str, Any]:
+    """Return what a file of this model must say about its shape, epsilon and rotary base, by llama.cpp's keys."""
+    is_rms = config.norm == "rmsnorm"
+    settings: dict[str, Any] = {
+        "context_length": config.context_length,
+        "embedding_length": config.d_model,
+        "block_count": config.n_layers,
+        "feed_forward_length": config.ffn_size,
+        "attention.head_count": config.n_heads,
+        "attention.head_count_kv": config.kv_heads,
+        "attention.layer_norm_rms_epsilon" if is_rms else "attention.layer_norm_epsilon": config.norm_eps,
+    }
+    if config.position == "rope":
+        settings |= {"rope.freq_base": config.rope_theta, "rope.dimension_count": config.head_size}
+    return settings
+
+
+def read_settings(file: Path, config: ModelConfig) -> dict[str, Any]:
+    """Read from a GGUF file what :func:`expected_settings` names; a key that the file lacks is None."""
+    reader = import_gguf().GGUFReader(file)
+    fields = {key: reader.get_field(f"{ARCHITECTURES[config.architecture]}.{key}") for key in expected_settings(config)}
+    return {key: None if field is None else field.contents() for key, field in fields.items()}
+
+
 def _add_vocabulary(writer: "GGUFWriter", source: Source, vocabulary: Vocabulary) -> None:
     tokenizer = source.tokenizer
     writer.add_tokenizer_model(vocabulary.model)
@@ -185,6 +211,25 @@ def read_facts(file: Path) -> FileFacts:
     bits = 8 * sum(int(tensor.n_bytes) for tensor in tensors)
     weights = sum(int(tensor.n_elements) for tensor in tensors)
     return FileFacts(file.stat().st_size, bits / weights, types)
+
+
+def weight_errors(source: Source, file: Path) -> dict[str, float]:
+    """Return by tensor how far the weights in a GGUF file, dequantized, are from the model's.
+
+    The measure is the norm of the difference over the norm of the weights; a tensor that the file lacks has infinity.
+    """
+    gguf = import_gguf()
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    errors = {}
+    for name, expected in gguf_tensors(source.config, source.model.state_dict()):
+        if name not in stored:
+            errors[name] = math.inf
+            continue
+        values = torch.tensor(gguf.dequantize(stored[name].data, stored[name].tensor_type), dtype=torch.float64)
+        exact = expected.double()
+        norm = float(exact.norm()) or 1.0
+        errors[name] = float((values.reshape(exact.shape) - exact).norm()) / norm
+    return errors
 
 
 def row_lengths(config: ModelConfig) -> dict[int, list[str]]:

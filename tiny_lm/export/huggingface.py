@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tiny_lm.errors import UserError
+from tiny_lm.export.agreement import Reference, check_settings
 from tiny_lm.export.model_card import CARD_FILE, model_card
 from tiny_lm.export.source import Source
 from tiny_lm.export.verify import (
@@ -16,16 +17,15 @@ from tiny_lm.export.verify import (
     OwnEngine,
     check_greedy,
     check_perplexity,
-    check_probabilities,
     check_tokens,
     never_drawn,
     perplexity,
     require,
     write_report,
 )
-from tiny_lm.files import atomic_folder, check_free, write_json, write_text
-from tiny_lm.model import num_parameters
-from tiny_lm.model.huggingface import Dtype, to_huggingface_config, to_huggingface_state
+from tiny_lm.files import atomic_folder, check_free, read_json, write_json, write_text
+from tiny_lm.model import ModelConfig, num_parameters
+from tiny_lm.model.huggingface import Dtype, from_huggingface_config, to_huggingface_config, to_huggingface_state
 from tiny_lm.model.huggingface_folder import WEIGHTS_FILE
 from tiny_lm.tokenizer import Tokenizer
 from tiny_lm.tokenizer.sentencepiece import SentencePieceTokenizer
@@ -35,8 +35,6 @@ DTYPES: Mapping[str, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-TOLERANCE = 1e-4
-"""Largest difference of float32 log-probabilities that two correct programs show."""
 
 
 def export_huggingface(source: Source, folder: Path, *, dtype: Dtype = "float32", force: bool = False) -> list[Check]:
@@ -65,14 +63,28 @@ def export_huggingface(source: Source, folder: Path, *, dtype: Dtype = "float32"
     check_finite(rounded, dtype)
     with atomic_folder(folder, replaceable=REPORT_FILE if force else None) as temporary:
         write_huggingface(source, temporary, dtype=dtype)
-        own, engine = OwnEngine(rounded), TransformersEngine(temporary)
-        checks = check_tokens(rounded, own, engine)
-        checks += [check_probabilities(rounded, own, engine, TOLERANCE), check_greedy(rounded, own, engine, TOLERANCE)]
+        own, engine, reference = OwnEngine(rounded), TransformersEngine(temporary), Reference(rounded)
+        checks = [_check_config(source.config, temporary / "config.json")]
+        checks += check_tokens(rounded, own, engine)
+        checks += reference.check(engine)
+        checks.append(check_greedy(rounded, own, engine, reference.difference_limit))
         if dtype != "float32":
             checks.append(check_perplexity(source, perplexity(source, OwnEngine(source)), engine, limit=None))
         write_report(temporary, source, "huggingface", {WEIGHTS_FILE: {"engine": engine.name, "checks": checks}})
         require(str(folder), checks)
     return checks
+
+
+def _check_config(config: ModelConfig, file: Path) -> Check:
+    """Read ``config.json`` back as an import does, and compare all that decides what the model computes."""
+    found = from_huggingface_config(read_json(file), source=str(file))
+    return check_settings(_settings(config), _settings(found))
+
+
+def _settings(config: ModelConfig) -> dict[str, Any]:
+    names = ["architecture", "vocab_size", "context_length", "d_model", "n_layers", "n_heads", "kv_heads", "head_size"]
+    names += ["ffn_size", "norm", "norm_eps", "position", *(["rope_theta"] if config.position == "rope" else [])]
+    return {name: getattr(config, name) for name in names}
 
 
 def check_dtype(name: str) -> Dtype:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from tiny_lm.errors import UserError
+from tiny_lm.export.agreement import Reference
 from tiny_lm.export.huggingface import check_space, write_settings
 from tiny_lm.export.model_card import model_card
 from tiny_lm.export.onnx_engine import OnnxEngine
@@ -18,7 +19,6 @@ from tiny_lm.export.verify import (
     OwnEngine,
     check_greedy,
     check_perplexity,
-    check_probabilities,
     check_tokens,
     choose_windows,
     perplexity,
@@ -32,9 +32,6 @@ CACHED, PLAIN, QUANTIZED = "onnx/model.onnx", "onnx/model_no_cache.onnx", "onnx/
 """The graphs of a folder; the first and the last are named as transformers.js looks for them."""
 
 PROGRAM = "generate.py"
-
-TOLERANCE = 1e-4
-"""Largest difference of log-probabilities."""
 
 _QUANTIZED_LIMIT = 0.02
 """By how much the perplexity may rise with eight bits."""
@@ -124,13 +121,17 @@ def _check(source: Source, engine: OnnxEngine, name: str) -> list[Check]:
     if name == QUANTIZED:
         return [check_perplexity(source, perplexity(source, own), engine, limit=_QUANTIZED_LIMIT)]
     checks = check_tokens(source, own, engine) if name == CACHED else []  # all graphs share one tokenizer.json
-    checks.append(check_probabilities(source, own, engine, TOLERANCE))
-    checks += [check_padding(source, own, engine, side, cached=name == CACHED) for side in ("left", "right")]
-    checks.append(check_greedy(source, own, engine, TOLERANCE))
+    reference = Reference(source)
+    limit = reference.difference_limit
+    checks += reference.check(engine)
+    checks += [check_padding(source, own, engine, side, limit, cached=name == CACHED) for side in ("left", "right")]
+    checks.append(check_greedy(source, own, engine, limit))
     return checks
 
 
-def check_padding(source: Source, own: OwnEngine, engine: OnnxEngine, side: str, *, cached: bool) -> Check:
+def check_padding(
+    source: Source, own: OwnEngine, engine: OnnxEngine, side: str, limit: float, *, cached: bool
+) -> Check:
     """Compare a batch of texts of different lengths, padded on one side, with each text alone.
 
     With a cache the last tokens of each row are read one by one behind the padded beginning.
@@ -153,7 +154,7 @@ def check_padding(source: Source, own: OwnEngine, engine: OnnxEngine, side: str,
         difference = found[row][mask[row].bool()] - own.log_probabilities(window[: length + steps])
         largest = max(largest, float(difference.abs().nan_to_num(nan=torch.inf).max()))
     name = f"a batch of {len(lengths)} texts padded on the {side}"
-    return Check(name, largest, f"largest difference {largest:.2g}", f"{TOLERANCE:g}", largest <= TOLERANCE)
+    return Check(name, largest, f"largest difference {largest:.2g}", f"{limit:.2g}", largest <= limit)
 
 
 _USE = """```bash

@@ -12,6 +12,7 @@ from typing import Any
 
 from tiny_lm import TextGenerator
 from tiny_lm.export import torchserve_handler
+from tiny_lm.export.agreement import Reference
 from tiny_lm.export.huggingface import DTYPES, check_finite, check_space, write_huggingface
 from tiny_lm.export.serve_config import model_name
 from tiny_lm.export.source import Source
@@ -26,7 +27,6 @@ PORT = 8080
 CONFIG_FILE = "config.properties"
 _MANIFEST = "MAR-INF/MANIFEST.json"
 _ARCHIVER_VERSION = "0.12.0"  # of the layout, which is the last one
-_TOLERANCE = 1e-4
 
 
 def export_torchserve(
@@ -140,7 +140,7 @@ def _prove(source: Source, folder: Path) -> list[Check]:
     wrong = sum(answer["text"] != text for answer, text in zip(answers, texts, strict=True))
     ours = [drawn.logprob for made in expected for drawn in made.drawn]
     theirs = [value for answer in answers for value in answer["logprobs"]]
-    same_length = len(ours) == len(theirs)
+    same_length, limit = len(ours) == len(theirs), Reference(source).difference_limit
     largest = max((abs(a - b) for a, b in zip(ours, theirs, strict=True)), default=0.0) if same_length else math.inf
     return [
         Check(f"greedy continuation of {len(PROMPTS)} prompts", wrong, f"{wrong} texts differ", "0 differ", wrong == 0),
@@ -148,7 +148,7 @@ def _prove(source: Source, folder: Path) -> list[Check]:
             f"log-probabilities of {len(ours)} tokens of it",
             largest,
             f"largest difference {largest:.2g}",
-            f"{_TOLERANCE:g}",
-            largest <= _TOLERANCE,
+            f"{limit:.2g}",
+            largest <= limit,
         ),
     ]

@@ -155,22 +155,11 @@ def check_tokens(source: Source, own: Engine, engine: Engine) -> list[Check]:
     return checks
 
 
-def check_probabilities(source: Source, own: Engine, engine: Engine, tolerance: float) -> Check:
-    """Compare log-probabilities of every token at every place of several windows."""
-    windows = choose_windows(source, WINDOWS)
-    largest = 0.0
-    for window in windows:
-        difference = (engine.log_probabilities(window) - own.log_probabilities(window)).abs().max()
-        largest = max(largest, float(difference)) if math.isfinite(float(difference)) else math.inf
-    name = f"log-probabilities: {len(windows)} windows of {len(windows[0])} tokens"
-    return Check(name, largest, f"largest difference {largest:.2g}", f"{tolerance:g}", largest <= tolerance)
-
-
 def check_greedy(source: Source, own: Engine, engine: Engine, tolerance: float) -> Check:
     """Compare greedy continuations.
 
-    Where the two likeliest tokens are nearer to one another than rounding may bring them, either may come out: there
-    both go on from ours, and the result says so.
+    Where the two likeliest tokens are nearer to one another than twice ``tolerance``, in nats, either may come out:
+    there both continue from ours, and the result says so.
     """
     same, compared, ties = 0, 0, 0
     for prompt in PROMPTS:

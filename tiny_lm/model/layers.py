@@ -62,7 +62,7 @@ class SwiGLU(nn.Module):
 # --- positions: learned ones are added to the tokens, rotary ones turn each head of q and k ---------------------------
 
 Rotation = tuple[Tensor, Tensor]
-"""Factors of a head and of its swapped halves, float32 [1, T, K] each, or [B, 1, T, K] where the rows differ."""
+"""Factors of a head and of its swapped halves, float32 or float64 [1, T, K] each, or [B, 1, T, K] where the rows differ."""
 
 
 class NoPositions(nn.Module):
@@ -106,22 +106,23 @@ class RoPE(nn.Module):
     def __init__(self, context_length: int, head_size: int, theta: float) -> None:
         super().__init__()
         self.context_length, self.head_size, self.theta = context_length, head_size, theta
-        cos, sin = self._tables(None)
+        cos, sin = self._tables(None, torch.float32)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
-    def _tables(self, device: torch.device | None) -> Rotation:
-        dimensions = torch.arange(0, self.head_size, 2, dtype=torch.float32, device=device)
+    def _tables(self, device: torch.device | None, dtype: torch.dtype) -> Rotation:
+        dimensions = torch.arange(0, self.head_size, 2, dtype=dtype, device=device)
         frequencies = 1.0 / self.theta ** (dimensions / self.head_size)
-        positions = torch.arange(self.context_length, dtype=torch.float32, device=device)
+        positions = torch.arange(self.context_length, dtype=dtype, device=device)
         angles = torch.outer(positions, frequencies)  # [context, K/2]
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `model.to(torch.bfloat16)` would round the tables and `model.to_empty()` would lose them: compute them anew.
+        # `model.to(torch.bfloat16)` would round the tables and `model.to_empty()` would lose them: compute them again, in
+        # float32 or, where the whole model is in it, float64.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        self.cos, self.sin = self._tables(self.cos.device)
+        self.cos, self.sin = self._tables(self.cos.device, torch.promote_types(self.cos.dtype, torch.float32))
         return self
 
     def forward(self, positions: Tensor) -> Rotation:
@@ -130,9 +131,9 @@ class RoPE(nn.Module):
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn ``x`` [B, H, T, K] in float32; return it in its own dtype."""
+    """Turn ``x`` [B, H, T, K] in the precision of the tables, at least float32; return it in its own dtype."""
     cos, sin = rotation
-    exact = x.float()
+    exact = x.to(cos.dtype)
     first, second = exact.chunk(2, dim=-1)  # [B, H, T, K/2] each
     return torch.addcmul(exact * cos, torch.cat((second, first), dim=-1), sin).to(x.dtype)
 

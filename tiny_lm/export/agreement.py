@@ -1,0 +1,198 @@
+"""How far rounding may move an export: our model in float64, and what float32 costs it, are the measure.
+
+Two right programs that compute in float32 differ, since they add in another order. How much depends on the model (the
+size of its logits, its depth, its context) and on the processor, so no fixed tolerance is right for all. Here the error
+of an export is taken against our model in float64 and compared with the error of our own float32 on the same text:
+
+* the error of the log-probabilities, as a share of the logits' scale, by its root mean square and at its largest;
+* the Kullback-Leibler divergence, which weights each error with the token's probability;
+* the likeliest token at each position.
+
+Each may be :data:`FACTOR` times what our own float32 shows (the divergence, which grows with the square of the error,
+the square of that). What is smaller than this noise cannot be seen in the output of any program: that epsilon, the
+rotary base and the shape are right is read back from the written files (:func:`check_settings`).
+"""
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tiny_lm.export.source import Source
+from tiny_lm.export.verify import WINDOWS, Check, Engine, choose_windows
+from tiny_lm.model import Transformer
+
+FACTOR = 16.0
+"""Times the error of our own float32 that a right program's error may be.
+
+The error of a sum of n terms grows as sqrt(n) where rounding is random (Higham, Accuracy and Stability of Numerical
+Algorithms, 2nd ed., section 4.2). A kernel that adds one term after the other then errs sqrt(256) = 16 times as much as
+one that keeps 256 partial sums, which is as many as matrix kernels of processors of today keep.
+"""
+
+
+class TableGELU(nn.Module):
+    """GELU (tanh form) as llama.cpp computes it on a CPU: looked up by a float16, as a float16.
+
+    Source: ``ggml_vec_gelu_f32`` in ggml/src/ggml-cpu/vec.h.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return GELU of ``x``, any shape; outside of (-10, 10) it is 0 or ``x``."""
+        table = F.gelu(x.half().float(), approximate="tanh").half().to(x.dtype)
+        return torch.where(x <= -10, torch.zeros_like(x), torch.where(x >= 10, x, table))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How much log-probabilities of some windows differ from the reference.
+
+    Attributes:
+        rms: root mean square of the differences, as a share of the logits' scale.
+        largest: largest difference, as a share of it.
+        divergence: mean Kullback-Leibler divergence from the reference, in nats per token.
+        other_top: positions whose likeliest token is another, though the reference's is ahead by more than ``tie``.
+        positions: how many there are.
+    """
+
+    rms: float
+    largest: float
+    divergence: float
+    other_top: int
+    positions: int
+
+
+class Reference:
+    """Our model in float64 on windows of validation text, and the error of our own float32 there.
+
+    Attributes:
+        windows: ids of the windows.
+        scale: standard deviation of the logits over the vocabulary, root mean square over all positions.
+        noise: how our float32 agrees with float64.
+    """
+
+    def __init__(self, source: Source, *, table_gelu: bool = False) -> None:
+        """Evaluate the model.
+
+        Args:
+            source: what is exported.
+            table_gelu: compute GELU as llama.cpp does.
+        """
+        model = _with_table_gelu(source.model) if table_gelu else source.model
+        self.windows = choose_windows(source, WINDOWS)
+        double = copy.deepcopy(model).double()
+        self._exact = [_log_probabilities(double, window) for window in self.windows]
+        variances = torch.cat([exact.var(dim=-1, unbiased=False) for exact in self._exact])
+        self.scale = max(math.sqrt(float(variances.mean())), torch.finfo(torch.float32).tiny)
+        self.noise = self._compare([_log_probabilities(model, window) for window in self.windows], tie=math.inf)
+
+    @property
+    def difference_limit(self) -> float:
+        """The largest difference of a log-probability, in nats, that rounding explains."""
+        return self._limit(self.noise.largest) * self.scale
+
+    def _limit(self, noise: float) -> float:
+        """Return how large an error may be, as a share of the logits' scale."""
+        smallest = torch.finfo(torch.float32).eps * max(1.0, 1 / self.scale)  # one rounding of a log-probability
+        return FACTOR * max(noise, smallest)
+
+    @cached_property
+    def _limits(self) -> tuple[float, float, float]:
+        rms, largest = self._limit(self.noise.rms), self._limit(self.noise.largest)
+        # Second order in an error: half of its mean square, weighted with probabilities that may sit where it is largest.
+        return rms, largest, max(FACTOR**2 * self.noise.divergence, (self._limit(self.noise.rms) * self.scale) ** 2)
+
+    def agreement(self, engine: Engine) -> Agreement:
+        """Run ``engine`` over the windows and compare."""
+        found = [engine.log_probabilities(window) for window in self.windows]
+        return self._compare(found, tie=2 * self.difference_limit)
+
+    def _compare(self, found: Sequence[Tensor], *, tie: float) -> Agreement:
+        squares, largest, divergence, other_top, positions, count = 0.0, 0.0, 0.0, 0, 0, 0
+        for exact, theirs in zip(self._exact, found, strict=True):
+            theirs = F.log_softmax(theirs.double(), dim=-1)  # a sum of float32 probabilities is not quite 1
+            difference = (theirs - exact).nan_to_num(nan=math.inf)
+            squares += float(difference.square().sum())
+            largest = max(largest, float(difference.abs().max()))
+            divergence += float((exact.exp() * -difference).sum())
+            behind = exact.max(dim=-1).values - exact.gather(1, theirs.argmax(dim=-1, keepdim=True))[:, 0]
+            other_top += int((behind > tie).sum())
+            positions, count = positions + len(exact), count + exact.numel()
+        rms = math.sqrt(squares / count) if math.isfinite(squares) else math.inf
+        divergence = max(divergence / positions, 0.0) if math.isfinite(divergence) else math.inf
+        return Agreement(rms / self.scale, largest / self.scale, divergence, other_top, positions)
+
+    def check(self, engine: Engine) -> list[Check]:
+        """Return the rows of the report on the log-probabilities of ``engine``."""
+        return self.checks_of(self.agreement(engine))
+
+    def checks_of(self, found: Agreement) -> list[Check]:
+        """Return the rows of the report on an agreement."""
+        rms_limit, largest_limit, divergence_limit = self._limits
+        where = f"{len(self.windows)} windows of {len(self.windows[0])} tokens"
+        return [
+            Check(
+                f"log-probabilities: {where}",
+                found.largest * self.scale,
+                f"error {found.rms:.1e}, largest {found.largest:.1e} of the logits' scale (float32 noise "
+                f"{self.noise.rms:.1e}, {self.noise.largest:.1e})",
+                f"{rms_limit:.1e}, {largest_limit:.1e}",
+                found.rms <= rms_limit and found.largest <= largest_limit,
+            ),
+            Check(
+                "KL divergence",
+                found.divergence,
+                f"{found.divergence:.1e} nats per token (float32 noise {self.noise.divergence:.1e})",
+                f"{divergence_limit:.1e}",
+                found.divergence <= divergence_limit,
+            ),
+            Check(
+                "likeliest token",
+                found.other_top,
+                f"{found.positions - found.other_top} of {found.positions} equal or tied",
+                "all equal",
+                found.other_top == 0,
+            ),
+        ]
+
+
+def _with_table_gelu(model: Transformer) -> Transformer:
+    changed = copy.deepcopy(model)
+    for module in changed.modules():
+        if isinstance(getattr(module, "activation", None), nn.GELU):
+            module.activation = TableGELU()
+    return changed
+
+
+@torch.no_grad()
+def _log_probabilities(model: Transformer, window: Sequence[int]) -> Tensor:
+    """Return [T, V] in the precision of the model."""
+    return F.log_softmax(model(torch.tensor([list(window)]))[0], dim=-1)
+
+
+def check_settings(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Check:
+    """Compare the settings that a written file holds with those of the model.
+
+    Args:
+        expected: by name, what the model has: shape, epsilon, rotary base.
+        found: the same as read back from the file. A float may have been stored in float32.
+    """
+    wrong = [
+        f"{name} is {found.get(name)} and not {value}"
+        for name, value in expected.items()
+        if not _equal(value, found.get(name))
+    ]
+    result = "; ".join(wrong) or f"{len(expected)} equal"
+    return Check("settings read back", len(wrong), result, "all equal", not wrong)
+
+
+def _equal(expected: Any, found: Any) -> bool:
+    if isinstance(expected, float) and isinstance(found, int | float):
+        return torch.tensor(expected, dtype=torch.float32).item() == torch.tensor(found, dtype=torch.float32).item()
+    return bool(expected == found)
