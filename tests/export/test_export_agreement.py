@@ -125,7 +125,10 @@ def pair_neighbours(model: Transformer) -> None:
     """Rotate 2i with 2i + 1, which is what files for another program need."""
     config = model.config
     with torch.no_grad():
-        for projection, heads in ((model.blocks[0].attn.W_q, config.n_heads), (model.blocks[0].attn.W_k, config.kv_heads)):
+        for projection, heads in (
+            (model.blocks[0].attn.W_q, config.n_heads),
+            (model.blocks[0].attn.W_k, config.kv_heads),
+        ):
             weight = projection.weight
             weight.copy_(weight.reshape(heads, 2, -1, config.d_model).transpose(1, 2).reshape(weight.shape).clone())
 
@@ -207,7 +210,13 @@ def test_a_program_that_returns_nan_does_not_pass(trained_run: TrainedRun) -> No
 
 @pytest.mark.parametrize(
     ("changed", "passes"),
-    [({}, True), ({"eps": 1.1e-5}, False), ({"heads": 3}, False), ({"eps": None}, False), ({"eps": 9.99999974e-06}, True)],
+    [
+        ({}, True),
+        ({"eps": 1.1e-5}, False),
+        ({"heads": 3}, False),
+        ({"eps": None}, False),
+        ({"eps": 9.99999974e-06}, True),
+    ],
 )
 def test_settings_are_compared_as_stored(changed: dict[str, float], passes: bool) -> None:
     expected = {"eps": 1e-5, "heads": 4}
