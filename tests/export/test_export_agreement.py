@@ -215,7 +215,7 @@ def test_a_program_that_returns_nan_does_not_pass(trained_run: TrainedRun) -> No
         ({"eps": 1.1e-5}, False),
         ({"heads": 3}, False),
         ({"eps": None}, False),
-        ({"eps": 9.99999974e-06}, True),
+        ({"eps": 9.9999997e-06}, True),
     ],
 )
 def test_settings_are_compared_as_stored(changed: dict[str, float], passes: bool) -> None:

@@ -56,7 +56,7 @@ def test_each_family_is_the_same_model_in_onnx_runtime(family: str, trained_run:
     source = load_source(trained_run(family).folder)
     files = export_onnx(source, tmp_path / "out")
     assert [file.name for file in files] == [CACHED, PLAIN, QUANTIZED]
-    assert [[check.passed for check in file.checks] for file in files] == [[True] * 7, [True] * 4, [True]]
+    assert [[check.passed for check in file.checks] for file in files] == [[True] * 9, [True] * 6, [True]]
     assert max(check.value for file in files for check in file.checks if "largest" in check.result) < 1e-4
     assert names(tmp_path) == ["out"]
     assert names(tmp_path / "out") == FILES

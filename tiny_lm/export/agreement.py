@@ -105,7 +105,7 @@ class Reference:
     @cached_property
     def _limits(self) -> tuple[float, float, float]:
         rms, largest = self._limit(self.noise.rms), self._limit(self.noise.largest)
-        # Second order in an error: half of its mean square, weighted with probabilities that may sit where it is largest.
+        # Half the mean square of the errors, weighted with probabilities that may be high where errors are largest.
         return rms, largest, max(FACTOR**2 * self.noise.divergence, (self._limit(self.noise.rms) * self.scale) ** 2)
 
     def agreement(self, engine: Engine) -> Agreement:

@@ -62,7 +62,7 @@ class SwiGLU(nn.Module):
 # --- positions: learned ones are added to the tokens, rotary ones turn each head of q and k ---------------------------
 
 Rotation = tuple[Tensor, Tensor]
-"""Factors of a head and of its swapped halves, float32 or float64 [1, T, K] each, or [B, 1, T, K] where the rows differ."""
+"""Factors of a head and of its swapped halves, [1, T, K] each, or [B, 1, T, K] where rows differ; at least float32."""
 
 
 class NoPositions(nn.Module):
@@ -119,8 +119,8 @@ class RoPE(nn.Module):
         return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # `model.to(torch.bfloat16)` would round the tables and `model.to_empty()` would lose them: compute them again, in
-        # float32 or, where the whole model is in it, float64.
+        # `model.to(torch.bfloat16)` would round the tables and `model.to_empty()` would lose them: compute them
+        # again, in float32 or, where the whole model is in it, float64.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.cos, self.sin = self._tables(self.cos.device, torch.promote_types(self.cos.dtype, torch.float32))
         return self
