@@ -217,9 +217,9 @@ def print_result(*values: object, end: str = "\n") -> None:
     raise UserError(f"standard output: could not be written ({error.strerror or error}); nothing more is printed")
 
 
-def print_message(text: object) -> None:
+def print_message(text: object, *, end: str = "\n") -> None:
     """Print a message to standard error: a warning, what is being done, the next command."""
-    print(visible(text), file=sys.stderr, flush=True)
+    print(visible(text), end=end, file=sys.stderr, flush=True)
 
 
 def print_error(error: object) -> None:

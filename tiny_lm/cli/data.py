@@ -8,6 +8,7 @@ import typer
 
 from tiny_lm.cli.options import DryRun, ReplaceErrors, Settings, print_configs
 from tiny_lm.config import nearest, parse_overrides
+from tiny_lm.console import shell_command
 from tiny_lm.errors import UserError
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def tokenize(
     if tokenizer_folder is None and not trained_so:
         raise UserError(
             f"{tokenizer_config.output_dir}: was not trained with {config} as it is now (its type or special tokens "
-            f"differ); train it again with `tiny-lm tokenizer train --config {config}`"
+            f"differ); train it again with `{shell_command('tiny-lm', 'tokenizer', 'train', '--config', config)}`"
         )
     metadata = write_streams(tokenizer, tokenizer_config, dataset_config, seed=seed, errors=check_errors(errors))
     for name, file in metadata.files.items():

@@ -10,6 +10,7 @@ from typer.core import TyperCommand
 
 from tiny_lm.cli.options import Settings, spread
 from tiny_lm.cli.report import write_report_beside
+from tiny_lm.console import make_console, print_result
 from tiny_lm.errors import UserError
 from tiny_lm.files import to_json
 
@@ -64,15 +65,13 @@ def evaluate(
 
     Writes evaluation.json into each run folder. Several runs are compared in one table and one picture.
     """
-    from rich.console import Console
-
     from tiny_lm.cli.progress import stages
     from tiny_lm.evaluation.evaluate import EvaluationOptions, evaluate_run, open_subject
 
     options = EvaluationOptions(stride, samples, max_new_tokens, temperature, top_p, seed, tuple(settings or ()))
     options.sampling  # noqa: B018  # refuses what is out of range before anything is read
     grader = _open_judge(judge, judge_model, judge_key_env)
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = make_console()
     subjects = [open_subject(run, options) for run in runs]
     evaluations, stories = [], []
     failure: UserError | None = None
@@ -166,7 +165,7 @@ def _print_json(evaluations: "Sequence[Evaluation]", stories: "Sequence[list[Gen
         {**evaluation.to_dict(), "generated": [{"prompt": story.prompt, "text": story.text} for story in told]}
         for evaluation, told in zip(evaluations, stories, strict=True)
     ]
-    print(to_json(found if len(found) > 1 else found[0], indent=2))
+    print_result(to_json(found if len(found) > 1 else found[0], indent=2))
 
 
 def _print_rows(evaluation: "Evaluation") -> None:

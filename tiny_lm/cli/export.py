@@ -1,12 +1,11 @@
 """Commands that write a trained model in the formats of other programs."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tiny_lm.console import print_message, shell_command
 from tiny_lm.errors import UserError
 
 if TYPE_CHECKING:
@@ -94,7 +93,7 @@ def export_ollama(
             print(f"{model.name} in Ollama: {model.commands[1][-1]}{ollama.create_model(source, model)}")
     if not license_:
         _tell("The Modelfile says that no license was chosen; name one with --license: MIT, or a file of yours.")
-    for command in [] if create else [shlex.join(words) for model in models for words in model.commands]:
+    for command in [] if create else [shell_command(*words) for model in models for words in model.commands]:
         _tell(f"next: {command}")
 
 
@@ -121,7 +120,11 @@ def _show_gguf(source: "Source", folder: Path, files: "list[GGUFFile]") -> None:
 
 
 def _tell(line: str) -> None:
-    print(line, file=sys.stderr)
+    print_message(line)
+
+
+def _tell_next(*words: object) -> None:
+    _tell(f"next: {shell_command(*words, '--prompt', 'Once upon a time')}")
 
 
 @export_app.command("onnx")
@@ -137,7 +140,7 @@ def export_onnx(run: RunArgument, output_dir: OutputDir, force: Force = False) -
         bits = f"{file.facts.bits_per_weight:.2f} bits per weight"
         print(f"{output_dir / file.name}  {file.facts.bytes:,} bytes, {bits}, opset {file.facts.opset}")
     print(output_dir / "verification.json")
-    print(f"next: python {output_dir / onnx.PROGRAM} --prompt 'Once upon a time'", file=sys.stderr)
+    _tell_next("python", output_dir / onnx.PROGRAM)
 
 
 def import_model(
@@ -150,7 +153,7 @@ def import_model(
 
     run = importing.import_model(folder, output_dir or RUNS_FOLDER / f"{folder.resolve().name}-imported")
     print(run.folder)
-    print(f"next: tiny-lm generate {run.folder} --prompt 'Once upon a time'", file=sys.stderr)
+    _tell_next("tiny-lm", "generate", run.folder)
 
 
 def convert_to_huggingface(
@@ -196,7 +199,7 @@ def _export_huggingface(source: "Source", folder: Path, dtype: str, force: bool)
     checks = huggingface.export_huggingface(source, folder, dtype=huggingface.check_dtype(dtype), force=force)
     show_table(f"{folder} beside {source.name}", checks)
     _print_files(folder)
-    print(f"next: tiny-lm generate {folder} --prompt 'Once upon a time'", file=sys.stderr)
+    _tell_next("tiny-lm", "generate", folder)
 
 
 def _print_files(folder: Path) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tiny_lm.console import print_message, print_result
 from tiny_lm.errors import UserError
 from tiny_lm.files import read_text, to_json
 
@@ -84,7 +85,7 @@ def generate(
     prompts = [*(prompt or ()), *(_read_prompts(prompt_file) if prompt_file else ())]
     generator = _open(run, checkpoint, model_config, tokenizer_dir or tokenizer, tokenizer_config, device)
     if compile_step:
-        print("compiling the decoding step, which takes some seconds", file=sys.stderr)
+        print_message("compiling the decoding step, which takes some seconds")
         generator.compile()
     if interactive:
         from tiny_lm.cli.interactive import Session
@@ -151,21 +152,19 @@ def tell_dropped(generator: "TextGenerator", prompt: str, request: "Request") ->
     if dropped:
         shown = dropped if len(dropped) <= 60 else f"{dropped[:30]}...{dropped[-30:]}"
         context = generator.model.config.context_length
-        print(
+        print_message(
             f"the prompt is longer than the context of {context:,} tokens: its first {len(dropped):,} characters "
-            f"are not read ({shown!r})",
-            file=sys.stderr,
+            f"are not read ({shown!r})"
         )
 
 
 def _write(prompt: str, generator: "TextGenerator", request: "Request", seed: int | None) -> None:
     """Print prompt and continuation, and nothing more, as it is made."""
     pieces = generator.stream(prompt, request, seed=seed)
-    sys.stdout.write(prompt)
+    print_result(prompt, end="")
     for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+        print_result(piece, end="")
+    print_result()
 
 
 def _print_all(texts: Sequence["Generated"], seeds: Sequence[int] | None, as_json: bool) -> None:
@@ -173,6 +172,6 @@ def _print_all(texts: Sequence["Generated"], seeds: Sequence[int] | None, as_jso
     for number, text in enumerate(texts):
         if as_json:
             facts = {"tokens": len(text.ids), "finish_reason": text.finish_reason, "seed": seeds and seeds[number]}
-            print(to_json({"prompt": text.prompt, "text": text.text, **facts}))
+            print_result(to_json({"prompt": text.prompt, "text": text.text, **facts}))
         else:
-            print(f"{text.prompt}{text.text}" + (f"\n{_SEPARATOR}" if number + 1 < len(texts) else ""))
+            print_result(f"{text.prompt}{text.text}" + (f"\n{_SEPARATOR}" if number + 1 < len(texts) else ""))

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tiny_lm.console import print_result
 from tiny_lm.errors import UserError
 from tiny_lm.files import to_json
 
@@ -32,11 +33,11 @@ def harness(
     )["results"]
     if as_json:
         plain = json.loads(json.dumps(found, default=str), parse_constant=lambda _: None)  # JSON has no NaN
-        print(to_json(plain, indent=2))
+        print_result(to_json(plain, indent=2))
         return
     for task, figures in found.items():
         for name, value, error in _rows(figures):
-            print(f"{task:<24} {name:<20} {value:>10.4f}{f'  ± {error:.4f}' if error is not None else ''}")
+            print_result(f"{task:<24} {name:<20} {value:>10.4f}{f'  ± {error:.4f}' if error is not None else ''}")
 
 
 def _rows(figures: dict[str, Any]) -> list[tuple[str, float, float | None]]:

@@ -1,5 +1,6 @@
 """``tiny-lm generate RUN --interactive``: type a beginning, get a story, change how it is told."""
 
+import io
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from random import randrange
 from typing import Any
 
 from tiny_lm.cli.generate import tell_dropped
+from tiny_lm.console import print_error, print_message, print_result
 from tiny_lm.errors import UserError
 from tiny_lm.files import write_text
 from tiny_lm.inference import Request, Sampling, TextGenerator
@@ -55,7 +57,7 @@ class Session:
             "history": self._show_history,
             "save": self._save,
             "settings": self._show_settings,
-            "help": lambda _: print(_HELP, file=sys.stderr),
+            "help": lambda _: print_message(_HELP),
             "quit": self._leave,
             "exit": self._leave,
             **{name: self._setter(name) for name in self._settings()},
@@ -63,9 +65,11 @@ class Session:
 
     def run(self, prompts: Sequence[str] = ()) -> None:
         """Tell the stories of ``prompts``, then those of the lines that are typed, until the input ends."""
+        if isinstance(sys.stdin, io.TextIOWrapper):  # a key that is not UTF-8 is no reason to leave
+            sys.stdin.reconfigure(encoding="utf-8", errors="replace")
         if sys.stdin.isatty():
             import readline  # noqa: F401 (gives input() its editing keys and its memory)
-        print(_HELP, file=sys.stderr)
+        print_message(_HELP)
         for prompt in prompts:
             self.handle(prompt)
         while True:
@@ -74,7 +78,7 @@ class Session:
             except EOFError:
                 return
             except KeyboardInterrupt:  # at the prompt, or twice in a story
-                print("\n(/quit or Ctrl-D leaves)", file=sys.stderr)
+                print_message("\n(/quit or Ctrl-D leaves)")
 
     def handle(self, line: str) -> None:
         """Do what a line says: a command, or the beginning of a story. A mistake costs one line on standard error.
@@ -95,7 +99,7 @@ class Session:
                 raise UserError(f"/{name} is no command; " + (f"did you mean /{close[0]}?" if close else "see /help"))
             self._commands[name](argument.strip())
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print_error(error)
 
     # --- stories -----------------------------------------------------------------------------------------------------
 
@@ -106,16 +110,14 @@ class Session:
         pieces = self._generator.stream(prompt, self._request, seed=seed)
         self._prompt = prompt
         story = prompt
-        sys.stdout.write(prompt)
+        print_result(prompt, end="")
         try:
             for piece in pieces:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+                print_result(piece, end="")
                 story += piece
         except KeyboardInterrupt:
-            print(" (stopped)", file=sys.stderr, end="")
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+            print_message(" (stopped)", end="")
+        print_result()
         self.history.append(story)
 
     def _leave(self, _: str) -> None:
@@ -136,7 +138,7 @@ class Session:
     def _show_history(self, _: str) -> None:
         self._need_a_story()
         for number, story in enumerate(self.history, start=1):
-            print(f"--- {number}\n{story}")
+            print_result(f"--- {number}\n{story}")
 
     def _save(self, name: str) -> None:
         self._need_a_story()
@@ -146,7 +148,7 @@ class Session:
             raise UserError(f"{name}: is there already; choose another name")
         write_text(Path(name), "".join(f"{story}\n<|endoftext|>\n" for story in self.history))
         stories = f"{len(self.history)} stories" if len(self.history) > 1 else "1 story"
-        print(f"{name}: {stories}", file=sys.stderr)
+        print_message(f"{name}: {stories}")
 
     # --- settings ----------------------------------------------------------------------------------------------------
 
@@ -166,7 +168,7 @@ class Session:
         if name == "stop":
             value = " ".join(json.dumps(stop, ensure_ascii=False) for stop in value)
         is_off = value is None or value == "" or (name in _OFF and value == _OFF[name])
-        print(f"/{name} {'off' if is_off else value}", file=sys.stderr)
+        print_message(f"/{name} {'off' if is_off else value}")
 
     def _setter(self, name: str) -> Callable[[str], None]:
         """Return the command that changes a setting, or tells it where no value is given."""

@@ -6,6 +6,7 @@ import typer
 
 from tiny_lm.cli.options import Settings
 from tiny_lm.config import override, parse_overrides
+from tiny_lm.console import print_result
 from tiny_lm.errors import UserError
 from tiny_lm.training.launch import check_variables
 
@@ -35,12 +36,12 @@ def estimate(
     memory = estimate_memory(setup)
     parts = {name.replace("_", " "): size for name, size in vars(memory).items()}
     for name, size in {**parts, "at the peak": memory.total, "free here": free_memory(setup.device)}.items():
-        print(f"{name:<16} {size / 2**20:>12,.1f} MiB")
+        print_result(f"{name:<16} {size / 2**20:>12,.1f} MiB")
     how = f"{setup.windows} windows of {setup.block_size} tokens on this {setup.device.upper()} in {setup.precision}"
-    print(f"for {how}; Python and torch take some 500 MiB more")
+    print_result(f"for {how}; Python and torch take some 500 MiB more")
     for saving in find_savings(setup):
         settings_line = " ".join(f"--set {setting}" for setting in saving.settings.split())
-        print(f"{saving.bytes / 2**20:,.0f} MiB less, for {saving.cost}: {settings_line}")
+        print_result(f"{saving.bytes / 2**20:,.0f} MiB less, for {saving.cost}: {settings_line}")
 
 
 def find_batch_size(
@@ -65,7 +66,7 @@ def find_batch_size(
 
     setup, windows_per_step = _load(profile, model_config, training_config, data_config, settings)
     free = memory * 1e9 if memory is not None else free_memory(setup.device) * (1 - margin)
-    print(f"{'windows':>8} {'memory':>12} {'speed':>18}")
+    print_result(f"{'windows':>8} {'memory':>12} {'speed':>18}")
     found = find_batch_sizes(
         setup, windows_per_step, limit=most, memory=int(free), seconds=seconds, report=_print_trial
     )
@@ -118,16 +119,16 @@ def _load(
 def _print_trial(trial: "Trial") -> None:
     speed = f"{trial.tokens_per_second:,.0f} tokens/s" if trial.tokens_per_second is not None else "not tried"
     outcome = speed if trial.fits else "does not fit"
-    print(f"{trial.windows:>8,} {trial.memory / 1e9:>9.2f} GB {outcome:>18}", flush=True)
+    print_result(f"{trial.windows:>8,} {trial.memory / 1e9:>9.2f} GB {outcome:>18}")
 
 
 def _print_choice(found: "BatchSizes", windows_per_step: int | None, free: float) -> None:
     """Say which sizes to choose, and how."""
     fastest, largest = found.fastest, found.largest
-    print(f"largest that fits into {free / 1e9:.1f} GB: {largest.windows}")
-    print(f"smallest of the fastest: {fastest.windows}")
+    print_result(f"largest that fits into {free / 1e9:.1f} GB: {largest.windows}")
+    print_result(f"smallest of the fastest: {fastest.windows}")
     accumulation = (windows_per_step or fastest.windows) // fastest.windows
-    print(
+    print_result(
         f"use: --set data.batch_size={fastest.windows} --set training.accumulate_grad_batches={accumulation}"
         + (f"  # {windows_per_step} windows in a step, as before" if windows_per_step else "")
     )

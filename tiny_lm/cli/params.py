@@ -6,6 +6,7 @@ import typer
 
 from tiny_lm.cli.options import Settings
 from tiny_lm.config import parse_overrides
+from tiny_lm.console import print_result
 
 
 def params(
@@ -17,5 +18,5 @@ def params(
 
     config = load_model_config(model_config, parse_overrides(settings or [], ["model"])["model"])
     for part, count in parameter_table(config).items():
-        print(f"{part:<16} {count:>14,}")
-    print(f"{'total':<16} {num_parameters(config):>14,}")
+        print_result(f"{part:<16} {count:>14,}")
+    print_result(f"{'total':<16} {num_parameters(config):>14,}")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tiny_lm.config import shipped_configs
+from tiny_lm.console import make_console, print_result
 from tiny_lm.files import to_json
 from tiny_lm.training.launch import check_variables
 
@@ -43,7 +44,7 @@ def profiles(
         for (name, (profile, run)), result in zip(planned.items(), times, strict=True)
     ]
     if as_json:
-        print(to_json([_plain(row) for row in rows], indent=2))
+        print_result(to_json([_plain(row) for row in rows], indent=2))
     else:
         _print_table(rows, with_times=time)
 
@@ -72,11 +73,9 @@ def _load() -> "dict[str, tuple[Profile, PlannedRun]]":
 
 def _measure(runs: "Iterable[PlannedRun]") -> "list[RunTime]":
     check_variables()
-    from rich.console import Console
-
     from tiny_lm.training.speed import estimate_run_times
 
-    with Console(stderr=True).status(f"measuring this machine for {_SECONDS:.0f} seconds"):
+    with make_console().status(f"measuring this machine for {_SECONDS:.0f} seconds"):
         return estimate_run_times(list(runs), seconds=_SECONDS)
 
 
@@ -93,7 +92,6 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _print_table(rows: list[dict[str, Any]], *, with_times: bool) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
@@ -109,9 +107,11 @@ def _print_table(rows: list[dict[str, Any]], *, with_times: bool) -> None:
         promise = f"\nguide: {row['expect']}" if row["expect"] else ""
         table.add_row(row["name"], *size, *about, row["description"] + promise)
     # A pipe has no width of its own.
-    Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 100).print(table)
-    if with_times:
-        print("\n".join(_remarks([row["time"] for row in rows])))
+    width = None if sys.stdout.isatty() else 100
+    make_console(stderr=False, soft_wrap=False, width=width).print(table)
+    for remark in _remarks([row["time"] for row in rows]) if with_times else ():
+        print_result(remark)
+    print_result(end="")  # the table, too, is what was asked for
 
 
 def _about(result: "RunTime") -> str:

@@ -1,6 +1,5 @@
 """Progress bars on standard error: for documents that stream by, and for work of several stages."""
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
@@ -16,6 +15,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from tiny_lm.console import make_console
+
 
 def track(documents: Iterable[str], description: str, *, total_bytes: int | None = None) -> Iterator[str]:
     """Yield ``documents`` and show their number, the amount of text, its rate and, if known, the time left."""
@@ -27,7 +28,7 @@ def track(documents: Iterable[str], description: str, *, total_bytes: int | None
         TransferSpeedColumn(),
         TimeRemainingColumn(compact=True),
     ]
-    console = Console(file=sys.stderr)
+    console = make_console()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(description, total=total_bytes, documents=0)
         size = 0

@@ -1,6 +1,5 @@
 """Commands that put a trained model on the Hugging Face Hub."""
 
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tiny_lm.cli.export import DtypeOption, RunArgument, load_named_source
+from tiny_lm.console import print_message
 
 if TYPE_CHECKING:
     from tiny_lm.export.source import Source
@@ -95,9 +95,9 @@ class _Options:
             total = sum(file.stat().st_size for file in files)
             what = f"{len(files)} files, {total:,} bytes, license {self.license}, to {self.target.url} ({who})"
             if self.dry_run:
-                print(f"would send {what}", file=sys.stderr)
+                print_message(f"would send {what}")
                 return
-            print(f"sending {what}", file=sys.stderr)
+            print_message(f"sending {what}")
             message = f"{source.name}, step {source.step:,}, as tiny-lm {__version__} exports it"
             print(hub.send(files, self.target, message))
 

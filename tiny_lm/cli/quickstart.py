@@ -12,6 +12,7 @@ import typer
 
 from tiny_lm.cli.options import ReplaceErrors
 from tiny_lm.cli.train import Configs, run_training
+from tiny_lm.console import make_console, shell_command, styled
 from tiny_lm.errors import UserError
 from tiny_lm.runs import RUNS_FOLDER, Run, create_run
 from tiny_lm.training.launch import check_variables
@@ -51,27 +52,26 @@ def quickstart(
 
 
 def _run_quickstart(text: Path | None, minutes: float, errors: str, seed: int) -> None:
-    from rich.console import Console
-
     check_variables()
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = make_console()
     started = time.perf_counter()
-    console.print("[bold]1 of 4[/]  text to tokens")
+    console.print(styled("1 of 4", "bold"), " text to tokens")
     stream = _prepare_text(text, errors, console)
-    console.print("[bold]2 of 4[/]  measuring this machine")
+    console.print(styled("2 of 4", "bold"), " measuring this machine")
     configs = _fit_to_minutes(minutes, seed, console)
-    console.print("[bold]3 of 4[/]  training")
+    console.print(styled("3 of 4", "bold"), " training")
     run = _fresh_run()
     result = run_training(run, configs, [_NAME] * 3)
-    console.print("[bold]4 of 4[/]  three stories")
+    console.print(styled("4 of 4", "bold"), " three stories")
     _report(run, result, stream, time.perf_counter() - started)
     _tell_stories(run, text is None, seed)
     program = "tiny-lm" if shutil.which("tiny-lm") else sys.argv[0]  # as the user can type it
     print(
-        f"Next:\n"
-        f"  {program} generate {run.folder} --prompt 'Once upon a time' --temperature 0.7\n"
-        f"  {program} quickstart --text your-own.txt --minutes 10\n"
-        f"  {program} train speed --help"
+        "Next:",
+        shell_command(program, "generate", run.folder, "--prompt", "Once upon a time", "--temperature", "0.7"),
+        shell_command(program, "quickstart", "--text", "your-own.txt", "--minutes", "10"),
+        shell_command(program, "train", "speed", "--help"),
+        sep="\n  ",
     )
 
 
@@ -146,7 +146,6 @@ def _fresh_run() -> Run:
 
 def _report(run: Run, result: "TrainingResult", stream: dict[str, Any], seconds: float) -> None:
     """Print the table of what was done."""
-    from rich.console import Console
     from rich.table import Table
 
     record = run.read_record()
@@ -163,8 +162,8 @@ def _report(run: Run, result: "TrainingResult", stream: dict[str, Any], seconds:
     }
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows.items():
-        table.add_row(f"[bold]{name}[/]", value)
-    Console(soft_wrap=True, highlight=False).print(table)
+        table.add_row(styled(name, "bold"), value)
+    make_console(stderr=False).print(table)
 
 
 def _tell_stories(run: Run, built_in: bool, seed: int) -> None:

@@ -1,6 +1,5 @@
 """The command that writes the report of a run, and how other commands write it on the way."""
 
-import sys
 import traceback
 from collections.abc import Sequence
 from typing import Annotated
@@ -8,6 +7,7 @@ from typing import Annotated
 import typer
 
 from tiny_lm.cli.options import Settings
+from tiny_lm.console import one_line, print_message
 from tiny_lm.errors import UserError
 from tiny_lm.runs import Run, open_run
 
@@ -34,8 +34,8 @@ def write_report_beside(run: Run, settings: Sequence[str] = ()) -> None:
 
         write_report(run, settings)
     except UserError as error:
-        print(f"warning: no report was written: {error}", file=sys.stderr)
+        print_message(f"warning: no report was written: {one_line(error)}")
     except Exception as error:  # training took hours, and its result is safe: no fault of the page may hide it
         place = traceback.extract_tb(error.__traceback__)[-1]
         told = " ".join(f"{type(error).__name__}: {error} ({place.filename}:{place.lineno})".split())
-        print(f"warning: no report was written: {told}", file=sys.stderr)
+        print_message(f"warning: no report was written: {told}")

@@ -1,11 +1,11 @@
 """The command that serves models over HTTP."""
 
 import os
-import sys
 from typing import Annotated
 
 import typer
 
+from tiny_lm.console import print_message
 from tiny_lm.errors import UserError
 
 _KEY_VARIABLE = "TINY_LM_API_KEY"
@@ -95,4 +95,4 @@ def _serve_with(engine: str, runs: list[str], host: str, port: int, python: str 
 
 
 def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print_message(line)

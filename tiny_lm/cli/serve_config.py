@@ -1,11 +1,11 @@
 """The command that prints how another program serves a run."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from tiny_lm.console import print_message, print_result
 from tiny_lm.errors import UserError
 
 
@@ -37,6 +37,6 @@ def serve_config(
     options = ServeOptions(port, export_dir, dtype and check_dtype(dtype), gpu, check_kinds([outtype])[0])
     commands = serve_commands(engine, load_source(run), run, options)
     for line in commands.lines():
-        print(line)
+        print_result(line)
     if commands.exported:
-        print(f"{commands.served} is this checkpoint's export, and was proven", file=sys.stderr)
+        print_message(f"{commands.served} is this checkpoint's export, and was proven")

@@ -7,6 +7,7 @@ import typer
 
 from tiny_lm.cli.data import check_errors, load_corpus_configs
 from tiny_lm.cli.options import DryRun, ReplaceErrors, Settings, print_configs
+from tiny_lm.console import print_result
 
 if TYPE_CHECKING:
     from tiny_lm.dataset import DatasetConfig, Errors
@@ -61,14 +62,14 @@ def inspect(
 
     loaded = load_tokenizer(tokenizer)
     ids = loaded.encode(text)
-    print(f"kind            {loaded.kind}")
-    print(f"tokens          {loaded.vocab_size:,}")
+    print_result(f"kind            {loaded.kind}")
+    print_result(f"tokens          {loaded.vocab_size:,}")
     for token in loaded.specials:
-        print(f"{token.role:<15} {token.id} {token.text}")
-    print(f"hash            {loaded.hash}")
-    print(f"bytes per token {len(text.encode()) / max(len(ids), 1):.2f} on this text:")
+        print_result(f"{token.role:<15} {token.id} {token.text}")
+    print_result(f"hash            {loaded.hash}")
+    print_result(f"bytes per token {len(text.encode()) / max(len(ids), 1):.2f} on this text:")
     for token_id in ids:
-        print(f"{token_id:>8} {loaded.token_text(token_id)!r}")
+        print_result(f"{token_id:>8} {loaded.token_text(token_id)!r}")
 
 
 @tokenizer_app.command("import")

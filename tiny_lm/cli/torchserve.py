@@ -1,12 +1,11 @@
 """The command that writes an archive for TorchServe."""
 
-import shlex
-import sys
 from typing import Annotated
 
 import typer
 
 from tiny_lm.cli.export import DtypeOption, Force, OutputDir, RunArgument
+from tiny_lm.console import print_message, shell_command
 
 
 def export_torchserve(
@@ -29,4 +28,4 @@ def export_torchserve(
     show_table(f"{output_dir} beside {source.name}", checks)
     for file in sorted(output_dir.iterdir()):
         print(f"{file}  {file.stat().st_size:,} bytes")
-    print(f"next: {shlex.join(torchserve.serve_words(output_dir, source))}", file=sys.stderr)
+    print_message(f"next: {shell_command(*torchserve.serve_words(output_dir, source))}")

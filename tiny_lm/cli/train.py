@@ -13,6 +13,7 @@ import typer
 from tiny_lm.cli.options import DryRun, Settings, print_configs
 from tiny_lm.cli.report import write_report_beside
 from tiny_lm.config import parse_overrides, shipped_configs
+from tiny_lm.console import make_console, shell_command
 from tiny_lm.errors import UserError
 from tiny_lm.files import remove_leftovers
 from tiny_lm.runs import RUNS_FOLDER, Run, create_run, new_run_name, number_in, open_run
@@ -108,8 +109,9 @@ def _check_streams(config: "BinDataConfig") -> None:
         data = BinDataConfig.from_yaml(shipped_configs() / BinDataConfig.folder / f"{profile.data}.yaml")
         if data.train_path == config.train_path:
             raise UserError(
-                f"{config.train_path}: no such token stream; write it with: tiny-lm tokenizer train --config "
-                f"{profile.tokenizer} && tiny-lm tokenize --config {profile.tokenizer}"
+                f"{config.train_path}: no such token stream; write it with: "
+                f"{shell_command('tiny-lm', 'tokenizer', 'train', '--config', profile.tokenizer)} && "
+                f"{shell_command('tiny-lm', 'tokenize', '--config', profile.tokenizer)}"
             )
 
 
@@ -171,9 +173,7 @@ def _choose_run(
 
 
 def _console(speaks: bool) -> "Console":
-    from rich.console import Console
-
-    return Console(stderr=True, soft_wrap=True, highlight=False, quiet=not speaks)
+    return make_console(quiet=not speaks)
 
 
 def _is_main_process(config: "TrainingConfig") -> bool:
@@ -234,7 +234,8 @@ def run_training(
         raise typer.Exit  # the first process writes and tells what remains
     _draw(run)
     if not result.finished:
-        console.print(f"stopped at step {result.steps:,}; go on with: tiny-lm train --resume {run.folder}")
+        resume = shell_command("tiny-lm", "train", "--resume", run.folder)
+        console.print(f"stopped at step {result.steps:,}; go on with: {resume}")
         raise typer.Exit(130)
     return result
 
@@ -273,7 +274,7 @@ def _print_summary(run: Run) -> None:
         "curves": " ".join(str(path) for path in sorted(run.plots.glob("*.png"))),
         "report": str(run.report) if run.report.is_file() else "",
         "sample stories": str(run.samples) if run.samples.is_file() else "",
-        "next": f"tiny-lm generate {run.folder} --prompt 'Once upon a time'",
+        "next": shell_command("tiny-lm", "generate", run.folder, "--prompt", "Once upon a time"),
     }
     for name, value in rows.items():
         if value:

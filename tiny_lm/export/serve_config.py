@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tiny_lm.console import shell_command
 from tiny_lm.errors import UserError
 from tiny_lm.export.gguf import check_model, file_name
 from tiny_lm.export.gguf_file import BLOCKS
@@ -50,8 +51,8 @@ class ServeCommands:
     def lines(self) -> list[str]:
         """Return a block for a POSIX shell: the export, unless it is there, then the engine's commands."""
         variables = "".join(f"{name}={shlex.quote(value)} " for name, value in self.environment.items())
-        export = [] if self.exported else [shlex.join(self.export)]
-        return export + [variables + shlex.join(words) for words in self.commands]
+        export = [] if self.exported else [shell_command(*self.export)]
+        return export + [variables + shell_command(*words) for words in self.commands]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from tiny_lm.console import shell_command
 from tiny_lm.data import BinDataConfig
 from tiny_lm.data.bin import open_stream, read_in_order
 from tiny_lm.dataset.stories import generate_stories
@@ -85,7 +86,8 @@ def load_source(path: str | Path) -> Source:
     if path.is_file():
         raise UserError(f"{path}: is neither a run folder nor a .ckpt file")
     if (path / "config.json").is_file() and not (path / "run.json").is_file():
-        raise UserError(f"{path}: is a model in Hugging Face's layout; make a run of it first: tiny-lm import {path}")
+        command = shell_command("tiny-lm", "import", path)
+        raise UserError(f"{path}: is a model in Hugging Face's layout; make a run of it first: {command}")
     run = open_run(path)
     with run.claim_to_read():
         return load_checkpoint_source(run.model_checkpoint(), run.tokenizer, model_config=_config_of(run))

@@ -1,7 +1,6 @@
 """The proof that an export is the same model: token ids, log-probabilities, and what is said."""
 
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiny_lm import __version__
+from tiny_lm.console import make_console
 from tiny_lm.errors import UserError
 from tiny_lm.export.source import Source
 from tiny_lm.files import write_json
@@ -249,13 +249,12 @@ def write_report(folder: Path, source: Source, form: str, files: dict[str, Any])
 
 def show_table(title: str, checks: Iterable[Check]) -> None:
     """Show the checks on standard error."""
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("check", "result", "limit", "", title=title, title_justify="left")
     for check in checks:
         table.add_row(check.name, check.result, check.limit, "ok" if check.passed else "FAILED")
-    Console(file=sys.stderr, markup=False, highlight=False).print(table, markup=False)
+    make_console(soft_wrap=False).print(table)
 
 
 def require(name: str, checks: Iterable[Check]) -> None:

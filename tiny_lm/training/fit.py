@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 
 from tiny_lm.config import Config
+from tiny_lm.console import make_console
 from tiny_lm.data import BinDataConfig
 from tiny_lm.data.bin import hold_streams
 from tiny_lm.data.module import BinTokenDataModule
@@ -91,7 +92,7 @@ def train(
     device = choose_device()
     processes = choose_processes(training_config, device)
     share = share_batch(data_config.batch_size, training_config.accumulate_grad_batches, processes.world_size)
-    console = (console or Console(stderr=True)) if processes.is_main else Console(quiet=True, force_terminal=False)
+    console = (console or make_console()) if processes.is_main else make_console(quiet=True, force_terminal=False)
     data = BinTokenDataModule(
         data_config,
         seed=training_config.seed,

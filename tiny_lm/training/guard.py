@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from tiny_lm.console import shell_command
 from tiny_lm.data.module import BinTokenDataModule
 from tiny_lm.errors import UserError
 from tiny_lm.files import write_text
@@ -171,10 +172,9 @@ class LossGuard(StepCallback):
         config = self._config
         begin = "go on" if self._run.last_checkpoint.is_file() else "begin again"
         rate = max(config.learning_rate / 2, config.min_lr)
-        return (
-            f"{self.last_checkpoint()}; {begin} with a lower rate: tiny-lm train --resume {self._run.folder} "
-            f"--set training.learning_rate={rate:g}"
-        )
+        setting = f"training.learning_rate={rate:g}"
+        command = shell_command("tiny-lm", "train", "--resume", self._run.folder, "--set", setting)
+        return f"{self.last_checkpoint()}; {begin} with a lower rate: {command}"
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
 

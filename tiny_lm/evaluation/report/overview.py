@@ -1,11 +1,11 @@
 """What was trained on what: the sentence, the large figures and the tables that a report begins and ends with."""
 
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tiny_lm.console import shell_command
 from tiny_lm.errors import UserError
 from tiny_lm.evaluation.report.material import Material
 from tiny_lm.model import FAMILY_NAMES, ModelConfig, model_config_from_dict, parameter_table
@@ -194,7 +194,7 @@ def command_line(material: Material) -> str:
     if not isinstance(words, Sequence) or not words or not all(isinstance(word, str) for word in words):
         return ""
     program, *arguments = words
-    return shlex.join([Path(program).name if Path(program).name == "tiny-lm" else program, *arguments])
+    return shell_command(Path(program).name if Path(program).name == "tiny-lm" else program, *arguments)
 
 
 def _has_environment(material: Material) -> bool:
