@@ -55,19 +55,17 @@ def lock_folder(
         in_use: says in the error what another process does there, and what to do about it.
         shared: several may hold such a lock at once, but none beside an exclusive one.
         wait: seconds to wait for others to release it.
-        create: create the folder where it is missing, and remove it at the end if nothing was put into it.
+        create: create the folder where it is missing, and at the end remove what was created and is still empty.
 
     Raises:
         UserError: another process holds a lock that does not go together with this one, or the folder could not be
             created.
     """
-    created = False
+    created: list[Path] = []
     if create:
+        created = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError):
-                folder.mkdir()
-                created = True
+            folder.mkdir(parents=True, exist_ok=True)
             if not folder.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
         except OSError as error:
@@ -76,9 +74,9 @@ def lock_folder(
         with _locked(folder, in_use, shared, wait):
             yield
     finally:
-        if created:
-            with suppress(OSError):  # it is not empty
-                folder.rmdir()
+        with suppress(OSError):  # one is not empty, and so is each above it
+            for path in created:
+                path.rmdir()
 
 
 @contextmanager

@@ -200,7 +200,7 @@ def test_an_error_is_one_line_whatever_the_user_typed(tmp_path: Path) -> None:
     result = shell(f"{TINY_LM} $'a\\x1b]0;x\\x07\\nb\\xe9'", tmp_path)
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
-    assert "a␛]0;x␇ b\\udce9".encode() in line
+    assert not set(line) & {0x07, 0x1B, 0xE9}
 
 
 @pytest.fixture(scope="module")

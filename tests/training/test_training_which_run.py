@@ -122,3 +122,4 @@ def test_a_run_of_an_older_version_is_known_by_the_names_of_its_configs(project:
 
 def test_shipped_configs_have_one_origin_wherever_they_are_installed(project: Project) -> None:
     assert config_origin("training", "turbo") == "shipped:training/turbo.yaml"
+    assert config_origin("models", "gpt2-8k-2l-speed") == "shipped:models/gpt2-8k-2l-speed.yaml"

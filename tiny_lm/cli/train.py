@@ -133,7 +133,7 @@ def _started_from(files: list[str], resumed: Run | None) -> tuple[list[str], lis
     from tiny_lm.training.which_run import config_origin
 
     names = [Path(file).stem for file in files]
-    origins = [config_origin(kind, file) for kind, file in zip(("model", "training", "data"), files, strict=True)]
+    origins = [config_origin(kind, file) for kind, file in zip(("models", "training", "data"), files, strict=True)]
     if resumed is not None:
         names, origins = (
             [str(value) for value in known] if isinstance(known := record.get(key), list) and len(known) == 3 else given

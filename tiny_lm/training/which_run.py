@@ -37,7 +37,12 @@ MAY_CHANGE = {
 
 
 def config_origin(kind: str, file: str) -> str:
-    """Return where a config file lies: relative to the working directory, or among the shipped ones."""
+    """Return where a config file lies: relative to the working directory, or among the shipped ones.
+
+    Args:
+        kind: the folder of its kind (models, training, data).
+        file: as :func:`~tiny_lm.config.find_config` takes it.
+    """
     path = find_config(kind, file).resolve()
     for folder, prefix in ((shipped_configs().resolve(), "shipped:"), (Path.cwd(), "")):
         if path.is_relative_to(folder):
