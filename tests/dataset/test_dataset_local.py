@@ -13,6 +13,7 @@ import pytest
 
 from tiny_lm.dataset import DatasetConfig, download, iter_documents
 from tiny_lm.dataset.local import DOCUMENT_LIMIT, HEAD
+from tiny_lm.dataset.names import name_from_path, path_from_name
 from tiny_lm.errors import UserError
 
 STORIES = Path(__file__).parents[2] / "../shared/data/tinystories"
@@ -79,6 +80,44 @@ def test_txt_with_separator_lines(file, name: str, end: str, mark: str):
 def test_a_separator_inside_a_line_is_text(file):
     path = file("a.txt", "one <|endoftext|> one\n<|endoftext|>\ntwo\n")
     assert read(path) == ["one <|endoftext|> one", "two"]
+
+
+def test_separators_at_the_ends_of_lines(file, caplog: pytest.LogCaptureFixture):
+    """As many exports write it: ``text<|endoftext|>``, or several documents in one line."""
+    with caplog.at_level(logging.INFO):
+        path = file("a.txt", "one\n\nmore<|endoftext|>\ntwo<|endoftext|>three<|endoftext|>\n\nfour")
+        assert read(path) == ["one\n\nmore", "two", "three", "four"]
+    assert "no line holds <|endoftext|> alone" in caplog.text
+
+
+def test_hidden_folders_are_left_out(file, tmp_path: Path):
+    for name in ("a.txt", ".git/b.txt", "x/.ipynb_checkpoints/c.txt", "x/d.txt", "x/.e.txt"):
+        file(f"corpus/{name}", name)
+    assert read(tmp_path / "corpus") == ["a.txt", "x/d.txt"]
+    assert read(tmp_path / "corpus" / "**" / "*.txt") == ["a.txt", "x/d.txt"]
+
+
+def test_brackets_in_the_name_of_a_folder_are_literal(file, tmp_path: Path):
+    for name in ("train-1.txt", "train-2.txt", "val.txt"):
+        file(f"corpus [2024]/{name}", name)
+    splits = {"train": "train-*.txt", "validation": "val.txt"}
+    assert read(tmp_path / "corpus [2024]", splits=splits) == ["train-1.txt", "train-2.txt"]
+    assert read(tmp_path / "corpus [2024]" / "val.txt") == ["val.txt"]
+
+
+def test_a_file_that_two_links_lead_to_is_read_once(file, tmp_path: Path):
+    path = file("corpus/a.txt", "one")
+    (tmp_path / "corpus" / "b.txt").symlink_to(path)
+    (tmp_path / "corpus" / "c.txt").hardlink_to(path)
+    assert read(tmp_path / "corpus") == ["one"]
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt"))
+    path.write_text("one")
+    assert name_from_path(path).endswith("caf\\xe9.txt")
+    assert path_from_name(name_from_path(path)) == path
+    assert read(name_from_path(path)) == ["one"]
 
 
 def test_another_separator(file):

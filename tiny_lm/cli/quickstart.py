@@ -93,16 +93,17 @@ def _prepare_text(text: Path | None, errors: str, console: "Console") -> dict[st
     from tiny_lm.cli.data import check_errors, write_streams
     from tiny_lm.cli.tokenizer import train_and_save
     from tiny_lm.dataset import DatasetConfig
+    from tiny_lm.dataset.names import name_from_path
     from tiny_lm.tokenizer import TokenizerConfig
 
     chosen = check_errors(errors)
-    dataset_config = DatasetConfig(name=str(text), source="local") if text else _write_stories(console)
+    dataset_config = DatasetConfig(name=name_from_path(text), source="local") if text else _write_stories(console)
     tokenizer_config = TokenizerConfig.from_yaml(_NAME, {"val_split": 0.05})
     tokenizer = train_and_save(tokenizer_config, dataset_config, errors=chosen)
     metadata = write_streams(tokenizer, tokenizer_config, dataset_config, errors=chosen)
     train, val = metadata.files["train.bin"], metadata.files["val.bin"]
     return {
-        "text": str(text or dataset_config.name),
+        "text": dataset_config.name,
         "documents": f"{train.documents:,} to train on, {val.documents:,} to validate",
         "tokenizer": f"{tokenizer.vocab_size:,} tokens, {train.bytes_per_token:.2f} bytes each",
         "token stream": f"{train.tokens:,} tokens in {tokenizer_config.tokenized_output_dir}",

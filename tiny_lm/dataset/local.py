@@ -7,7 +7,6 @@ import csv
 import gzip
 import json
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -20,6 +19,7 @@ from typing import IO, Any
 
 from tiny_lm.config import nearest, shorten
 from tiny_lm.dataset.config import BLANK_LINE, DatasetConfig, Errors, Split
+from tiny_lm.dataset.find_files import find_files, format_of
 from tiny_lm.errors import UserError
 
 DOCUMENT_LIMIT = 64 * 2**20  # bytes
@@ -44,105 +44,10 @@ def read_local(config: DatasetConfig, split: Split, errors: Errors) -> Iterator[
     Raises:
         UserError: nothing is found, or a file cannot be read; names the file and the place in it.
     """
-    for path in find_files(config, split):
-        for text in _READERS[_format(path)](path, config, errors):
+    for path in find_files(config, split).files:
+        for text in _READERS[format_of(path)](path, config, errors):
             if text and not text.isspace():
                 yield text
-
-
-# --- which files -----------------------------------------------------------------------------------------------------
-
-
-def find_files(config: DatasetConfig, split: Split) -> list[Path]:
-    """Return the files of ``split``, sorted.
-
-    Raises:
-        UserError: there are none, or the two splits of ``config`` share a file.
-    """
-    with _readable(Path(config.name)):
-        root = Path(config.name).expanduser()
-        is_folder = root.is_dir()
-    if config.splits is None:
-        return _find(root)
-    if not is_folder:
-        raise UserError(f"{root}: is no folder, so it holds no splits; remove `splits` or name the folder of the files")
-    if config.splits.validation is None:
-        return _find(root / config.splits.train)
-    files: dict[Split, list[Path]] = {
-        "train": _find(root / config.splits.train),
-        "validation": _find(root / config.splits.validation),
-    }
-    train = {os.path.realpath(file) for file in files["train"]}
-    shared = [file for file in files["validation"] if os.path.realpath(file) in train]
-    if shared:
-        raise UserError(f"{shared[0]}: belongs to both splits.train and splits.validation; name each file once")
-    return files[split]
-
-
-def _find(place: Path) -> list[Path]:
-    """Return the one file, or the supported files below a folder, or those that a glob matches."""
-    with _readable(place):
-        if "\0" in str(place):
-            raise ValueError("embedded NUL")
-        if place.is_dir():
-            found, what = _below(place), "no supported file below this folder"
-        elif place.exists() or not any(character in str(place) for character in "*?["):
-            _format(place)
-            return [place]
-        else:
-            pattern = place.relative_to(place.anchor).as_posix()
-            found, what = Path(place.anchor).glob(pattern), "no supported file matches"
-        # Hidden files are the leavings of editors and file managers.
-        files = [file for file in found if not file.name.startswith(".") and _extension(file) in _READERS]
-        files = [file for file in files if not file.is_dir()]
-    if not files:
-        raise UserError(f"{place}: {what} ({_supported()})")
-    return sorted(files, key=lambda file: file.as_posix())
-
-
-@contextmanager
-def _readable(place: Path) -> Iterator[None]:
-    """Turn what looking for files raises into a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error.filename or place}: could not be read ({error.strerror or error})") from error
-    except (ValueError, RuntimeError) as error:  # RuntimeError: the home directory of a user who is not
-        raise UserError(f"{str(place)!r}: is no valid path or glob ({error})") from None
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    """Yield every file below ``folder``, through symbolic links, visiting each real folder once."""
-
-    def stop(error: OSError) -> None:
-        raise error
-
-    seen: set[str] = set()
-    for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        yield from (Path(place, file) for file in files)
-
-
-def _extension(path: Path) -> str:
-    plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path
-    return plain.suffix.lower()
-
-
-def _format(path: Path) -> str:
-    extension = _extension(path)
-    if extension not in _READERS:
-        raise UserError(
-            f"{path}: no such file or folder" if not path.exists() else f"{path}: not one of {_supported()}"
-        )
-    return extension
-
-
-def _supported() -> str:
-    return f"{', '.join(_READERS)}, each also with .gz"
 
 
 # --- bytes and lines -------------------------------------------------------------------------------------------------
@@ -195,7 +100,7 @@ def _decode(data: bytes, errors: Errors, path: Path, offset: int) -> str:
 
 
 def _read_txt(path: Path, config: DatasetConfig, errors: Errors) -> Iterator[str]:
-    separator = _separator_line(path, config.separator)
+    separator, in_lines = _find_separator(path, config.separator)
     advice = f"put {f'a line {config.separator}' if separator else 'a blank line'} between documents"
     lines: list[bytes] = []
     start = size = 0
@@ -204,14 +109,20 @@ def _read_txt(path: Path, config: DatasetConfig, errors: Errors) -> Iterator[str
         return tidy(_decode(b"".join(lines), errors, path, start))
 
     for offset, line in _lines(path):
-        if line.strip() == separator:
+        ended, separated, rest = line.partition(separator) if in_lines else (line, b"", b"")
+        if not in_lines and line.strip() == separator:
             yield document()
             lines, size = [], 0
             continue
+        while separated:
+            lines.append(ended)
+            yield document()
+            lines, size = [], 0
+            ended, separated, rest = rest.partition(separator)
         if not lines:
             start = offset
-        lines.append(line)
-        size += len(line)
+        lines.append(ended)
+        size += len(ended)
         if size > DOCUMENT_LIMIT:
             raise _too_large(path, start, advice)
     yield document()
@@ -224,17 +135,23 @@ def tidy(text: str) -> str:
     return text.strip()
 
 
-def _separator_line(path: Path, separator: str) -> bytes:
-    """Return the separator line to look for, stripped; empty means that blank lines separate."""
+def _find_separator(path: Path, separator: str) -> tuple[bytes, bool]:
+    """Return what separates the documents of a file, and whether it stands in lines of text instead of its own.
+
+    Empty, with False, means blank lines. Where the separator has lines of its own, text that holds it is text.
+    """
     if separator == BLANK_LINE:
-        return b""
+        return b"", False
     line = separator.encode("utf-8")
     with _opened(path) as file:
         head = file.read(HEAD).removeprefix(BOM)
     if any(candidate.strip() == line for candidate in head.split(b"\n")):
-        return line
-    _log.info("%s: no line %s near its start, so blank lines separate its documents", path, separator)
-    return b""
+        return line, False
+    if line in head:
+        _log.info("%s: no line holds %s alone, so documents end at it wherever it stands", path, separator)
+        return line, True
+    _log.info("%s: no %s near its start, so blank lines separate its documents", path, separator)
+    return b"", False
 
 
 def _read_jsonl(path: Path, config: DatasetConfig, errors: Errors) -> Iterator[str]:

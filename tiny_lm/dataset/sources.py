@@ -5,7 +5,8 @@ from pathlib import Path
 
 from tiny_lm.dataset.config import BLANK_LINE, END_OF_TEXT, DatasetConfig, Errors, Split
 from tiny_lm.dataset.filters import apply_filters, in_validation
-from tiny_lm.dataset.local import BOM, DOCUMENT_LIMIT, HEAD, find_files, read_local, tidy
+from tiny_lm.dataset.find_files import find_files
+from tiny_lm.dataset.local import BOM, DOCUMENT_LIMIT, HEAD, read_local, tidy
 from tiny_lm.errors import UserError
 from tiny_lm.files import open_output
 
@@ -78,7 +79,7 @@ def estimate_bytes(config: DatasetConfig, split: Split, *, val_split: float = 0.
     if config.source != "local":
         return None
     named = config.split_name("validation") is not None
-    files = find_files(config, split if named else "train")
+    files = find_files(config, split if named else "train").files
     if any(file.suffix.lower() in (".gz", ".parquet") for file in files):
         return None
     share = 1.0 if named else val_split if split == "validation" else 1 - val_split

@@ -1,0 +1,171 @@
+"""Which files a local data set consists of: one file, those below a folder, or those that a glob matches."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tiny_lm.dataset.config import DatasetConfig, Split
+from tiny_lm.dataset.names import name_from_path, path_from_name
+from tiny_lm.errors import UserError
+
+FORMATS = (".txt", ".jsonl", ".json", ".csv", ".parquet")
+_GLOB = "*?["
+_SHOWN = 3  # names of skipped files
+
+
+@dataclass
+class FoundFiles:
+    """The files of a data set, sorted, and what was left out: hidden, of an unknown format, or found before."""
+
+    files: list[Path] = field(default_factory=list)
+    skipped: list[Path] = field(default_factory=list)
+
+
+def find_files(config: DatasetConfig, split: Split) -> FoundFiles:
+    """Return the files of ``split``.
+
+    Raises:
+        UserError: there are none, or the two splits of ``config`` share a file.
+    """
+    with _readable(config.name):
+        root = path_from_name(config.name)
+        is_folder = root.is_dir()
+    if config.splits is None:
+        return _find(Path(root.anchor), root)
+    if not is_folder:
+        name = name_from_path(root)
+        raise UserError(f"{name}: is no folder, so it holds no splits; remove `splits` or name the folder of the files")
+    if config.splits.validation is None:
+        return _find(root, root / path_from_name(config.splits.train))
+    found: dict[Split, FoundFiles] = {
+        "train": _find(root, root / path_from_name(config.splits.train)),
+        "validation": _find(root, root / path_from_name(config.splits.validation)),
+    }
+    train = {os.path.realpath(file) for file in found["train"].files}
+    shared = [file for file in found["validation"].files if os.path.realpath(file) in train]
+    if shared:
+        name = name_from_path(shared[0])
+        raise UserError(f"{name}: belongs to both splits.train and splits.validation; name each file once")
+    return found[split]
+
+
+def _find(base: Path, place: Path) -> FoundFiles:
+    """Find one file, the files below a folder, or those that a glob below ``base`` matches.
+
+    What exists is taken by its name, so a folder ``corpus [2024]`` is no glob, and neither is a file in it.
+    """
+    with _readable(place):
+        if "\0" in str(place):
+            raise ValueError("embedded NUL")
+        if place.is_dir():
+            found = _select(_below(place))
+            what = "no supported file below this folder"
+        elif place.exists() or not any(character in str(place.relative_to(base)) for character in _GLOB):
+            format_of(place)
+            return FoundFiles([place])
+        else:
+            base, pattern = _literal_part(base, place)
+            found = _select(_matches(base, pattern))
+            what = "no supported file matches"
+    if not found.files:
+        skipped = f"; skipped {describe_skipped(found.skipped)}" if found.skipped else ""
+        raise UserError(f"{name_from_path(place)}: {what} ({_supported()}){skipped}")
+    return found
+
+
+def _literal_part(base: Path, place: Path) -> tuple[Path, Path]:
+    """Divide a path into the folders that exist and the glob below them."""
+    parts = list(place.relative_to(base).parts)
+    while len(parts) > 1 and (base / parts[0]).is_dir():
+        base /= parts.pop(0)
+    return base, Path(*parts)
+
+
+def _matches(base: Path, pattern: Path) -> Iterator[Path]:
+    """Yield what a glob matches; a hidden folder counts only where the glob names one."""
+    names_hidden = any(part.startswith(".") for part in pattern.parts)
+    for path in base.glob(pattern.as_posix()):
+        folders = path.relative_to(base).parts[:-1]
+        if names_hidden or not any(part.startswith(".") for part in folders):
+            yield path
+
+
+def _select(paths: Iterator[Path]) -> FoundFiles:
+    """Keep files of a known format, each once, however many links lead to it."""
+    found = FoundFiles()
+    seen: set[tuple[int, int]] = set()
+    for path in sorted(paths, key=lambda path: path.as_posix()):
+        is_hidden = path.name.startswith(".")  # leavings of editors, file managers and notebooks
+        if path.is_dir() and not is_hidden:
+            continue
+        status = None if is_hidden or _extension(path) not in FORMATS else path.stat()
+        identity = status and (status.st_dev, status.st_ino)
+        if identity is None or identity in seen:
+            found.skipped.append(path)
+        else:
+            seen.add(identity)
+            found.files.append(path)
+    return found
+
+
+def describe_skipped(skipped: list[Path]) -> str:
+    """Return the number and the first names of files that are not read."""
+    names = ", ".join(name_from_path(path.name) for path in skipped[:_SHOWN])
+    more = ", ..." if len(skipped) > _SHOWN else ""
+    return f"{len(skipped):,} other {'file' if len(skipped) == 1 else 'files'} ({names}{more})"
+
+
+@contextmanager
+def _readable(place: Path | str) -> Iterator[None]:
+    """Turn what looking for files raises into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        name = name_from_path(error.filename or str(place))
+        raise UserError(f"{name}: could not be read ({error.strerror or error})") from error
+    except (ValueError, RuntimeError) as error:  # RuntimeError: the home directory of a user who is not
+        raise UserError(f"{str(place)!r}: is no valid path or glob ({error})") from None
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Yield every file and hidden folder below ``folder``, through symbolic links, visiting each real folder once."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place, name) for name in files)
+        yield from (Path(place, name) for name in folders if name.startswith("."))
+        folders[:] = [name for name in folders if not name.startswith(".")]
+
+
+def _extension(path: Path) -> str:
+    plain = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return plain.suffix.lower()
+
+
+def format_of(path: Path) -> str:
+    """Return which of ``FORMATS`` a file has, by its name.
+
+    Raises:
+        UserError: it has none of them, or does not exist.
+    """
+    extension = _extension(path)
+    if extension not in FORMATS:
+        name = name_from_path(path)
+        raise UserError(
+            f"{name}: no such file or folder" if not path.exists() else f"{name}: not one of {_supported()}"
+        )
+    return extension
+
+
+def _supported() -> str:
+    return f"{', '.join(FORMATS)}, each also with .gz"
