@@ -36,12 +36,17 @@ def measure_speed(
     """Train for ``steps`` optimizer steps into a temporary folder, in the way of a real run.
 
     The first half of the steps, in which memory is taken and kernels are chosen, is not counted.
+
+    Raises:
+        UserError: a signal stopped it.
     """
     short = replace(training_config, max_steps=steps, log_every_n_steps=steps // 2, save_every_n_steps=steps)
     with TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
         silent = Console(file=nowhere)
-        metrics = train(model_config, short, data_config, Run(Path(folder) / "run"), console=silent).metrics
-    return Speed(metrics["tokens_per_sec"], metrics["val_seconds"])
+        result = train(model_config, short, data_config, Run(Path(folder) / "run"), console=silent)
+    if not result.finished:
+        raise UserError("stopped while this machine was being measured; nothing was trained")
+    return Speed(result.metrics["tokens_per_sec"], result.metrics["val_seconds"])
 
 
 # --- how long whole runs would take ----------------------------------------------------------------------------------
