@@ -48,6 +48,12 @@ LEFT_OVER = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_training_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has trained marks itself as the parent of the ranks that it starts."""
+    monkeypatch.delenv(PARENT_KEY, raising=False)
+
+
 def apply(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in variables.items():
         monkeypatch.setenv(key, value)

@@ -67,6 +67,7 @@ def train(
         if not configs[1].run_name:
             with suppress(OSError):  # the folder of a name of ours, where it is empty since no training began
                 run.folder.rmdir()
+                run.folder.parent.rmdir()
     _print_summary(run)
 
 
