@@ -37,6 +37,7 @@ _INVISIBLE = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
     "\U000e0000-\U000e007f]"
 )
+_UNDECODABLE = re.compile("[\udc80-\udcff]")  # bytes of a file name that are not UTF-8
 _PROGRESS_BAR = r"\r|\t|\x1b\[(?:\?25[hl]|\d*[AK]|[\d;]*m)"
 """What progress bars of rich and tqdm send to a terminal; none of it writes anywhere but to its own lines."""
 _UNSAFE = re.compile(f"({_PROGRESS_BAR})|{_INVISIBLE.pattern}")
@@ -61,7 +62,8 @@ def _escape(match: "re.Match[str]") -> str:
 
 def one_line(text: object) -> str:
     """Return ``text`` as one line that is safe to print, whatever the names and foreign messages in it hold."""
-    return visible(" ".join(str(text).replace("\r\n", "\n").split("\n")).strip())
+    text = _UNDECODABLE.sub(lambda half: f"\\x{ord(half[0]) - 0xDC00:02x}", str(text))
+    return visible(" ".join(text.replace("\r\n", "\n").split("\n")).strip())
 
 
 def shell_command(*words: object) -> str:

@@ -3,7 +3,6 @@
 import csv
 import gzip
 import json
-import logging
 import os
 from pathlib import Path
 
@@ -11,9 +10,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tiny_lm.dataset import DatasetConfig, download, iter_documents
-from tiny_lm.dataset.local import DOCUMENT_LIMIT, HEAD
+from tiny_lm.dataset import DatasetConfig, ReadingNotes, download, iter_documents
+from tiny_lm.dataset.local import read_local
 from tiny_lm.dataset.names import name_from_path, path_from_name
+from tiny_lm.dataset.text_file import DOCUMENT_LIMIT
+from tiny_lm.dataset.txt import HEAD
 from tiny_lm.errors import UserError
 
 STORIES = Path(__file__).parents[2] / "../shared/data/tinystories"
@@ -77,17 +78,16 @@ def test_txt_with_separator_lines(file, name: str, end: str, mark: str):
     assert read(file(name, content.replace("\n", end))) == [*TEXTS, "last"]
 
 
-def test_a_separator_inside_a_line_is_text(file):
-    path = file("a.txt", "one <|endoftext|> one\n<|endoftext|>\ntwo\n")
-    assert read(path) == ["one <|endoftext|> one", "two"]
+def test_a_separator_in_brackets_divides_wherever_it_stands_and_is_counted(file):
+    notes = ReadingNotes()
+    path = file("a.txt", "one\n\nmore<|endoftext|>\ntwo<|endoftext|>three\n<|endoftext|>\nfour")
+    assert list(read_local(config(path), "train", "strict", notes)) == ["one\n\nmore", "two", "three", "four"]
+    assert "divided by <|endoftext|>, 2 of the separators inside a line" in notes.describe()
+    assert read(file("b.txt", "one<|endoftext|>" * 3)) == ["one"] * 3
 
 
-def test_separators_at_the_ends_of_lines(file, caplog: pytest.LogCaptureFixture):
-    """As many exports write it: ``text<|endoftext|>``, or several documents in one line."""
-    with caplog.at_level(logging.INFO):
-        path = file("a.txt", "one\n\nmore<|endoftext|>\ntwo<|endoftext|>three<|endoftext|>\n\nfour")
-        assert read(path) == ["one\n\nmore", "two", "three", "four"]
-    assert "no line holds <|endoftext|> alone" in caplog.text
+def test_another_separator_needs_a_line_of_its_own(file):
+    assert read(file("a.txt", "one --- one\n---\n---\n two ---\n"), separator="---") == ["one --- one", "two ---"]
 
 
 def test_hidden_folders_are_left_out(file, tmp_path: Path):
@@ -129,10 +129,11 @@ def test_blank_lines_separate_when_asked(file):
     assert read(path, separator="blank-line") == ["one\n<|endoftext|>", "two", "three"]
 
 
-def test_blank_lines_separate_when_there_is_no_separator_line(file, caplog: pytest.LogCaptureFixture):
-    with caplog.at_level(logging.INFO):
-        assert read(file("a.txt", "one\nmore\n\ntwo\n")) == ["one\nmore", "two"]
-    assert "blank lines separate" in caplog.text
+def test_blank_lines_separate_when_there_is_no_separator_line(file):
+    notes = ReadingNotes()
+    path = file("a.txt", "one\nmore\n\ntwo\n")
+    assert list(read_local(config(path), "train", "strict", notes)) == ["one\nmore", "two"]
+    assert "by blank lines, since there is no <|endoftext|>" in notes.describe()
 
 
 def test_a_separator_line_counts_only_near_the_start(file):
@@ -265,7 +266,7 @@ def test_invalid_utf8_is_named_by_its_byte(file, name: str):
     first = {"a.jsonl": b'{"text": "ok"}\n{"text": "', "a.csv": b"text\nok\n"}.get(name, b"ok\n<|endoftext|>\n")
     last = b'"}' if name == "a.jsonl" else b""
     path = file(name, first + "é".encode() + b"\xff." + last)
-    assert fault(path).endswith(f"invalid UTF-8 at byte {len(first) + 2}; mend it, or go on with --errors replace")
+    assert fault(path).endswith(f"invalid UTF-8 at byte {len(first) + 2}; fix the file, or pass --errors replace")
     assert read(path, "replace") == ["ok", "é\ufffd."]
 
 
@@ -288,7 +289,7 @@ def test_half_a_surrogate_pair_in_json(file):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.txt.gz"])
 def test_a_binary_file(file, name: str):
-    for content in (b"\x7fELF\n\1\0\0\0", "story".encode("utf-16")):
+    for content in (b"\x7fELF\n\1\0\0\0", "story".encode("utf-16-le")):
         assert "is a binary file" in fault(file(name, content), "replace")
 
 

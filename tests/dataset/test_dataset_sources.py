@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny_lm.dataset import DatasetConfig, describe, download, iter_documents, write_documents
-from tiny_lm.dataset.local import HEAD
+from tiny_lm.dataset.txt import HEAD
 from tiny_lm.errors import UserError
 
 
@@ -70,6 +70,7 @@ LINES = st.lists(st.sampled_from(["a", "\n", "\r", "\r\n", " ", "\ufeff", "\x85"
 
 
 @pytest.mark.parametrize("separator", ["<|endoftext|>", "blank-line", "---"])
+@settings(deadline=None)  # a write waits for the disk
 @given(documents=st.lists(PRINTABLE | LINES, max_size=6))
 def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, separator: str, documents: list[str]):
     path = tmp_path_factory.mktemp("round-trip") / "a.txt"
@@ -78,7 +79,8 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
     try:
         count = write_documents(documents, path, separator=separator)
     except UserError:
-        assert any(line.strip() == marker for text in texts for line in text.split("\n"))
+        lines = [line.strip() for text in texts for line in text.split("\n")]
+        assert marker in (" ".join(lines) if marker.startswith("<") else lines)
         assert not path.exists()
         return
     back = read(path, separator=separator)
@@ -97,7 +99,7 @@ def test_a_first_document_longer_than_the_look_ahead(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a\n <|endoftext|>\nb", "document 1: holds a line '<|endoftext|>'"),
+        ("a\n <|endoftext|>\nb", "document 1: holds '<|endoftext|>'"),
         ("a\0", "document 1: holds a NUL"),
         ("a\ud83d", "document 1: holds half of a surrogate pair at character 1"),
     ],

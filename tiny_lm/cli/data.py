@@ -8,7 +8,7 @@ import typer
 
 from tiny_lm.cli.options import DryRun, ReplaceErrors, Settings, print_configs
 from tiny_lm.config import nearest, parse_overrides
-from tiny_lm.console import shell_command
+from tiny_lm.console import print_message, shell_command
 from tiny_lm.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +35,11 @@ def download(
     if dry_run:
         print_configs([("dataset", dataset_config)])
         return
-    for split, count in dataset.download(dataset_config).items():
+    notes = dataset.ReadingNotes()
+    counts = dataset.download(dataset_config, notes=notes)
+    if notes.files:
+        print_message(f"{dataset.describe(dataset_config)}: {notes.describe()}")
+    for split, count in counts.items():
         print(f"{dataset.describe(dataset_config)}  {split}: {count:,} documents")
 
 
@@ -94,7 +98,11 @@ def tokenize(
             f"{tokenizer_config.output_dir}: was not trained with {config} as it is now (its type or special tokens "
             f"differ); train it again with `{shell_command('tiny-lm', 'tokenizer', 'train', '--config', config)}`"
         )
-    metadata = write_streams(tokenizer, tokenizer_config, dataset_config, seed=seed, errors=check_errors(errors))
+    chosen = check_errors(errors)
+    split_within = survey(tokenizer_config, dataset_config, seed=seed, errors=chosen)
+    metadata = write_streams(
+        tokenizer, tokenizer_config, dataset_config, seed=seed, errors=chosen, split_within=split_within
+    )
     for name, file in metadata.files.items():
         print(
             f"{Path(tokenizer_config.tokenized_output_dir) / name}: {file.tokens:,} tokens, "
@@ -112,6 +120,27 @@ def load_corpus_configs(config: str, settings: list[str] | None) -> "tuple[Token
     return tokenizer_config, DatasetConfig.from_yaml(tokenizer_config.dataset_config, overrides["dataset"])
 
 
+def survey(
+    tokenizer_config: "TokenizerConfig",
+    dataset_config: "DatasetConfig",
+    *,
+    seed: int = 0,
+    errors: Literal["strict", "replace"] = "strict",
+) -> bool:
+    """Print what a local corpus is read as; return whether its documents are to be divided within.
+
+    Raises:
+        UserError: the corpus cannot be read, or holds no document.
+    """
+    from tiny_lm.dataset import survey_corpus
+
+    found = survey_corpus(dataset_config, val_split=tokenizer_config.val_split, seed=seed, errors=errors)
+    if found is None:
+        return False
+    print_message(found.description)
+    return found.split_within
+
+
 def write_streams(
     tokenizer: "Tokenizer",
     tokenizer_config: "TokenizerConfig",
@@ -119,6 +148,7 @@ def write_streams(
     *,
     seed: int = 0,
     errors: Literal["strict", "replace"] = "strict",
+    split_within: bool = False,
 ) -> "StreamMetadata":
     """Tokenize both splits of a data set, with a progress bar for each."""
     from tiny_lm.cli.progress import track
@@ -128,7 +158,14 @@ def write_streams(
     splits: dict[str, Split] = {"train": "train", "val": "validation"}
     corpus = {
         name: track(
-            iter_documents(dataset_config, split, val_split=tokenizer_config.val_split, seed=seed, errors=errors),
+            iter_documents(
+                dataset_config,
+                split,
+                val_split=tokenizer_config.val_split,
+                seed=seed,
+                errors=errors,
+                split_within=split_within,
+            ),
             f"tokenizing {name}",
             total_bytes=estimate_bytes(dataset_config, split, val_split=tokenizer_config.val_split),
         )

@@ -1,5 +1,6 @@
 """The command that writes text with a trained model."""
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import typer
 
 from tiny_lm.console import print_message, print_result
 from tiny_lm.errors import UserError
-from tiny_lm.files import read_text, to_json
+from tiny_lm.files import to_json
 
 if TYPE_CHECKING:
     from tiny_lm.inference import Generated, Request, TextGenerator
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _MOST_SAMPLES = 1000
 _PROMPT_BYTES = 16 * 2**20
 _SEPARATOR = "---"
+_LINE_END = re.compile("\r\n|\n|\r")
 
 
 def generate(
@@ -138,11 +140,26 @@ def _open(
 
 
 def _read_prompts(file: Path) -> list[str]:
-    """Read one prompt a line; empty lines are none."""
-    text = sys.stdin.read(_PROMPT_BYTES) if str(file) == "-" else read_text(file, limit=_PROMPT_BYTES)
-    prompts = [line.replace("\\n", "\n") for line in text.splitlines() if line.strip()]
+    """Read one prompt a line; empty lines are none. Only line ends end a line, not U+2028 or a form feed."""
+    name = "standard input" if str(file) == "-" else str(file)
+    try:
+        if str(file) == "-":
+            data = sys.stdin.buffer.read(_PROMPT_BYTES + 1)
+        else:
+            with file.open("rb") as stream:
+                data = stream.read(_PROMPT_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{name}: could not be read ({error.strerror or error})") from error
+    if len(data) > _PROMPT_BYTES:
+        raise UserError(f"{name}: larger than {_PROMPT_BYTES // 2**20} MiB; divide it into several prompt files")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        problem = f"is not UTF-8 text (byte {error.start} is invalid)"
+        raise UserError(f"{name}: {problem}; convert it, for example with iconv") from None
+    prompts = [line.replace("\\n", "\n") for line in _LINE_END.split(text) if line.strip()]
     if not prompts:
-        raise UserError(f"{file}: holds no prompt")
+        raise UserError(f"{name}: holds no prompt; write one on each line")
     return prompts
 
 

@@ -90,7 +90,7 @@ def _write_stories(console: "Console") -> "DatasetConfig":
 
 def _prepare_text(text: Path | None, errors: str, console: "Console") -> dict[str, Any]:
     """Train the tokenizer and write the token streams; return what the final table tells of them."""
-    from tiny_lm.cli.data import check_errors, write_streams
+    from tiny_lm.cli.data import check_errors, survey, write_streams
     from tiny_lm.cli.tokenizer import train_and_save
     from tiny_lm.dataset import DatasetConfig
     from tiny_lm.dataset.names import name_from_path
@@ -99,12 +99,14 @@ def _prepare_text(text: Path | None, errors: str, console: "Console") -> dict[st
     chosen = check_errors(errors)
     dataset_config = DatasetConfig(name=name_from_path(text), source="local") if text else _write_stories(console)
     tokenizer_config = TokenizerConfig.from_yaml(_NAME, {"val_split": 0.05})
-    tokenizer = train_and_save(tokenizer_config, dataset_config, errors=chosen)
-    metadata = write_streams(tokenizer, tokenizer_config, dataset_config, errors=chosen)
+    split_within = survey(tokenizer_config, dataset_config, errors=chosen)
+    tokenizer = train_and_save(tokenizer_config, dataset_config, errors=chosen, split_within=split_within)
+    metadata = write_streams(tokenizer, tokenizer_config, dataset_config, errors=chosen, split_within=split_within)
     train, val = metadata.files["train.bin"], metadata.files["val.bin"]
     return {
         "text": dataset_config.name,
-        "documents": f"{train.documents:,} to train on, {val.documents:,} to validate",
+        "documents": f"{train.documents:,} to train on, {val.documents:,} to validate"
+        + (", which are their last parts" if split_within else ""),
         "tokenizer": f"{tokenizer.vocab_size:,} tokens, {train.bytes_per_token:.2f} bytes each",
         "token stream": f"{train.tokens:,} tokens in {tokenizer_config.tokenized_output_dir}",
     }

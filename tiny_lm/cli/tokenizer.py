@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tiny_lm.cli.data import check_errors, load_corpus_configs
+from tiny_lm.cli.data import check_errors, load_corpus_configs, survey
 from tiny_lm.cli.options import DryRun, ReplaceErrors, Settings, print_configs
 from tiny_lm.console import print_result
 
@@ -28,12 +28,18 @@ def train(
     if dry_run:
         print_configs([("tokenizer", tokenizer_config), ("dataset", dataset_config)])
         return
-    tokenizer = train_and_save(tokenizer_config, dataset_config, errors=check_errors(errors))
+    chosen = check_errors(errors)
+    split_within = survey(tokenizer_config, dataset_config, errors=chosen)
+    tokenizer = train_and_save(tokenizer_config, dataset_config, errors=chosen, split_within=split_within)
     print(f"{tokenizer_config.output_dir}: {tokenizer.vocab_size:,} tokens")
 
 
 def train_and_save(
-    tokenizer_config: "TokenizerConfig", dataset_config: "DatasetConfig", *, errors: "Errors" = "strict"
+    tokenizer_config: "TokenizerConfig",
+    dataset_config: "DatasetConfig",
+    *,
+    errors: "Errors" = "strict",
+    split_within: bool = False,
 ) -> "Tokenizer":
     """Train a tokenizer on the training split and write its folder."""
     from tiny_lm.cli.progress import track
@@ -43,7 +49,7 @@ def train_and_save(
 
     output_dir = Path(tokenizer_config.output_dir)
     val_split = tokenizer_config.val_split
-    documents = iter_documents(dataset_config, "train", val_split=val_split, errors=errors)
+    documents = iter_documents(dataset_config, "train", val_split=val_split, errors=errors, split_within=split_within)
     total_bytes = estimate_bytes(dataset_config, "train", val_split=val_split)
     documents = track(documents, "tokenizer", total_bytes=total_bytes)
     with lock_folder(output_dir, "another process is using this tokenizer; wait for its end", create=True):

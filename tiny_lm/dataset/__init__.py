@@ -1,17 +1,22 @@
 """Raw text: where documents come from, which of them count, and how they are split."""
 
 from tiny_lm.dataset.config import DatasetConfig, Errors, Filters, Split, Splits
+from tiny_lm.dataset.notes import ReadingNotes
 from tiny_lm.dataset.sources import describe, download, estimate_bytes, iter_documents, write_documents
+from tiny_lm.dataset.survey import Survey, survey_corpus
 
 __all__ = [
     "DatasetConfig",
     "Errors",
     "Filters",
+    "ReadingNotes",
     "Split",
     "Splits",
+    "Survey",
     "describe",
     "download",
     "estimate_bytes",
     "iter_documents",
+    "survey_corpus",
     "write_documents",
 ]

@@ -6,7 +6,12 @@ from pathlib import Path
 from tiny_lm.dataset.config import BLANK_LINE, END_OF_TEXT, DatasetConfig, Errors, Split
 from tiny_lm.dataset.filters import apply_filters, in_validation
 from tiny_lm.dataset.find_files import find_files
-from tiny_lm.dataset.local import BOM, DOCUMENT_LIMIT, HEAD, read_local, tidy
+from tiny_lm.dataset.local import read_local
+from tiny_lm.dataset.names import name_from_path
+from tiny_lm.dataset.notes import ReadingNotes
+from tiny_lm.dataset.survey import divide_document
+from tiny_lm.dataset.text_file import BOM, DOCUMENT_LIMIT
+from tiny_lm.dataset.txt import HEAD, splits_anywhere, tidy
 from tiny_lm.errors import UserError
 from tiny_lm.files import open_output
 
@@ -20,6 +25,7 @@ def iter_documents(
     val_split: float = 0.01,
     seed: int = 0,
     errors: Errors = "strict",
+    split_within: bool = False,
 ) -> Iterator[str]:
     """Yield the documents of one split, filtered, in the order of the source, in constant memory.
 
@@ -32,6 +38,7 @@ def iter_documents(
         val_split: share of the documents held out where the data set names no validation split.
         seed: another seed holds out other documents.
         errors: invalid UTF-8 in local files: ``strict`` refuses it, ``replace`` reads it as U+FFFD.
+        split_within: divide each document into a beginning and an end instead, as ``survey_corpus`` advises.
 
     Raises:
         UserError: the source cannot be reached or read; on the first step of the iterator or wherever the trouble is.
@@ -42,7 +49,11 @@ def iter_documents(
         yield from apply_filters(_raw_documents(config, split, errors), config.filters)
         return
     for text in apply_filters(_raw_documents(config, "train", errors), config.filters):
-        if in_validation(text, val_split, seed) == (split == "validation"):
+        if split_within:
+            part = divide_document(text, val_split)[split == "validation"].strip()
+            if part:
+                yield part
+        elif in_validation(text, val_split, seed) == (split == "validation"):
             yield text
 
 
@@ -92,17 +103,24 @@ def describe(config: DatasetConfig) -> str:
         plots = f":plots{config.num_plots}" if config.num_plots else ""
         return f"stories:{config.num_stories}:seed{config.seed}{plots}"
     if config.source == "local":
-        return f"local:{config.name}"
+        return f"local:{name_from_path(config.name)}"
     part = f":{config.config_name}" if config.config_name else ""
     revision = f"@{config.revision}" if config.revision else ""
     return f"huggingface:{config.name}{part}{revision}"
 
 
-def download(config: DatasetConfig, *, errors: Errors = "strict") -> dict[Split, int]:
+def download(
+    config: DatasetConfig, *, errors: Errors = "strict", notes: ReadingNotes | None = None
+) -> dict[Split, int]:
     """Fetch a data set so that later commands find it at hand, and count its documents.
 
     A Hub data set is downloaded into the cache of the `datasets` library; local files are read through once, which
     finds their faults early; the built-in stories need nothing.
+
+    Args:
+        config: the data set.
+        errors: invalid UTF-8 in local files, as for :func:`iter_documents`.
+        notes: where to write down what local files were read as.
 
     Returns:
         the documents in each split that the data set itself has, before any filter.
@@ -115,7 +133,7 @@ def download(config: DatasetConfig, *, errors: Errors = "strict") -> dict[Split,
         return {split: story_count(config, split) for split in _SPLITS}
     splits = [split for split in _SPLITS if split == "train" or names[split] is not None]
     if config.source == "local":
-        return {split: sum(1 for _ in read_local(config, split, errors)) for split in splits}
+        return {split: sum(1 for _ in read_local(config, split, errors, notes)) for split in splits}
     from tiny_lm.dataset.huggingface import download_huggingface
 
     return {split: download_huggingface(config, split) for split in splits}
@@ -163,6 +181,8 @@ def _encode(text: str, marker: bytes, place: str) -> bytes:
         raise UserError(f"{place}: holds a NUL character, which marks binary files; remove it")
     if len(data) >= DOCUMENT_LIMIT:
         raise UserError(f"{place}: is larger than {DOCUMENT_LIMIT // 2**20} MiB; split it")
+    if splits_anywhere(marker) and marker in data:
+        raise UserError(f"{place}: holds {marker.decode()!r}, which separates documents; choose another separator")
     if data and any(line.strip() == marker for line in data.split(b"\n")):
         line = f"a line {marker.decode()!r}" if marker else "a blank line"
         raise UserError(f"{place}: holds {line}, which separates documents; choose another separator")
