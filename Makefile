@@ -8,7 +8,7 @@ OPENWEBUI := .venv-openwebui
 
 CHROMIUM ?= $(firstword $(wildcard /usr/bin/chromium /usr/bin/chromium-browser /usr/bin/google-chrome) /usr/bin/chromium)
 
-.PHONY: quickstart test test-browser test-openwebui test-llamacpp test-llama-server test-vllm test-torchserve test-transformers4 test-transformersjs test-lowest test-newest fuzz audit lint types wheel lock clean
+.PHONY: quickstart test test-browser test-openwebui test-llamacpp test-quickstart-exports test-llama-server test-vllm test-torchserve test-transformers4 test-transformersjs test-lowest test-newest fuzz audit lint types wheel lock clean
 
 # Every file that pip installs is compared with the hashes of the lock files, which name all packages: --no-deps.
 PIP_LOCKED := $(BIN)/python -m pip install --quiet --no-deps --require-hashes
@@ -55,15 +55,24 @@ $(OPENWEBUI)/installed: Makefile
 test-openwebui: $(VENV)/installed-browser $(OPENWEBUI)/installed
 	CHROMIUM=$(CHROMIUM) OPENWEBUI=$(OPENWEBUI)/bin/open-webui $(BIN)/python -m pytest -m openwebui tests/browser
 
-# Compares GGUF files with the real llama.cpp, which pip builds from source: four to ten minutes on two cores.
+# The real llama.cpp, which pip builds from source: four to ten minutes on two cores.
 # What builds it is not pinned: pip fetches that for the build alone.
-test-llamacpp: $(VENV)/installed-dev
+$(VENV)/installed-llamacpp: $(VENV)/installed-dev requirements/llamacpp.lock
 	$(PIP_LOCKED) --requirement requirements/llamacpp.lock
+	touch $@
+
+# Compares GGUF files with llama.cpp.
+test-llamacpp: $(VENV)/installed-llamacpp
 	$(BIN)/python -m pytest -m llamacpp tests/export
 
+# One `tiny-lm quickstart` as users run it, with three minutes of training; then every export of its run, each in the
+# program that it is for.
+test-quickstart-exports: $(VENV)/installed-llamacpp
+	$(BIN)/python -m pytest -m quickstart_exports tests/export
+
 # llama.cpp's own server and converter, built under build/ (about six minutes on two cores) and kept; and other servers.
-test-llama-server: $(VENV)/installed-dev
-	$(PIP_LOCKED) --requirement requirements/llamacpp.lock --requirement requirements/llama-server.lock
+test-llama-server: $(VENV)/installed-llamacpp
+	$(PIP_LOCKED) --requirement requirements/llama-server.lock
 	tests/engines/build_llama_server.sh $(BIN)/python build/llama.cpp
 	$(BIN)/python -m pytest -m llama_server tests/engines
 
