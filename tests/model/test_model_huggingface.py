@@ -9,7 +9,7 @@ from reference import randomize, reference_model
 from safetensors.torch import load_file, save_file
 
 from tiny_lm.errors import UserError
-from tiny_lm.model import build_model, model_config_from_dict
+from tiny_lm.model import build_model, model_config_from_dict, num_parameters
 from tiny_lm.model.huggingface import (
     EMBEDDING,
     from_huggingface_config,
@@ -27,8 +27,8 @@ FAMILIES = {
 }
 
 
-def make_config(family):
-    return model_config_from_dict({"architecture": family, **SHAPE, **FAMILIES[family]})
+def make_config(family, **changes):
+    return model_config_from_dict({"architecture": family, **SHAPE, **FAMILIES[family], **changes})
 
 
 def to_dict(config, **ids):
@@ -131,7 +131,7 @@ def write_folder(folder: Path, config, state, **changes):
     [
         ("llama3", {"architectures": ["MistralForCausalLM"]}, "'MistralForCausalLM' is no class that tiny-lm has"),
         ("llama3", {"architectures": ["LlamaForCausalLm"]}, "did you mean 'LlamaForCausalLM'"),
-        ("llama3", {"tie_word_embeddings": False}, "tie_word_embeddings is False, but our llama3 has True only"),
+        ("llama3", {"tie_word_embeddings": "no"}, "tie_word_embeddings: input should be a valid boolean"),
         ("llama3", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "scales or shortens"),
         ("llama3", {"head_dim": 32}, "head_dim is 32, but our llama3 has 8 here"),
         ("llama3", {"hidden_size": None}, "d_model: input should be a valid integer"),
@@ -194,12 +194,12 @@ def damage(folder, how):
         ("no config", r"config\.json is missing"),
         ("no weights", r"model\.safetensors is missing\)$"),
         ("pickle", "pickled weights are not read"),
-        ("cut", "is damaged or no safetensors file"),
-        ("noise", "is damaged or no safetensors file"),
+        ("cut", "is damaged or not a safetensors file"),
+        ("noise", "is damaged or not a safetensors file"),
         ("nan", r"token_emb\.weight holds NaN"),
         ("shape", r"has the shape \(60, 32\), but the config says \(61, 32\)"),
         ("missing", "is missing$"),
-        ("extra", r"no place for the tensor something\.else"),
+        ("extra", r"no place for the tensor 'something\.else'"),
         ("untied", "the head is not the embedding"),
     ],
 )
@@ -216,3 +216,59 @@ def test_an_index_cannot_lead_out_of_its_folder(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../x.safetensors"}}))
     with pytest.raises(UserError, match="leads out of the folder"):
         load_huggingface_model(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_untied_head_goes_both_ways(family, tmp_path):
+    config = make_config(family, tie_word_embeddings=False)
+    ours, theirs = build_model(config), reference_model(config)
+    randomize(ours, seed=3)
+    assert not torch.equal(ours.lm_head.weight, ours.token_emb.weight)
+    state = to_huggingface_state(config, ours.state_dict())
+    missing, unexpected = theirs.load_state_dict(state, strict=False)
+    assert (missing, unexpected) == ([], [])
+    ids = torch.randint(config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-4)
+    theirs.save_pretrained(tmp_path)
+    loaded, found = load_huggingface_model(tmp_path)
+    assert found.tie_word_embeddings is False
+    with torch.no_grad():
+        assert torch.equal(loaded(ids), ours(ids))
+    assert num_parameters(config) == sum(p.numel() for p in ours.parameters())
+    assert num_parameters(config) - num_parameters(make_config(family)) == 61 * 32
+
+
+def test_an_untied_config_without_a_head_is_refused(tmp_path):
+    config = make_config("llama3")
+    state = to_huggingface_state(config, build_model(config).state_dict())
+    write_folder(tmp_path, config, state, tie_word_embeddings=False)
+    with pytest.raises(UserError, match=r"the tensor lm_head\.weight is missing"):
+        load_huggingface_model(tmp_path)
+
+
+def test_weights_of_eight_bits_are_named(tmp_path):
+    config = make_config("llama3")
+    state = to_huggingface_state(config, build_model(config).state_dict())
+    for dtype, name in ((torch.int8, "int8"), (torch.float8_e4m3fn, "float8_e4m3fn")):
+        changed = {key: tensor.to(dtype) if "mlp" in key else tensor for key, tensor in state.items()}
+        write_folder(tmp_path, config, changed)
+        with pytest.raises(UserError, match=f"is stored as {name}; weights are read as float32"):
+            load_huggingface_model(tmp_path)
+
+
+def test_messages_about_damage_are_short(tmp_path):
+    config = make_config("gpt2")
+    write_folder(tmp_path, config, to_huggingface_state(config, build_model(config).state_dict()))
+    file = tmp_path / "model.safetensors"
+    header = json.dumps({"x" * 70_000: {"dtype": "F32", "shape": [10**9], "data_offsets": [0, 4]}}).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(UserError, match="is damaged or not a safetensors file") as caught:
+        load_huggingface_model(tmp_path)
+    assert len(str(caught.value)) < 600
+    file.unlink()
+    for name, problem in (("x" * 70_000, "too long for the name of a file"), ("a\0b", "leads out of the folder")):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+        with pytest.raises(UserError, match=problem) as caught:
+            load_huggingface_model(tmp_path)
+        assert len(str(caught.value)) < 600

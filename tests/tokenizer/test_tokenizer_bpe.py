@@ -12,7 +12,7 @@ import pytest
 from tokenizer_samples import gpt2_style, make_config
 
 from tiny_lm.errors import UserError
-from tiny_lm.tokenizer import GPT2_PATTERN, LLAMA3_PATTERN, BPETokenizer, Tokenizer, bpe, train_tokenizer
+from tiny_lm.tokenizer import LLAMA3_PATTERN, BPETokenizer, Tokenizer, bpe, train_tokenizer
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def test_an_error_of_the_reader_comes_through(kind: str) -> None:
         train_tokenizer(make_config(kind), ["fine", "\udc80"])
 
 
-@pytest.mark.parametrize("pattern", [LLAMA3_PATTERN, bpe.TWO_DIGIT_PATTERN, GPT2_PATTERN])
+@pytest.mark.parametrize("pattern", BPETokenizer.patterns)
 def test_cutting_long_runs_changes_no_id(tokenizer: BPETokenizer, pattern: str, monkeypatch) -> None:
     # With a low threshold every run is cut by us, and tiktoken's own split is still there to compare with.
     monkeypatch.setattr(bpe, "_LONG_RUN", 2)

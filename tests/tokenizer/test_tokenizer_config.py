@@ -42,6 +42,16 @@ def test_gpt2_has_its_own_specials() -> None:
     assert list(config.special_tokens) == ["eos", "bos", "pad"]
 
 
+def test_one_token_may_have_several_roles_and_bos_may_be_left_out() -> None:
+    end = "<|endoftext|>"
+    roles = {"pad": end, "eos": end, "bos": end, "unk": end}
+    for kind in ("BPE", "sentencepiece", "gpt2"):
+        assert make_config(kind, special_tokens=roles).special_tokens.items() >= {"pad": end, "eos": end}.items()
+    assert make_config("BPE", vocab_size=257, special_tokens=roles).vocab_size == 257
+    assert make_config("BPE", special_tokens={"eos": end}).special_tokens == {"eos": end}
+    assert make_config("char", special_tokens={"eos": end, "pad": end, "unk": "<unk>"}).type == "char"
+
+
 @pytest.mark.parametrize(
     ("kind", "values", "problem"),
     [
@@ -56,15 +66,25 @@ def test_gpt2_has_its_own_specials() -> None:
         ("char", {"vocab_size": 4}, "needs at least 5"),
         ("gpt2", {"vocab_size": 8192}, "vocab_size: GPT-2's is fixed, 50257"),
         ("gpt2", {"special_tokens": {"eos": "<eos>"}}, "special_tokens.eos: is always <|endoftext|> in GPT-2"),
-        ("gpt2", {"special_tokens": {"pad": "<|endoftext|>"}}, "stands twice"),
+        (
+            "gpt2",
+            {"special_tokens": {"think": "<|endoftext|>"}},
+            "special_tokens.think: the text '<|endoftext|>' is that of 'eos' too",
+        ),
         ("BPE", {"vocab_size": 8192.0}, "vocab_size"),
         ("BPE", {"vocab_size": 2**21}, "vocab_size"),
-        ("BPE", {"special_tokens": {**STANDARD, "x": "<eos>"}}, "the text '<eos>' stands twice"),
+        (
+            "BPE",
+            {"special_tokens": {**STANDARD, "x": "<eos>"}},
+            "special_tokens.x: the text '<eos>' is that of 'eos' too",
+        ),
+        ("char", {"special_tokens": {"eos": "<e>", "unk": "<e>"}}, "and unk may not in a char tokenizer"),
+        ("sentencepiece", {"split_pattern": "qwen2"}, "split_pattern: only for type: BPE"),
+        ("BPE", {"split_pattern": "qwen3"}, "split_pattern"),
         ("BPE", {"special_tokens": {**STANDARD, "x": ""}}, "special_tokens.x: must be 1 to 256 characters"),
         ("BPE", {"special_tokens": {**STANDARD, "x": " \n"}}, "special_tokens.x: must be 1 to 256 characters"),
         ("BPE", {"special_tokens": {**STANDARD, "x": "a" * 257}}, "special_tokens.x: must be 1 to 256 characters"),
         ("BPE", {"special_tokens": {**STANDARD, "X y": "<x>"}}, "the role 'X y' is no word"),
-        ("BPE", {"special_tokens": {"eos": "<eos>"}}, "special_tokens: the role 'bos' is missing"),
         ("BPE", {"special_tokens": {"bos": "<bos>"}}, "special_tokens: the role 'eos' is missing"),
         ("char", {"special_tokens": {"eos": "<eos>", "bos": "<bos>"}}, "the role 'unk' is missing"),
         ("char", {"special_tokens": {**STANDARD, "pad": "_"}}, "special_tokens.pad: a single character"),

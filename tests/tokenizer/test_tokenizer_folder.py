@@ -132,6 +132,51 @@ def test_files_of_two_sentencepiece_tokenizers(tokenizers: dict[str, Tokenizer],
         load_tokenizer(tmp_path / "a")
 
 
+def varint(number: int) -> bytes:
+    return bytes([number & 0x7F | (0x80 if number > 0x7F else 0)]) + (varint(number >> 7) if number > 0x7F else b"")
+
+
+def field(number: int, content: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda model: b"", "tokenizer.model is empty"),
+        (lambda model: model[:-3], "is damaged or not a SentencePiece model"),
+        (lambda model: model + field(1, field(1, b"x" * 2000)), "a piece of 2,000 bytes"),
+        (lambda model: model + field(1, field(1, b"\xff\xfe")), "a piece is not UTF-8"),
+        (lambda model: model + field(1, field(1, b"ab") + b"\x15\x00\x00\xc0\x7f"), "a score that is not finite"),
+        (lambda model: model + field(1, field(1, b"ab") + b"\x10\x01"), "a score that is not finite"),
+        (lambda model: model + field(1, b"\x0a\xff\xff\xff\xff\x0f"), "leads beyond the end"),
+        (lambda model: model + b"\x0a" + b"\xff" * 11, "a number is too long"),
+        (lambda model: model + b"\x0f", "a field of the unknown type 7"),
+        (lambda model: model + b"\x08\x01", "a number where text is expected"),
+        (lambda model: model + field(3, field(2, b"\xff" * 40)), "normalizes text"),
+        (lambda model: model + field(5, field(2, b"\xff" * 40)), "normalizes text"),
+        (lambda model: model + field(4, field(1, b"")), "holds texts to test itself with"),
+        (lambda model: model + field(2, b"\x18\x01"), "not of the type BPE"),
+    ],
+)
+def test_a_sentencepiece_model_is_checked_before_the_library_reads_it(
+    tokenizers: dict[str, Tokenizer], change, problem: str, tmp_path: Path
+) -> None:
+    tokenizers["sentencepiece"].save(tmp_path)
+    file = tmp_path / "tokenizer.model"
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(UserError, match=problem) as caught:
+        load_tokenizer(tmp_path)
+    assert str(file) in str(caught.value) or str(caught.value).startswith(f"{tmp_path}: tokenizer.model")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_token_that_would_take_forever_to_merge_is_refused(folder: Path) -> None:
+    edit(folder / "tokenizer.json", lambda t: t["model"]["vocab"].update({"x" * 20_000: len(t["model"]["vocab"])}))
+    with pytest.raises(UserError, match=r"too long for a BPE tokenizer \(the longest has 20,000 bytes\)"):
+        load_tokenizer(folder)
+
+
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_changed_byte_is_noticed_or_harmless(folder: Path, data: st.DataObject) -> None:

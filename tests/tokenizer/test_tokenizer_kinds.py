@@ -103,13 +103,18 @@ def test_a_foreign_model_that_changes_text(corpus: list[str]) -> None:
             sentence_iterator=iter(corpus),
             model_writer=target,
             vocab_size=400,
-            model_type="bpe",
             minloglevel=2,
             **options,
         )
         return target.getvalue()
 
-    for options, problem in (({}, "no byte fallback"), ({"byte_fallback": True}, "would not survive")):
+    as_it_is = {"normalization_rule_name": "identity"}
+    cases = (
+        (as_it_is, "no byte fallback"),
+        ({"byte_fallback": True}, "normalizes text"),
+        ({"byte_fallback": True, **as_it_is}, "would not survive"),  # it adds a space
+    )
+    for options, problem in cases:
         with pytest.raises(UserError, match=problem):
             SentencePieceTokenizer(model(**options), {"eos": "<eos>", "bos": "<bos>"})
 

@@ -85,18 +85,18 @@ def tokenize(
     with `tiny-lm tokenizer train`.
     """
     from tiny_lm.tokenizer import load_tokenizer
+    from tiny_lm.tokenizer.train import matches_config
 
     tokenizer_config, dataset_config = load_corpus_configs(config, settings)
     if dry_run:
         print_configs([("tokenizer", tokenizer_config), ("dataset", dataset_config)])
         return
     tokenizer = load_tokenizer(tokenizer_folder or tokenizer_config.output_dir)
-    texts = {token.role: token.text for token in tokenizer.specials}
-    trained_so = tokenizer.kind == tokenizer_config.type and texts == tokenizer_config.special_tokens
-    if tokenizer_folder is None and not trained_so:
+    if tokenizer_folder is None and not matches_config(tokenizer, tokenizer_config):
         raise UserError(
-            f"{tokenizer_config.output_dir}: was not trained with {config} as it is now (its type or special tokens "
-            f"differ); train it again with `{shell_command('tiny-lm', 'tokenizer', 'train', '--config', config)}`"
+            f"{tokenizer_config.output_dir}: was not trained with {config} as it is now (its type, special tokens or "
+            "split pattern differ); train it again with "
+            f"`{shell_command('tiny-lm', 'tokenizer', 'train', '--config', config)}`"
         )
     chosen = check_errors(errors)
     split_within = survey(tokenizer_config, dataset_config, seed=seed, errors=chosen)

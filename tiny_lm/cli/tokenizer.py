@@ -1,5 +1,6 @@
 """Commands about tokenizers: train one, look at one, import an old one."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -90,6 +91,7 @@ def import_(
     ] = None,
 ) -> None:
     """Import an old pickled tokenizer, admitting nothing but tiktoken's own data."""
+    from tiny_lm.export.gguf_vocabulary import describe_missing_split
     from tiny_lm.locks import lock_folder
     from tiny_lm.tokenizer import TokenizerConfig, import_pickled_tokenizer
     from tiny_lm.tokenizer.config import STANDARD_SPECIALS
@@ -98,4 +100,7 @@ def import_(
     imported = import_pickled_tokenizer(pickle_file, specials)
     with lock_folder(output_dir, "another process is using this tokenizer; wait for its end", create=True):
         imported.save(output_dir)
+    missing_split = describe_missing_split(imported)
+    if missing_split:
+        print(f"{pickle_file}: {missing_split}: no export to GGUF or Ollama", file=sys.stderr)
     print(f"{output_dir}: {imported.vocab_size:,} tokens")

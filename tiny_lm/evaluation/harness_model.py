@@ -58,8 +58,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness ships no ty
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands before a text without context."""
-        return self.generator.tokenizer.bos_id
+        """The token that stands before a text without context: eos where documents begin without bos."""
+        tokenizer = self.generator.tokenizer
+        return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Encode text, behind a bos token unless that is turned off."""

@@ -42,7 +42,7 @@ def import_gguf() -> Any:
 
 
 def gguf_tensors(config: ModelConfig, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a GGUF file by name, float32, matrices as (out, in); the head is the embedding.
+    """Yield the tensors of a GGUF file by name, float32, matrices as (out, in); a tied head is the embedding.
 
     Args:
         config: the config of our model.
@@ -78,8 +78,8 @@ def interleave_pairs(weight: Tensor, heads: int) -> Tensor:
 def write_gguf(source: Source, vocabulary: Vocabulary, file: Path, kind: str) -> None:
     """Write one file.
 
-    A tensor whose rows are no multiple of the block of its type becomes F16. Where the others have less, the embedding,
-    which is also the head, has Q8_0.
+    A tensor whose rows are no multiple of the block of its type becomes F16. Where the others have less, embedding and
+    head have Q8_0.
 
     Args:
         source: what to export.
@@ -110,7 +110,7 @@ def tensor_type(name: str, shape: tuple[int, ...], kind: str) -> str:
     """Return the type that a tensor has in a file of type ``kind``."""
     if len(shape) == 1 or name.endswith(_ALWAYS_FLOAT32):
         return "F32"
-    if name == "token_embd.weight" and kind.startswith(("Q4", "Q5")):
+    if name in ("token_embd.weight", "output.weight") and kind.startswith(("Q4", "Q5")):
         kind = "Q8_0"
     return kind if shape[-1] % BLOCKS[kind] == 0 else "F16"
 
@@ -176,14 +176,15 @@ def _add_vocabulary(writer: "GGUFWriter", source: Source, vocabulary: Vocabulary
         writer.add_add_space_prefix(False)
         writer.add_remove_extra_whitespaces(False)
         writer.add_unk_token_id(0)
-    writer.add_bos_token_id(tokenizer.bos_id)
+    # Left out, llama.cpp would take token 11 for bos.
+    writer.add_bos_token_id(tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_eot_token_id(tokenizer.eos_id)
     writer.add_pad_token_id(tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id)
     if source.chat_template is not None:
         writer.add_chat_template(source.chat_template)
     # Without these two, llama.cpp follows its own habit for the name of the split.
-    writer.add_add_bos_token(True)
+    writer.add_add_bos_token(tokenizer.bos_id is not None)
     writer.add_add_eos_token(False)
 
 

@@ -5,7 +5,7 @@ from enum import IntEnum
 
 from tiny_lm.errors import UserError
 from tiny_lm.tokenizer import Tokenizer
-from tiny_lm.tokenizer.bpe import GPT2_PATTERN, LLAMA3_PATTERN, BPETokenizer, byte_level
+from tiny_lm.tokenizer.bpe import SPLIT_PATTERNS, BPETokenizer, byte_level
 from tiny_lm.tokenizer.sentencepiece import SentencePieceTokenizer
 
 
@@ -20,7 +20,12 @@ class TokenType(IntEnum):
     BYTE = 6
 
 
-PRE_TOKENIZERS = {LLAMA3_PATTERN: "llama-bpe", GPT2_PATTERN: "gpt-2"}
+PRE_TOKENIZERS = {
+    SPLIT_PATTERNS["llama3"]: "llama-bpe",
+    SPLIT_PATTERNS["gpt2"]: "gpt-2",
+    SPLIT_PATTERNS["qwen2"]: "qwen2",
+    SPLIT_PATTERNS["smollm"]: "smollm",
+}
 """llama.cpp's name of each split that it implements."""
 
 
@@ -74,12 +79,22 @@ def to_gguf_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
     return Vocabulary(base.model, base.pre, tokens, types, scores, base.merges)
 
 
+def describe_missing_split(tokenizer: Tokenizer) -> str | None:
+    """Say which split of a byte-level BPE llama.cpp lacks; None where it has it."""
+    if not isinstance(tokenizer, BPETokenizer) or tokenizer.pattern in PRE_TOKENIZERS:
+        return None
+    return (
+        "the tokenizer splits numbers in groups of two digits, which llama.cpp has no split for, so it would read "
+        "other tokens"
+    )
+
+
 def _byte_level(tokenizer: BPETokenizer) -> Vocabulary:
     pre = PRE_TOKENIZERS.get(tokenizer.pattern)
     if pre is None:
         raise UserError(
-            "the tokenizer splits numbers in groups of two digits, which llama.cpp has no split for, so it would read "
-            "other tokens; export to Hugging Face, or train a tokenizer of `type: BPE`, whose groups have three"
+            f"{describe_missing_split(tokenizer)}; export to Hugging Face, or train a tokenizer of `type: BPE` "
+            f"(split_pattern: {', '.join(SPLIT_PATTERNS)})"
         )
     tokens = [byte_level(token) for token in tokenizer.base]
     merges = [f"{byte_level(left)} {byte_level(right)}" for left, right in tokenizer.merges]

@@ -161,8 +161,13 @@ def _write_weights(source: Source, file: Path, dtype: torch.dtype) -> None:
         raise UserError(f"{file}: could not be written ({error})") from error
 
 
-def begin_with_bos(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the part of ``tokenizer.json`` that begins each text with bos, as each document of the training began."""
+def begin_with_bos(tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """Return the part of ``tokenizer.json`` that begins each text with bos, as each document of the training began.
+
+    None where documents begin without one.
+    """
+    if tokenizer.bos_id is None:
+        return None
     text = next(token.text for token in tokenizer.specials if token.role == "bos")
 
     def template(*texts: str) -> list[dict[str, Any]]:
@@ -191,7 +196,7 @@ def _tokenizer_config(source: Source) -> dict[str, Any]:
         # Other classes bring a split of their own and would yield other ids, in transformers 5 as in 4.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **_special_tokens_map(source.tokenizer),
-        "add_bos_token": True,
+        "add_bos_token": source.tokenizer.bos_id is not None,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": source.config.context_length,

@@ -1,11 +1,13 @@
 """The way back: a run folder out of a model in Hugging Face's layout, or out of another run."""
 
+import logging
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 from tiny_lm.errors import UserError
+from tiny_lm.export.gguf_vocabulary import describe_missing_split
 from tiny_lm.export.source import load_source
 from tiny_lm.files import atomic_folder, atomic_path
 from tiny_lm.model import num_parameters
@@ -13,6 +15,8 @@ from tiny_lm.model.checkpoint import CHECKPOINT_KEY
 from tiny_lm.model.huggingface_folder import load_huggingface_model
 from tiny_lm.runs import Run, environment
 from tiny_lm.tokenizer.huggingface_import import load_huggingface_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def import_model(folder: Path, output_dir: Path) -> Run:
@@ -34,6 +38,9 @@ def import_model(folder: Path, output_dir: Path) -> Run:
     else:
         model, config = load_huggingface_model(folder)
         tokenizer = load_huggingface_tokenizer(folder)
+    missing_split = describe_missing_split(tokenizer)
+    if missing_split:
+        logger.warning("%s: %s: no export to GGUF or Ollama", folder, missing_split)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{folder}: its tokenizer has {tokenizer.vocab_size} tokens, but its model only {config.vocab_size}"

@@ -70,7 +70,7 @@ A small language model, trained from scratch with tiny-lm {__version__}.
 
 {use.replace("path/of/this/folder", place)}
 
-Every text begins with the token `{_bos(source)}`, as in training: the tokenizer adds it. The model sees at most
+{_beginning(source)} The model sees at most
 {source.config.context_length:,} tokens. It knows what its training text taught it and nothing else: it is no assistant
 and no source of facts.
 
@@ -78,8 +78,11 @@ and no source of facts.
 """
 
 
-def _bos(source: Source) -> str:
-    return next(token.text for token in source.tokenizer.specials if token.role == "bos")
+def _beginning(source: Source) -> str:
+    bos = next((token.text for token in source.tokenizer.specials if token.role == "bos"), None)
+    if bos is None:
+        return "Texts begin without a special token, as in training."
+    return f"Every text begins with the token `{bos}`, as in training: the tokenizer adds it."
 
 
 def figures(source: Source) -> dict[str, str]:

@@ -51,7 +51,8 @@ def modelfile(source: Source, gguf_name: str, *, license_text: str = NO_LICENSE)
 def stop_strings(source: Source) -> list[str]:
     """Return the texts of the tokens around a story: where one appears, the story is over."""
     ends = {source.tokenizer.bos_id, source.tokenizer.eos_id}
-    return [token.text for token in source.tokenizer.specials if token.id in ends]
+    # A token of several roles is listed once.
+    return list(dict.fromkeys(token.text for token in source.tokenizer.specials if token.id in ends))
 
 
 def quote(value: str) -> str:

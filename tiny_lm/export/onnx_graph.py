@@ -186,7 +186,7 @@ def _quiet() -> Iterator[None]:
 def quantize_graph(source: Path, target: Path) -> None:
     """Write a copy whose matrices have eight bits; what they are multiplied with is rounded to eight bits at run time.
 
-    The embedding, which is the head as well, stays one tensor. Norms, biases, positions and attention stay float32.
+    The embedding, with a tied head, stays one tensor. Norms, biases, positions and attention stay float32.
 
     Args:
         source: a float32 graph that :func:`write_graph` wrote.
@@ -221,7 +221,10 @@ def _kept_nodes(graph: Any) -> list[str]:
     for node in graph.node:
         right = node.input[1] if node.op_type == "MatMul" else ""
         attention = node.op_type == "MatMul" and right not in weights and turned.get(right) not in weights
-        positions = node.op_type == "Gather" and node.input[0] not in turned.values()
+        is_embedding = node.op_type == "Gather" and (
+            node.input[0] in turned.values() or node.input[1] == "input_ids"  # tied to the head, or a table of its own
+        )
+        positions = node.op_type == "Gather" and not is_embedding
         if attention or positions:
             kept.append(node.name)
     return kept

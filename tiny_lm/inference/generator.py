@@ -22,6 +22,7 @@ from tiny_lm.model.checkpoint import CheckpointModel, load_checkpoint_model
 from tiny_lm.model.huggingface_folder import load_huggingface_model
 from tiny_lm.runs import Run, open_run
 from tiny_lm.tokenizer import Tokenizer, load_tokenizer
+from tiny_lm.tokenizer.huggingface_import import load_huggingface_tokenizer
 
 _ROWS = 64
 """So many texts are continued at once: more cost memory and gain nothing."""
@@ -116,7 +117,10 @@ class TextGenerator:
     def from_export(
         cls, folder: str | Path, *, tokenizer_path: str | Path | None = None, device: str | None = None
     ) -> Self:
-        """Load a folder that ``tiny-lm export huggingface`` wrote, or any file in it, with its tokenizer.
+        """Load a folder in Hugging Face's layout, or any file in it, with its tokenizer.
+
+        It may be one that ``tiny-lm export huggingface`` wrote, one that transformers saved again, or another model
+        that ``tiny-lm import`` takes.
 
         Args:
             folder: holds ``config.json``, ``model.safetensors`` and the tokenizer.
@@ -129,7 +133,8 @@ class TextGenerator:
         folder = Path(folder)
         folder = folder.parent if folder.is_file() else folder
         model, _ = load_huggingface_model(folder)
-        return cls(model.to(choose_device(device)), load_tokenizer(tokenizer_path or folder))
+        tokenizer = load_tokenizer(tokenizer_path) if tokenizer_path else load_huggingface_tokenizer(folder)
+        return cls(model.to(choose_device(device)), tokenizer)
 
     def compile(self) -> None:
         """From now on continue a text that is alone by a compiled step: up to three times as fast, on a CPU.
@@ -271,7 +276,7 @@ class TextGenerator:
         ends = self._end_tokens(request)
         context = self.model.config.context_length
         if isinstance(prompt, str):
-            ids = self.tokenizer.encode(prompt, bos=request.add_bos)
+            ids = self.tokenizer.encode_prompt(prompt) if request.add_bos else self.tokenizer.encode(prompt)
         else:
             ids, prompt = list(prompt), self.tokenizer.decode(prompt)
         if not ids:

@@ -169,6 +169,6 @@ def load_checkpoint_model(path: Path, *, config: ModelConfig | None = None) -> C
     except RuntimeError as error:
         problem = " ".join(str(error).split())
         raise UserError(f"{path}: its weights do not fit its config ({problem[:200]})") from None
-    if not torch.equal(weights["lm_head.weight"], weights["token_emb.weight"]):
-        raise UserError(f"{path}: its head is not its embedding, as it is in every model of tiny-lm")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return CheckpointModel(model.eval(), stored, ours["tokenizer_hash"], int(checkpoint["global_step"]))

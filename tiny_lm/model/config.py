@@ -51,6 +51,9 @@ class _TransformerConfig(Config):
     attn_dropout: _Probability | None = Field(default=None, description="dropout on the attention weights")
     resid_dropout: _Probability | None = Field(default=None, description="dropout on what a block adds")
     qkv_bias: bool = Field(default=False, description="biases on the query, key and value projections")
+    tie_word_embeddings: bool = Field(
+        default=True, description="the output head is the token embedding; false: a matrix of its own"
+    )
     residual_init: Literal["scaled", "zero"] = Field(
         default="scaled",
         description="start of what writes to the residual stream: GPT-2's 0.02 / sqrt(2 n_layers), or zero",
@@ -260,8 +263,8 @@ def parameter_table(config: ModelConfig) -> dict[str, int]:
     """Return the number of parameters of each part, in closed form.
 
     Returns:
-        counts by ``embedding``, ``positions``, ``attention``, ``feed-forward``, ``norms`` and ``head``; the head is 0
-        because it is the embedding. The sum is what the model really holds.
+        counts by ``embedding``, ``positions``, ``attention``, ``feed-forward``, ``norms`` and ``head``; a tied head is
+        0 because it is the embedding. The sum is what the model really holds.
     """
     d, ffn, layers = config.d_model, config.ffn_size, config.n_layers
     queries, keys = config.n_heads * config.head_size, config.kv_heads * config.head_size
@@ -276,7 +279,7 @@ def parameter_table(config: ModelConfig) -> dict[str, int]:
         "attention": layers * attention,
         "feed-forward": layers * feed_forward,
         "norms": layers * (2 * norm + head_norms) + norm,
-        "head": 0,
+        "head": 0 if config.tie_word_embeddings else config.vocab_size * d,
     }
 
 
@@ -290,8 +293,8 @@ def flops_per_token(config: ModelConfig, length: int) -> int:
 
     ``6 N + 12 L H K T``, as PaLM counts for its model FLOPs utilisation (Chowdhery et al. 2022, arXiv:2204.02311,
     appendix B): 2 for each weight that multiplies the token in the forward pass and 4 in the backward pass, and the
-    same for the products of queries with keys and of weights with values. N are the weights of all matrices, the tied
-    head once as a matrix and not as the embedding, which is a look-up. Attention counts all T x T pairs, as is usual,
+    same for the products of queries with keys and of weights with values. N are the weights of all matrices, with the
+    head and without the embedding, which is a look-up. Attention counts all T x T pairs, as is usual,
     though a causal kernel may skip half of them; what gradient checkpointing computes again is not counted.
 
     Args:

@@ -10,6 +10,7 @@
 There is one table of keys and one of tensors per family, and each is read both ways.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -80,12 +81,14 @@ _SHARED_KEYS = (
     Key("num_hidden_layers", "n_layers", "n_layers"),
     Key("num_attention_heads", "n_heads", "n_heads"),
 )
+_TIED_BY_DEFAULT = Key("tie_word_embeddings", "tie_word_embeddings", "tie_word_embeddings", default=True)
 _SWIGLU_KEYS = (
     *_SHARED_KEYS,
     Key("intermediate_size", "ffn_size", "ffn_hidden_dim"),
     Key("num_key_value_heads", "kv_heads", "n_kv_heads", default=None),
     Key("rms_norm_eps", "norm_eps", "norm_eps", default=1e-6),
     Key("attention_bias", "qkv_bias", "qkv_bias", default=False),
+    dataclasses.replace(_TIED_BY_DEFAULT, default=False),
 )
 _KEYS: Mapping[str, tuple[Key, ...]] = {
     "gpt2": (
@@ -95,17 +98,15 @@ _KEYS: Mapping[str, tuple[Key, ...]] = {
         Key("n_layer", "n_layers", "n_layers"),
         Key("n_head", "n_heads", "n_heads"),
         Key("n_inner", "ffn_size", "d_ff", default=None),
+        _TIED_BY_DEFAULT,
     ),
-    "smalllm": (*_SHARED_KEYS, Key("intermediate_size", "ffn_size", "d_ff")),
+    "smalllm": (*_SHARED_KEYS, Key("intermediate_size", "ffn_size", "d_ff"), _TIED_BY_DEFAULT),
     "llama3": (*_SWIGLU_KEYS, Key("mlp_bias", "ffn_bias", "ffn_bias", default=False)),
     "qwen3": (*_SWIGLU_KEYS, Key("head_dim", "head_size", "head_dim", default=128)),
 }
 # The tanh form of GELU under the one name that every engine computes as such.
 _TANH_GELU = ("gelu_pytorch_tanh", ("gelu_new", "gelu_fast"))
-_SWIGLU_FACTS = (
-    Fact("hidden_act", "silu", ("swish",), default="silu"),
-    Fact("tie_word_embeddings", True, default=False),
-)
+_SWIGLU_FACTS = (Fact("hidden_act", "silu", ("swish",), default="silu"),)
 _FACTS: Mapping[str, tuple[Fact, ...]] = {
     "gpt2": (
         Fact("activation_function", *_TANH_GELU, default="gelu_new"),
@@ -113,14 +114,12 @@ _FACTS: Mapping[str, tuple[Fact, ...]] = {
         Fact("scale_attn_weights", True, default=True),
         Fact("scale_attn_by_inverse_layer_idx", False, default=False),
         Fact("add_cross_attention", False, default=False),
-        Fact("tie_word_embeddings", True, default=True),
     ),
     "smalllm": (
         Fact("hidden_act", *_TANH_GELU, default="gelu_pytorch_tanh"),
         Fact("norm_epsilon", 1e-5, default=1e-5),
         Fact("use_bias", True, default=True),
         Fact("sliding_window", None),
-        Fact("tie_word_embeddings", True, default=True),
     ),
     "llama3": _SWIGLU_FACTS,
     "qwen3": (*_SWIGLU_FACTS, Fact("use_sliding_window", False, default=False)),
@@ -294,7 +293,12 @@ _QWEN3_ROWS = (
 _ROWS = {"gpt2": _GPT2_ROWS, "smalllm": _SMALLLM_ROWS, "llama3": _LLAMA3_ROWS, "qwen3": _QWEN3_ROWS}
 
 EMBEDDING = {family: table[0].theirs for family, table in _ROWS.items()}
-"""Their name of the token embedding, which is the head as well."""
+"""Their name of the token embedding, which is the head as well in a tied model."""
+
+HEAD = "lm_head.weight"
+"""Their and our name of the head."""
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 # Tables that old versions of transformers stored as if they were weights.
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
@@ -309,6 +313,8 @@ def rows(config: ModelConfig) -> Iterator[Row]:
                     continue
                 names = [name.replace("{i}", str(i)).replace("*", kind) for name in (row.theirs, *row.ours)]
                 yield Row(names[0], tuple(names[1:]), row.transposed and kind == "weight")
+    if not config.tie_word_embeddings:
+        yield Row(HEAD, (HEAD,))
 
 
 def _has_bias(config: ModelConfig, theirs: str) -> bool:
@@ -320,7 +326,7 @@ def _has_bias(config: ModelConfig, theirs: str) -> bool:
 
 
 def to_huggingface_state(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert our state dict to theirs, without the head, which is the embedding.
+    """Convert our state dict to theirs, without a tied head, which is the embedding.
 
     Args:
         config: the config of our model.
@@ -345,22 +351,28 @@ def from_huggingface_state(
 
     Args:
         config: the config of our model.
-        state: their state dict, with the head or without it.
+        state: their state dict; a tied head may be there or not.
         source: what an error names as the place.
 
     Raises:
-        UserError: a tensor is missing, has another shape, has no place in our model, or the head is not the embedding.
+        UserError: a tensor is missing, has another shape, has no place in our model, or a tied head is not the
+            embedding.
     """
     wanted = {name: tensor.shape for name, tensor in build_model(config, device="meta").state_dict().items()}
     rest = _with_prefix(config, state)
     embedding = rest.get(EMBEDDING[config.architecture])
-    head = rest.pop("lm_head.weight", embedding)
+    head = rest.pop(HEAD, embedding) if config.tie_word_embeddings else embedding
     result: dict[str, Tensor] = {}
     for row in rows(config):
         tensor = rest.pop(row.theirs, None)
         names = [name for name in row.ours if name in wanted]
         if tensor is None:
             raise UserError(f"{source}: the tensor {row.theirs} is missing")
+        if tensor.dtype not in _DTYPES:
+            raise UserError(
+                f"{source}: {row.theirs} is stored as {str(tensor.dtype).removeprefix('torch.')}; weights are read as "
+                "float32, float16, bfloat16 or float64"
+            )
         if not names:
             if tensor.any():
                 raise UserError(f"{source}: {row.theirs} is not zero, but our {config.architecture} has no such bias")
@@ -376,11 +388,15 @@ def from_huggingface_state(
         parts = torch.split(joined, lengths)
         result |= {name: part.contiguous() for name, part in zip(names, parts, strict=True)}
     if rest:
-        raise UserError(f"{source}: there is no place for the tensor {min(rest)} in our {config.architecture}")
+        raise UserError(f"{source}: there is no place for the tensor {shorten(min(rest))} in our {config.architecture}")
     assert head is not None and embedding is not None  # the embedding is in the table of every family
     if head is not embedding and not torch.equal(head, embedding):
-        raise UserError(f"{source}: the head is not the embedding, as it is in every model of tiny-lm")
-    result["lm_head.weight"] = result["token_emb.weight"]
+        raise UserError(
+            f"{source}: the head is not the embedding, though config.json has tie_word_embeddings true; "
+            "set it to false there to keep both"
+        )
+    if config.tie_word_embeddings:
+        result[HEAD] = result["token_emb.weight"]
     return result
 
 
@@ -390,7 +406,7 @@ def _with_prefix(config: ModelConfig, state: Mapping[str, Tensor]) -> dict[str, 
     prefix = embedding.partition(".")[0] + "."
     bare = embedding not in state and embedding.removeprefix(prefix) in state
     return {
-        prefix + name if bare and name != "lm_head.weight" else name: tensor
+        prefix + name if bare and name != HEAD else name: tensor
         for name, tensor in state.items()
         if not name.endswith(_BUFFERS)
     }

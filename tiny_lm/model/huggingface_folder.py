@@ -90,13 +90,21 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{index}: has no weight_map of tensors and files")
     state: dict[str, Tensor] = {}
     for place in sorted(set(places.values())):
-        if Path(place).name != place:
+        if Path(place).name != place or "\0" in place:
             raise UserError(f"{index}: {shorten(place)} leads out of the folder")
+        if len(place.encode(errors="replace")) > 255:
+            raise UserError(f"{index}: {shorten(place)} is too long for the name of a file")
         state |= _read_file(folder / place)
     missing = sorted(places.keys() - state.keys())
     if missing:
-        raise UserError(f"{index}: the tensor {missing[0]} is not in {places[missing[0]]}")
+        raise UserError(f"{index}: the tensor {shorten(missing[0])} is not in {places[missing[0]]}")
     return state
+
+
+def _first_line(error: Exception) -> str:
+    """Return the beginning of a message, which may quote as much of a damaged file as there is."""
+    line = str(error).partition("\n")[0]
+    return line if len(line) <= 200 else f"{line[:200]}..."
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:
@@ -108,6 +116,5 @@ def _read_file(file: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise UserError(f"{file}: no such file, though the index names it") from None
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise UserError(f"{file}: is damaged or no safetensors file ({first_line})") from None
+        raise UserError(f"{file}: is damaged or not a safetensors file ({_first_line(error)})") from None
     return state

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
+from tiny_lm.errors import UserError
 from tiny_lm.model.attention import MultiHeadAttention, blocked_attention
 from tiny_lm.model.cache import KVCache
 from tiny_lm.model.config import GPT2Config, Llama3Config, ModelConfig, Qwen3Config, SmallLMConfig
@@ -78,6 +79,24 @@ def _run_checkpointed(block: nn.Module, *inputs: Any) -> Tensor:
     return y
 
 
+def _check_tied_head(model: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
+    """Check that weights for a tied model have one matrix for both: the second would overwrite the first.
+
+    Raises:
+        UserError: they have two different ones.
+    """
+    head, embedding = (state.get(f"{prefix}{name}.weight") for name in ("lm_head", "token_emb"))
+    if not isinstance(model, Transformer) or not model.config.tie_word_embeddings or head is None or embedding is None:
+        return
+    if head is embedding or head.is_meta or head.shape != embedding.shape:
+        return
+    if not torch.equal(head, embedding):
+        raise UserError(
+            "the head (lm_head.weight) is not the embedding (token_emb.weight); set tie_word_embeddings: false in the "
+            "model config"
+        )
+
+
 def _tie_head_after_loading(model: nn.Module, _: object) -> None:
     """Tie the head again: ``load_state_dict(..., assign=True)`` makes two parameters of it."""
     if isinstance(model, Transformer):
@@ -90,7 +109,8 @@ class Transformer(nn.Module):
     The keys of its state dict are public: ``token_emb.weight``, ``pos_emb.pos_emb.weight`` (learned positions only),
     ``blocks.{i}.norm1|norm2.weight|bias``, ``blocks.{i}.attn.W_q|W_k|W_v|out_proj.weight|bias``,
     ``blocks.{i}.attn.q_norm|k_norm.weight`` (Qwen3), ``blocks.{i}.ffn.fc1|fc2`` or ``w1|w2|w3``
-    (gate, down, up), ``final_norm.weight|bias`` and ``lm_head.weight``, which is ``token_emb.weight``.
+    (gate, down, up), ``final_norm.weight|bias`` and ``lm_head.weight``, which is ``token_emb.weight`` unless the config
+    says ``tie_word_embeddings: false``.
 
     Args:
         config: the config of any family.
@@ -112,6 +132,7 @@ class Transformer(nn.Module):
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self._run_block = _run
         self.tie_head()
+        self.register_load_state_dict_pre_hook(_check_tied_head)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_tie_head_after_loading)  # type: ignore[no-untyped-call]
         initialize(self)
 
@@ -176,8 +197,9 @@ class Transformer(nn.Module):
         return KVCache(keys, values)
 
     def tie_head(self) -> None:
-        """Make the weight of the head the very parameter that the token embedding has."""
-        self.lm_head.weight = self.token_emb.weight
+        """Make the weight of the head the very parameter that the token embedding has, unless the config unties it."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.token_emb.weight
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `to_empty()` and moves between kinds of devices give each module a parameter of its own.

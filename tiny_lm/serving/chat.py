@@ -108,7 +108,7 @@ class ChatTemplate:
         return {
             "messages": [{"role": message.role, "content": message.text} for message in messages],
             "add_generation_prompt": add_generation_prompt,
-            "bos_token": self._by_role["bos"],
+            "bos_token": self._by_role.get("bos", ""),
             "eos_token": self._by_role["eos"],
         }
 

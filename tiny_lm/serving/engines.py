@@ -224,7 +224,8 @@ def llama_server(program: str, file: Path, place: Place) -> Command:
     # The context is divided between the slots.
     words += ["-np", str(LLAMACPP_SLOTS), "-c", str(LLAMACPP_SLOTS * facts.context_length), "--offline"]
     if not facts.has_template:
-        words += ["--chat-template", STORY_TEMPLATE]
+        # Where documents begin without bos, llama.cpp has another token of that name.
+        words += ["--chat-template", STORY_TEMPLATE if facts.bos else STORY_TEMPLATE.removeprefix("{{- bos_token }}")]
     # Pages of other sites may not call it. As a variable, since older versions do not know the option.
     return Command(words, file.stem, environment={"LLAMA_ARG_CORS_ORIGINS": "localhost"})
 
@@ -296,7 +297,7 @@ def _gguf_facts(file: Path) -> _GGUFFacts:
         return _GGUFFacts(
             int(fields[f"{fields['general.architecture']}.context_length"]),
             "tokenizer.chat_template" in fields,
-            tokens[fields["tokenizer.ggml.bos_token_id"]],
+            tokens[fields["tokenizer.ggml.bos_token_id"]] if fields.get("tokenizer.ggml.add_bos_token", True) else "",
             tokens[fields["tokenizer.ggml.eos_token_id"]],
         )
     except (ValueError, KeyError, IndexError) as error:

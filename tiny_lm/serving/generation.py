@@ -151,7 +151,8 @@ async def encode(model: ServedModel, text: str, *, bos: bool = True) -> list[int
     Raises:
         UserError: there is no token to begin with.
     """
-    ids = await asyncio.to_thread(model.generator.tokenizer.encode, text, bos=bos)
+    tokenizer = model.generator.tokenizer
+    ids = await asyncio.to_thread(tokenizer.encode_prompt if bos else tokenizer.encode, text)
     if not ids:
         raise UserError("the prompt is empty")
     return ids

@@ -60,7 +60,7 @@ def openai_router(catalogue: Catalogue) -> APIRouter:
             scores_prompts=scores_prompts,
         )
         echoes = [
-            Echo(model.generator.tokenizer.decode(ids), unsaid=1 if isinstance(each, str) else 0)
+            Echo(model.generator.tokenizer.decode(ids), unsaid=_added_tokens(model, each))
             for each, ids in zip(given, prompts, strict=True)
         ]
         answers = CompletionAnswers(
@@ -138,6 +138,11 @@ async def _prompts(model: ServedModel, given: Sequence[str | list[int]]) -> list
         if max(each) >= size:
             raise ApiError(400, f"{max(each)} is no token id: the vocabulary has {size:,} tokens", param="prompt")
     return ids
+
+
+def _added_tokens(model: ServedModel, prompt: str | list[int]) -> int:
+    """Return how many tokens were put before a prompt that are not the client's."""
+    return int(isinstance(prompt, str) and (model.generator.tokenizer.bos_id is not None or not prompt))
 
 
 def _several(prompt: schema.Prompt | None) -> list[str | list[int]]:

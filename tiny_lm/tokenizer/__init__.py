@@ -1,7 +1,7 @@
 """Text to token ids and back: four kinds of tokenizer behind one interface."""
 
 from tiny_lm.tokenizer.base import SpecialToken, StreamDecoder, Tokenizer
-from tiny_lm.tokenizer.bpe import GPT2_PATTERN, LLAMA3_PATTERN, BPETokenizer
+from tiny_lm.tokenizer.bpe import GPT2_PATTERN, LLAMA3_PATTERN, SPLIT_PATTERNS, BPETokenizer
 from tiny_lm.tokenizer.char import CharTokenizer
 from tiny_lm.tokenizer.config import TokenizerConfig
 from tiny_lm.tokenizer.gpt2 import GPT2Tokenizer
@@ -13,6 +13,7 @@ from tiny_lm.tokenizer.train import train_tokenizer
 __all__ = [
     "GPT2_PATTERN",
     "LLAMA3_PATTERN",
+    "SPLIT_PATTERNS",
     "BPETokenizer",
     "CharTokenizer",
     "GPT2Tokenizer",

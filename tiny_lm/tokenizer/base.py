@@ -67,7 +67,8 @@ class Tokenizer(ABC):
 
         Args:
             base: the bytes that each base token stands for, by id.
-            special_texts: the text of each special token, by role; equal texts share one id.
+            special_texts: the text of each special token, by role; equal texts share one id. Without ``bos``, documents
+                begin with nothing.
 
         Raises:
             UserError: the special tokens are not valid, or one is also a token of the base vocabulary.
@@ -93,9 +94,9 @@ class Tokenizer(ABC):
         self._bytes = [*base, *hidden]
 
     @property
-    def bos_id(self) -> int:
-        """The token that begins a document."""
-        return self.special_tokens["bos"]
+    def bos_id(self) -> int | None:
+        """The token that begins a document, where there is one."""
+        return self.special_tokens.get("bos")
 
     @property
     def eos_id(self) -> int:
@@ -131,18 +132,28 @@ class Tokenizer(ABC):
         """Encode text that is known to be valid Unicode."""
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Return the ids of ``text``, between the bos and eos ids where asked for.
+        """Return the ids of ``text``, between the bos (where the tokenizer has one) and eos ids where asked for.
 
         Raises:
             UserError: the text holds a lone surrogate.
         """
         check_text(text)
         ids = self._encode(text)
-        if bos:
+        if bos and self.bos_id is not None:
             ids.insert(0, self.bos_id)
         if eos:
             ids.append(self.eos_id)
         return ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the ids of the beginning of a document, at least one.
+
+        Without a bos token, an empty text is the eos token, since it stands between documents in the training stream.
+
+        Raises:
+            UserError: the text holds a lone surrogate.
+        """
+        return self.encode(text, bos=True) or [self.eos_id]
 
     def encode_batch(
         self, texts: Sequence[str], *, bos: bool = False, eos: bool = False, num_threads: int = 16

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import Self
 
+from tiny_lm.config import shorten
 from tiny_lm.errors import UserError
 from tiny_lm.files import read_json
 from tiny_lm.tokenizer.base import Tokenizer, vocabulary
-from tiny_lm.tokenizer.config import TokenizerConfig
+from tiny_lm.tokenizer.config import SplitPattern, TokenizerConfig
 
 if TYPE_CHECKING:
     import tiktoken
@@ -32,8 +33,25 @@ LLAMA3_PATTERN = _LLAMA3_SHAPE.replace("DIGITS", "3")
 TWO_DIGIT_PATTERN = _LLAMA3_SHAPE.replace("DIGITS", "2")
 """The same with groups of up to two digits. Only imported tokenizers have it: llama.cpp knows no such split."""
 
+QWEN2_PATTERN = _LLAMA3_SHAPE.replace("{1,DIGITS}", "")
+"""Qwen2's split, ``qwen2`` in llama.cpp: Llama 3's with each digit a piece of its own."""
+
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """GPT-2's split, ``gpt-2`` in llama.cpp."""
+
+SMOLLM_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
+"""SmolLM's split, ``smollm`` in llama.cpp: digits are cut out first, and GPT-2's split cuts the rest."""
+
+SPLIT_PATTERNS: Mapping[SplitPattern, str] = {
+    "llama3": LLAMA3_PATTERN,
+    "gpt2": GPT2_PATTERN,
+    "qwen2": QWEN2_PATTERN,
+    "smollm": SMOLLM_PATTERN,
+}
+"""The splits that a tokenizer config may name (``split_pattern``)."""
+
+# Finding the merge of a token takes time in the square of its length. A vocabulary of a million tokens has about 10^8.
+_MAX_MERGE_WORK = 2**28
 
 # Longer runs of white space are cut by us: the regex engine of tiktoken and rustbpe keeps a state for each character
 # that `\s+(?!\S)` passes and stops at a million of them.
@@ -53,7 +71,7 @@ class BPETokenizer(Tokenizer):
 
     kind: ClassVar[str] = "BPE"
     libraries: ClassVar[tuple[str, ...]] = ("rustbpe", "tiktoken")
-    patterns: ClassVar[tuple[str, ...]] = (LLAMA3_PATTERN, TWO_DIGIT_PATTERN, GPT2_PATTERN)
+    patterns: ClassVar[tuple[str, ...]] = (*SPLIT_PATTERNS.values(), TWO_DIGIT_PATTERN)
     """The splits that this kind may have; the first is the default."""
 
     def __init__(self, base: Sequence[bytes], special_texts: Mapping[str, str], *, pattern: str | None = None) -> None:
@@ -70,7 +88,12 @@ class BPETokenizer(Tokenizer):
         super().__init__(base, special_texts)
         self.pattern = self.patterns[0] if pattern is None else pattern
         if self.pattern not in self.patterns:
-            raise UserError(f"a {self.kind} tokenizer cannot split text by {self.pattern!r}")
+            raise UserError(f"a {self.kind} tokenizer cannot split text by {shorten(self.pattern)}")
+        if sum(len(token) ** 2 for token in self.base) > _MAX_MERGE_WORK:
+            raise UserError(
+                f"the tokens of the vocabulary are too long for a BPE tokenizer (the longest has "
+                f"{max(map(len, self.base)):,} bytes)"
+            )
         self._ranks = {token: rank for rank, token in enumerate(self.base)}
         if len(self._ranks) != len(self.base) or not all(bytes([i]) in self._ranks for i in range(256)):
             raise UserError("the vocabulary of a BPE tokenizer must hold all 256 bytes, and no token twice")
@@ -96,15 +119,16 @@ class BPETokenizer(Tokenizer):
         import rustbpe
 
         assert config.vocab_size is not None  # the config has checked it
+        pattern = SPLIT_PATTERNS[config.split_pattern]
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator(
             (_LONG_SPACE.sub(lambda run: run[0][:_LONG_RUN], document) for document in documents),
-            config.vocab_size - len(config.special_tokens),
+            config.vocab_size - len(set(config.special_tokens.values())),
             buffer_size=8192,
-            pattern=cls.patterns[0],
+            pattern=pattern,
         )
         ranks = sorted(trainer.get_mergeable_ranks(), key=lambda entry: entry[1])
-        return cls([bytes(token) for token, _ in ranks], config.special_tokens)
+        return cls([bytes(token) for token, _ in ranks], config.special_tokens, pattern=pattern)
 
     # --- encoding --------------------------------------------------------------------------------------------------
 
@@ -119,13 +143,14 @@ class BPETokenizer(Tokenizer):
     def _cut_long_runs(self, text: str) -> Iterator[tuple[str, bool]]:
         """Cut out the pieces of which a very long run of white space consists, just where the pattern cuts.
 
-        Both patterns leave the last white space before a word to that word. Llama 3's also ends a piece at the last
-        line end of the run, and lets punctuation take the line ends that follow it.
+        All patterns leave the last white space before a word to that word; SmolLM's leaves none to a number. Those
+        of Llama 3 and Qwen2 also end a piece at the last line end of the run, and let punctuation take the line ends
+        that follow.
 
         Yields:
             parts of the text, and whether a part is one piece (else the pattern splits it).
         """
-        by_line = self.pattern != GPT2_PATTERN
+        by_line = self.pattern not in (GPT2_PATTERN, SMOLLM_PATTERN)
         start = 0
         for run in _LONG_SPACE.finditer(text):
             begin, end = run.span()
@@ -137,11 +162,17 @@ class BPETokenizer(Tokenizer):
                 after_line = max(text.rfind("\n", begin, end), text.rfind("\r", begin, end)) + 1
                 yield text[begin:after_line], True
                 begin = max(begin, after_line)
-            start = end if end == len(text) else max(begin, end - 1)
+            is_whole = end == len(text) or (self.pattern == SMOLLM_PATTERN and _is_number(text[end]))
+            start = end if is_whole else max(begin, end - 1)
             yield text[begin:start], True
         yield text[start:], False
 
     # --- the folder on disk ----------------------------------------------------------------------------------------
+
+    @property
+    def split_name(self) -> str:
+        """The name of the pattern in a tokenizer config; ``two digits`` for the one that only imports have."""
+        return next((name for name, pattern in SPLIT_PATTERNS.items() if pattern == self.pattern), "two digits")
 
     @property
     def merges(self) -> list[tuple[bytes, bytes]]:
@@ -188,6 +219,10 @@ class BPETokenizer(Tokenizer):
         except (KeyError, IndexError, TypeError) as error:
             raise UserError(f"{file}: is no byte-level BPE tokenizer of tiny-lm ({error!r})") from None
         return cls(base, special_texts, pattern=str(pattern))
+
+
+def _is_number(character: str) -> bool:
+    return unicodedata.category(character)[0] == "N"
 
 
 # --- byte-level text -------------------------------------------------------------------------------------------------

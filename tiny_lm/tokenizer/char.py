@@ -40,7 +40,7 @@ class CharTokenizer(Tokenizer):
             counts.update(document)
         # By code point among equals, so that the order of the documents plays no part.
         ordered = sorted(counts, key=lambda character: (-counts[character], character))
-        limit = None if config.vocab_size is None else config.vocab_size - len(config.special_tokens)
+        limit = None if config.vocab_size is None else config.vocab_size - len(set(config.special_tokens.values()))
         return cls(ordered[:limit], config.special_tokens)
 
     def _encode(self, text: str) -> list[int]:
@@ -68,7 +68,8 @@ class CharTokenizer(Tokenizer):
         file = folder / "tokenizer.json"
         content = read_json(file)
         tokens = vocabulary(content.get("model") if isinstance(content, dict) else None, str(file))
-        count = len(tokens) - len(special_texts)
-        if tokens[max(0, count) :] != list(special_texts.values()):
+        texts = list(dict.fromkeys(special_texts.values()))  # roles may share a token
+        count = len(tokens) - len(texts)
+        if tokens[max(0, count) :] != texts:
             raise UserError(f"{file}: does not end with the special tokens of metadata.json")
         return cls(tokens[:count], special_texts)

@@ -21,6 +21,10 @@ GPT2_BASE_SIZE = 50_256
 _SMALLEST_BASE = {"BPE": 256, "sentencepiece": 1 + 256 + 32, "char": 1}
 
 
+SplitPattern = Literal["llama3", "gpt2", "qwen2", "smollm"]
+"""How a BPE tokenizer splits text before the merges: each has a pre-tokenizer of llama.cpp that yields the same ids."""
+
+
 @config_dataclass
 class TokenizerConfig(Config):
     """How to train a tokenizer, and on what.
@@ -38,6 +42,7 @@ class TokenizerConfig(Config):
     dataset_config: str = Field(min_length=1, description="name or path of a dataset config")
     val_split: float = Field(default=0.01, ge=0, lt=1, description="share of documents held out for validation")
     special_tokens: dict[str, str] = Field(default_factory=dict, description="text of each special token, by role")
+    split_pattern: SplitPattern = Field(default="llama3", description="BPE only: what text is split by before merges")
     output_dir: str = Field(default="", description="folder of the tokenizer")
     tokenized_output_dir: str = Field(default="", description="folder of the token stream")
     num_threads: int = Field(default=16, ge=1, le=1024, description="threads that encode the corpus")
@@ -51,6 +56,8 @@ class TokenizerConfig(Config):
         object.__setattr__(self, "output_dir", self.output_dir or f"tokenizers/{self.name}")
         object.__setattr__(self, "tokenized_output_dir", self.tokenized_output_dir or f"data/{self.name}-tokenized")
         check_special_tokens(self.special_tokens, self.type)
+        if self.split_pattern != "llama3" and self.type != "BPE":
+            raise ValueError(f"split_pattern: only for type: BPE; a {self.type} tokenizer has its own")
         self._check_vocab_size()
         return self
 
@@ -76,8 +83,8 @@ def check_special_tokens(specials: dict[str, str], kind: str) -> None:
     """Check the texts of the special tokens, by role.
 
     Raises:
-        ValueError: a text is empty, blank, too long, no Unicode, or stands twice; a role is no plain word; eos or bos
-            is missing; a character tokenizer has no unk.
+        ValueError: a text is empty, blank, too long, not Unicode, or shared by roles that cannot share one; a role is
+            not a plain word; eos is missing; a character tokenizer has no unk.
     """
     for role, text in specials.items():
         place = f"special_tokens.{role}"
@@ -89,17 +96,23 @@ def check_special_tokens(specials: dict[str, str], kind: str) -> None:
             raise ValueError(f"{place}: is no Unicode text (it is {shorten(text)})")
         if kind == "char" and len(text) == 1:
             raise ValueError(f"{place}: a single character is an ordinary token of a char tokenizer (it is {text!r})")
-    needed = ("eos", "bos", "unk") if kind == "char" else ("eos", "bos")
+    needed = ("eos", "unk") if kind == "char" else ("eos",)
     for role in needed:
         if role not in specials:
             raise ValueError(f"special_tokens: the role {role!r} is missing")
-    distinct = dict(specials)
     if kind == "gpt2":
         for role, text in GPT2_SPECIALS.items():
-            if specials[role] != text:
-                raise ValueError(f"special_tokens.{role}: is always {text} in GPT-2 (it is {shorten(specials[role])})")
-        del distinct["bos"]
-    texts = list(distinct.values())
-    for role, text in distinct.items():
-        if texts.count(text) > 1:
-            raise ValueError(f"special_tokens.{role}: the text {text!r} stands twice")
+            if specials.get(role) != text:
+                raise ValueError(
+                    f"special_tokens.{role}: is always {text} in GPT-2 (it is {shorten(specials.get(role))})"
+                )
+    # One control token may have several roles: <|endoftext|> of GPT-2 is eos and bos. In a char tokenizer unk stands
+    # for characters, so it may not end a text as well.
+    shareable = set(STANDARD_SPECIALS) - ({"unk"} if kind == "char" else set())
+    for role, text in specials.items():
+        others = [other for other in specials if other != role and specials[other] == text]
+        if others and role not in shareable:
+            raise ValueError(
+                f"special_tokens.{role}: the text {text!r} is that of {others[0]!r} too; only pad, eos, bos and unk "
+                "may share a token" + (", and unk may not in a char tokenizer" if kind == "char" else "")
+            )

@@ -8,7 +8,14 @@ from tiny_lm.config import shorten
 from tiny_lm.errors import UserError
 from tiny_lm.files import read_json
 from tiny_lm.tokenizer.base import Tokenizer, vocabulary
-from tiny_lm.tokenizer.bpe import GPT2_PATTERN, BPETokenizer, byte_level, from_byte_level
+from tiny_lm.tokenizer.bpe import (
+    GPT2_PATTERN,
+    SMOLLM_PATTERN,
+    SPLIT_PATTERNS,
+    BPETokenizer,
+    byte_level,
+    from_byte_level,
+)
 from tiny_lm.tokenizer.chat_template import read_chat_template
 from tiny_lm.tokenizer.config import GPT2_SPECIALS, STANDARD_SPECIALS
 from tiny_lm.tokenizer.gpt2 import GPT2Tokenizer
@@ -44,15 +51,21 @@ def load_huggingface_tokenizer(folder: Path) -> Tokenizer:
         base = [from_byte_level(token) for token in tokens]
     except KeyError as error:
         raise UserError(f"{file}: is no byte-level BPE (a token has the character {error})") from None
-    specials = _roles(folder, sorted(added, key=lambda text: added[text]))
-    is_gpt2 = pattern == GPT2_PATTERN and {role: specials.get(role) for role in GPT2_SPECIALS} == GPT2_SPECIALS
-    tokenizer = GPT2Tokenizer(base, specials) if is_gpt2 else BPETokenizer(base, specials, pattern=pattern)
-    ours = [(byte_level(left), byte_level(right)) for left, right in tokenizer.merges]
-    theirs = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in model.get("merges", [])]
-    if ours != theirs:
+    specials = _roles(folder, content, sorted(added, key=lambda text: added[text]))
+    try:
+        tokenizer = _build(base, specials, pattern)
+        ours = [(byte_level(left), byte_level(right)) for left, right in tokenizer.merges]
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    if ours != _merges(model, file):
         raise UserError(f"{file}: its merges are not in the order of its tokens, so tiny-lm would yield other ids")
     tokenizer.chat_template = read_chat_template(folder)
     return tokenizer
+
+
+def _build(base: list[bytes], specials: dict[str, str], pattern: str) -> BPETokenizer:
+    is_gpt2 = pattern == GPT2_PATTERN and {role: specials.get(role) for role in GPT2_SPECIALS} == GPT2_SPECIALS
+    return GPT2Tokenizer(base, specials) if is_gpt2 else BPETokenizer(base, specials, pattern=pattern)
 
 
 def _pattern(pre_tokenizer: Any, file: Path) -> str:
@@ -66,29 +79,72 @@ def _pattern(pre_tokenizer: Any, file: Path) -> str:
             {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
         ] if pattern in BPETokenizer.patterns:
             return pattern
-    raise UserError(f"{file}: splits text in a way that tiny-lm does not ({shorten(pre_tokenizer)})")
+        case [
+            {"type": "Digits", "individual_digits": True},
+            {"type": "ByteLevel", "add_prefix_space": False, **rest},
+        ] if rest.get("use_regex", True):
+            return SMOLLM_PATTERN
+    raise UserError(
+        f"{file}: splits text in a way that tiny-lm does not ({shorten(pre_tokenizer)}); it has the splits of "
+        f"{', '.join(SPLIT_PATTERNS)}"
+    )
+
+
+def _adds(content: dict[str, Any], token: str | None) -> bool:
+    """Return whether a ``tokenizer.json`` begins a text with ``token`` by itself."""
+    processor = content.get("post_processor")
+    steps = processor.get("processors", [processor]) if isinstance(processor, dict) else []
+    for step in steps if isinstance(steps, list) else []:
+        match step:
+            case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": first}}, *_]} if first == token:
+                return True
+    return False
 
 
 def _added(content: dict[str, Any], file: Path) -> dict[str, int]:
     added = content.get("added_tokens", [])
-    if not isinstance(added, list) or not all(isinstance(token, dict) for token in added):
-        raise UserError(f"{file}: its added_tokens are no list of tokens")
-    return {str(token.get("content")): int(token.get("id", -1)) for token in added}
+    result: dict[str, int] = {}
+    for token in added if isinstance(added, list) else [None]:
+        match token:
+            case {"content": str(text), "id": int(token_id)} if text not in result:
+                result[text] = token_id
+            case _:
+                raise UserError(f"{file}: its added_tokens are not a list of different tokens ({shorten(token)})")
+    return result
 
 
-def _roles(folder: Path, texts: list[str]) -> dict[str, str]:
-    """Give each special token a role: those of ``tokenizer_config.json``, else one made of its text."""
+def _merges(model: dict[str, Any], file: Path) -> list[tuple[str, str]]:
+    merges = model.get("merges", [])
+    result = []
+    for pair in merges if isinstance(merges, list) else [merges]:
+        match pair.split(" ", 1) if isinstance(pair, str) else pair:
+            case [str(left), str(right)]:
+                result.append((left, right))
+            case _:
+                raise UserError(f"{file}: its merges are not a list of pairs of tokens ({shorten(pair)})")
+    return result
+
+
+def _roles(folder: Path, content: dict[str, Any], texts: list[str]) -> dict[str, str]:
+    """Give each special token its roles: those of ``tokenizer_config.json``, else one made of its text.
+
+    The role bos means that documents begin with the token. It is that of a token that the tokenizer adds by itself
+    or that ends documents too, as in GPT-2. Without such a token documents begin with nothing.
+    """
     file = folder / "tokenizer_config.json"
     config = read_json(file) if file.is_file() else {}
+    config = config if isinstance(config, dict) else {}
     roles: dict[str, str] = {}
     for role in STANDARD_SPECIALS:
-        token = config.get(f"{role}_token") if isinstance(config, dict) else None
+        token = config.get(f"{role}_token")
         text = token.get("content") if isinstance(token, dict) else token
-        if text in texts and not (role in ("pad", "unk") and text in roles.values()):
-            roles[role] = str(text)
+        if isinstance(text, str) and text in texts:
+            roles[role] = text
     if "eos" not in roles:
         raise UserError(f"{file}: names no eos_token among the added tokens")
-    roles.setdefault("bos", roles["eos"])
+    bos = roles.get("bos")
+    if bos not in (None, roles["eos"]) and not (config.get("add_bos_token") is True or _adds(content, bos)):
+        del roles["bos"]
     for text in texts:
         if text not in roles.values():
             word = re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")

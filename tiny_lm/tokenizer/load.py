@@ -35,6 +35,11 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         hint = ""
         if any(folder.glob("*.pkl")):
             hint = "; it holds a pickled one: `tiny-lm tokenizer import` turns that into a folder without pickles"
+        elif (folder / "tokenizer.json").is_file():
+            hint = (
+                "; its tokenizer.json was saved by another program: `tiny-lm import` makes a run of a model's folder "
+                "with config.json and model.safetensors, and the tokenizer is in the run's folder tokenizer/"
+            )
         raise UserError(f"{folder}: holds no tokenizer (metadata.json is missing){hint}")
     metadata = read_json(file)
     if not isinstance(metadata, dict) or "kind" not in metadata:

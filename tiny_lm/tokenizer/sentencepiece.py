@@ -15,6 +15,7 @@ from tiny_lm.errors import UserError
 from tiny_lm.files import atomic_path, read_json
 from tiny_lm.tokenizer.base import Tokenizer, vocabulary
 from tiny_lm.tokenizer.config import TokenizerConfig
+from tiny_lm.tokenizer.sentencepiece_model import check_sentencepiece_model
 
 if TYPE_CHECKING:
     import sentencepiece
@@ -92,7 +93,7 @@ class SentencePieceTokenizer(Tokenizer):
                 sentence_iterator=_segments(documents, failures),
                 model_writer=model,
                 model_type="bpe",
-                vocab_size=config.vocab_size - len(config.special_tokens),
+                vocab_size=config.vocab_size - len(set(config.special_tokens.values())),
                 hard_vocab_limit=False,  # a small corpus yields a smaller vocabulary
                 byte_fallback=True,
                 character_coverage=0.9999,
@@ -212,12 +213,11 @@ class SentencePieceTokenizer(Tokenizer):
 def _processor(model: bytes) -> "sentencepiece.SentencePieceProcessor":
     import sentencepiece
 
-    if not model:  # the library would take it for "none given yet"
-        raise UserError("tokenizer.model is empty")
+    check_sentencepiece_model(model)
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except (RuntimeError, OSError, ValueError):
-        raise UserError("tokenizer.model is no SentencePiece model, or a damaged one") from None
+        raise UserError("tokenizer.model is damaged or not a SentencePiece model") from None
 
 
 def _reason(error: Exception) -> str:

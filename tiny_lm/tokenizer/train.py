@@ -54,6 +54,15 @@ def train_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> Tokeni
     return tokenizer
 
 
+def matches_config(tokenizer: Tokenizer, config: TokenizerConfig) -> bool:
+    """Return whether a tokenizer is of the kind, special tokens and split pattern of a config."""
+    texts = {token.role: token.text for token in tokenizer.specials}
+    same_split = config.type != "BPE" or (
+        isinstance(tokenizer, BPETokenizer) and tokenizer.split_name == config.split_pattern
+    )
+    return tokenizer.kind == config.type and texts == config.special_tokens and same_split
+
+
 class _Corpus:
     """The documents that are not empty, read once, counted and checked on the way."""
 

@@ -13,7 +13,7 @@ from tiny_lm.tokenizer.chat_template import read_chat_template
 from tiny_lm.tokenizer.huggingface_import import load_huggingface_tokenizer
 
 _PARTS = ("architecture", "vocab_size", "d_model", "n_layers", "n_heads", "kv_heads", "head_size", "ffn_size")
-_DETAILS = ("qkv_bias", "ffn_bias", "rope_theta", "norm_eps")
+_DETAILS = ("tie_word_embeddings", "qkv_bias", "ffn_bias", "rope_theta", "norm_eps")
 
 
 def begin_with(path: Path, model: Transformer, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -20,8 +20,10 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
     each for hidden matrices, embeddings, and vectors.
     """
     # By the kind of module and not by shape: a process that holds a part of each weight holds it flat.
-    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    tables = {id(weight) for weight in embeddings}  # the tied head is one of them
+    # An untied head is no hidden matrix either; a tied one is the embedding.
+    ends = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) or name.endswith("lm_head")]
+    embeddings = list({id(m.weight): m.weight for m in ends}.values())
+    tables = {id(weight) for weight in embeddings}
     hidden = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and id(m.weight) not in tables]
     matrices = tables | {id(weight) for weight in hidden}
     vectors = [p for p in model.parameters() if id(p) not in matrices]
