@@ -22,7 +22,7 @@ from tiny_lm.export.hub import Target, admitted_files, check_license
 from tiny_lm.export.importing import import_model
 from tiny_lm.export.source import load_source
 from tiny_lm.model.checkpoint import load_checkpoint_model
-from tiny_lm.model.huggingface import to_huggingface_state
+from tiny_lm.model.huggingface_weights import to_huggingface_state
 
 ROOT = Path(__file__).parents[2]
 WRITER = {"HF_TOKEN": "hf_writer"}

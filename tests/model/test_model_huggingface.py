@@ -10,13 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from tiny_lm.errors import UserError
 from tiny_lm.model import build_model, model_config_from_dict, num_parameters
-from tiny_lm.model.huggingface import (
-    EMBEDDING,
-    from_huggingface_config,
-    to_huggingface_config,
-    to_huggingface_state,
-)
+from tiny_lm.model.huggingface import from_huggingface_config, to_huggingface_config
 from tiny_lm.model.huggingface_folder import load_huggingface_model
+from tiny_lm.model.huggingface_weights import EMBEDDING, to_huggingface_state
 
 SHAPE = {"vocab_size": 61, "context_length": 24, "d_model": 32, "n_layers": 2, "n_heads": 4}
 FAMILIES = {

@@ -5,7 +5,7 @@ import torch
 from reference import randomize, reference_model
 
 from tiny_lm.model import build_model, model_config_from_dict
-from tiny_lm.model.huggingface import from_huggingface_state, to_huggingface_state
+from tiny_lm.model.huggingface_weights import from_huggingface_state, to_huggingface_state
 
 SHAPE = {"vocab_size": 97, "context_length": 48, "d_model": 48, "n_layers": 3, "n_heads": 4}
 

@@ -44,7 +44,7 @@ def test_an_untied_model_keeps_both_matrices(family: str) -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_head_is_trained_beside_the_embedding(optimizer: str) -> None:
     model = family_model("llama3", tie_word_embeddings=False)
-    built = build_optimizer(model, TrainingConfig(max_steps=1, optimizer=optimizer))
+    built = build_optimizer(model, TrainingConfig(max_steps=1, learning_rate=1e-3, optimizer=optimizer))
     groups = [{id(parameter) for parameter in group["params"]} for group in built.param_groups]
     (together,) = [group for group in groups if id(model.token_emb.weight) in group]
     assert together == {id(model.token_emb.weight), id(model.lm_head.weight)}

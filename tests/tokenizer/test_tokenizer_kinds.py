@@ -103,6 +103,7 @@ def test_a_foreign_model_that_changes_text(corpus: list[str]) -> None:
             sentence_iterator=iter(corpus),
             model_writer=target,
             vocab_size=400,
+            model_type="bpe",
             minloglevel=2,
             **options,
         )

@@ -13,7 +13,7 @@ from tiny_lm.errors import UserError
 from tiny_lm.export.gguf_vocabulary import Vocabulary
 from tiny_lm.export.source import Source
 from tiny_lm.model import ModelConfig, build_model
-from tiny_lm.model.huggingface import rows, to_huggingface_state
+from tiny_lm.model.huggingface_weights import rows, to_huggingface_state
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -25,8 +25,9 @@ from tiny_lm.export.verify import (
 )
 from tiny_lm.files import atomic_folder, check_free, read_json, write_json, write_text
 from tiny_lm.model import ModelConfig, num_parameters
-from tiny_lm.model.huggingface import Dtype, from_huggingface_config, to_huggingface_config, to_huggingface_state
+from tiny_lm.model.huggingface import Dtype, from_huggingface_config, to_huggingface_config
 from tiny_lm.model.huggingface_folder import WEIGHTS_FILE
+from tiny_lm.model.huggingface_weights import to_huggingface_state
 from tiny_lm.tokenizer import Tokenizer
 from tiny_lm.tokenizer.sentencepiece import SentencePieceTokenizer
 
@@ -83,7 +84,8 @@ def _check_config(config: ModelConfig, file: Path) -> Check:
 
 def _settings(config: ModelConfig) -> dict[str, Any]:
     names = ["architecture", "vocab_size", "context_length", "d_model", "n_layers", "n_heads", "kv_heads", "head_size"]
-    names += ["ffn_size", "norm", "norm_eps", "position", *(["rope_theta"] if config.position == "rope" else [])]
+    names += ["ffn_size", "norm", "norm_eps", "position", "tie_word_embeddings"]
+    names += ["rope_theta"] if config.position == "rope" else []
     return {name: getattr(config, name) for name in names}
 
 

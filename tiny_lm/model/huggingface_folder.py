@@ -12,7 +12,8 @@ from tiny_lm.config import shorten
 from tiny_lm.errors import UserError
 from tiny_lm.files import read_json
 from tiny_lm.model.config import ModelConfig
-from tiny_lm.model.huggingface import from_huggingface_config, from_huggingface_state
+from tiny_lm.model.huggingface import from_huggingface_config
+from tiny_lm.model.huggingface_weights import from_huggingface_state
 from tiny_lm.model.transformer import Transformer, build_model
 
 WEIGHTS_FILE = "model.safetensors"

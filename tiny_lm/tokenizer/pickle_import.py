@@ -55,7 +55,8 @@ def import_pickled_tokenizer(path: Path | str, special_texts: Mapping[str, str] 
 
     Raises:
         UserError: the file is anything but such a pickle (named is what it tried to load), its special tokens do not
-            follow the base vocabulary, eos or bos is missing, or its split pattern is none that we know.
+            follow the base vocabulary, eos (or bos, where it is named) is missing, or its split pattern is none that we
+            know.
     """
     path = Path(path)
     try:
@@ -167,18 +168,18 @@ def _roles(specials: object, first: int, known: Mapping[str, str]) -> dict[str, 
     if [specials[text] for text in texts] != list(range(first, first + len(texts))):
         raise UserError(f"its special tokens do not follow the base vocabulary, whose last id is {first - 1}")
     for role in ("eos", "bos"):
-        if known.get(role) not in texts:
+        if known.get(role) not in texts and (role == "eos" or role in known):
             raise UserError(
                 f"none of its special tokens ({', '.join(map(repr, texts)) or 'it has none'}) is the {role} token "
                 f"{known.get(role)!r}; name them under special_tokens in the tokenizer's config"
             )
-    role_of = {text: role for role, text in known.items()}
+    roles_of = {text: [role for role in known if known[role] == text] for text in texts}
     taken = set(known)
     roles: dict[str, str] = {}
     for text in texts:
-        role = role_of.get(text) or _new_role(text, taken)
-        taken.add(role)
-        roles[role] = text
+        for role in roles_of[text] or [_new_role(text, taken)]:
+            taken.add(role)
+            roles[role] = text
     return roles
 
 
