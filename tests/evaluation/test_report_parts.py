@@ -132,6 +132,13 @@ def test_axes_have_a_few_round_marks(low: float, high: float, log: bool) -> None
     assert all(-1e-9 <= scale.place(tick) <= 1 + 1e-9 for tick in ticks)
 
 
+def test_a_chart_leaves_out_points_of_a_damaged_file() -> None:
+    for log in (False, True):
+        chart = draw("x", "X", "", [Line("x", [(1, 2.0), (2, 1e308), (3, -1e308), (4, 1e-300), (5, 3.0)])], log=log)
+        assert chart and all(0 <= place <= 100 for place, _ in chart.y_ticks)
+    assert draw("x", "X", "", [Line("x", [(1, 1.7e308)])]) is None
+
+
 def test_a_chart_keeps_its_points_inside() -> None:
     curve = [(step, 5.0 / step) for step in range(1, 60)]
     for log in (False, True):

@@ -6,7 +6,7 @@ their size. Paths are drawn in a box of 1000 x 1000 that is stretched to the plo
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from statistics import median
 from typing import Literal
@@ -18,6 +18,10 @@ Curve = list[tuple[int, float]]
 _MOST_POINTS = 400  # of a curve in the page, whatever the run's length
 _LOG_DIGITS = ((1, 1.2, 1.5, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8), (1, 1.5, 2, 3, 4, 5, 7), (1, 2, 5), (1,))
 _CLOSEST = {True: 7.0, False: 12.0}  # per cent between two labels of the upright axis, in a large and a small chart
+
+
+_LARGEST = 1e100
+"""Points beyond it are left out: only a damaged file holds them, and a scale over them would overflow."""
 
 
 @dataclass(frozen=True)
@@ -142,13 +146,14 @@ def draw(
         from_zero: the vertical axis begins at 0.
         large: as wide as the page, and higher.
     """
-    lines = [line for line in lines if line.curve]
+    drawable = ((line, [point for point in line.curve if max(map(abs, point)) < _LARGEST]) for line in lines)
+    lines = [replace(line, curve=curve) for line, curve in drawable if curve]
     if not lines:
         return None
     steps = [step for line in lines for step, _ in line.curve]
     values = [value for line in lines for _, value in line.curve]
-    x = _x_scale(min(steps), max(steps), log_x and min(steps) > 0)
-    y = _y_scale(min(values), max(values), log and min(values) > 0, from_zero)
+    x = _x_scale(min(steps), max(steps), log_x and min(steps) > 1 / _LARGEST)
+    y = _y_scale(min(values), max(values), log and min(values) > 1 / _LARGEST, from_zero)
     return Chart(
         key=key,
         title=title,
