@@ -120,6 +120,8 @@ def test_very_long_runs(tokenizers: dict[str, Tokenizer], kind: str, text: str) 
 def test_very_long_runs_in_training() -> None:
     tokenizer = train_tokenizer(make_config(vocab_size=300), ["the " * 50, "x" + " " * 1_500_000 + "y"])
     assert tokenizer.decode(tokenizer.encode("the x")) == "the x"
+    assert 256 < len(tokenizer.base) < 298  # the runs of more than some ten thousand spaces are left out
+    assert len(tokenizer.merges) == len(tokenizer.base) - 256
 
 
 def test_merges_rebuild_the_vocabulary(tokenizer: BPETokenizer) -> None:

@@ -6,6 +6,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,9 +120,42 @@ for read in (run.read_record, lambda: read_metrics(run.metrics), lambda: tiny_lm
 """
 
 
+def open_to_all(path: Path) -> None:
+    """Let other users reach a folder: pytest keeps its own to the user who runs it."""
+    for folder in [path, *path.parents]:
+        if folder != Path(tempfile.gettempdir()) and folder.is_relative_to(tempfile.gettempdir()):
+            folder.chmod(0o755)
+
+
+COMMAND_AS_NOBODY = """
+import os, sys
+import torch, transformers, tiny_lm.export.huggingface, tiny_lm.inference, tiny_lm.training.fit
+from tiny_lm.cli import generate, main, train
+if os.getuid() == 0:
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+main(*sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("words", [("generate",), ("train", "--resume"), ("export", "huggingface")])
+def test_a_folder_without_permission_is_one_line(words: tuple[str, ...], copy: Run, tmp_path: Path) -> None:
+    open_to_all(copy.folder)
+    copy.checkpoints.chmod(0)
+    extra = ["--output-dir", str(tmp_path / "out")] if words[0] == "export" else []
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND_AS_NOBODY, *words, str(copy.folder), *extra],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    copy.checkpoints.chmod(0o755)
+    assert "Traceback" not in done.stderr, done.stderr
+    assert done.returncode == 2, done
+    assert done.stderr.splitlines()[-1].startswith("error: "), done
+
+
 def test_files_without_permission_are_said_to_be_unreadable(copy: Run) -> None:
-    for folder in [copy.folder, *copy.folder.parents][:4]:
-        folder.chmod(0o755)
+    open_to_all(copy.folder)
     for path in (copy.record, copy.metrics, *copy.checkpoints.iterdir()):
         path.chmod(0)
     done = subprocess.run(

@@ -5,6 +5,7 @@ Each command is a plain function in a module of this folder. Those modules impor
 """
 
 import errno
+import os
 import sys
 from typing import Annotated
 
@@ -101,9 +102,15 @@ def main(*command: str) -> None:
     except (UserError, TyperException) as error:
         code = _fail(error.format_message() if isinstance(error, TyperException) else str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            code = _fail(f"{error.filename or 'the disk'}: no space is left; make room and run the command again")
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename is not None:
+            # Wherever a folder is listed or a file looked for: a permission that is missing is never a bug of ours.
+            code = _fail(
+                f"{os.fsdecode(error.filename)}: {error.strerror}; ask for the permission, or use another path"
+            )
+        else:
             raise
-        code = _fail(f"{error.filename or 'the disk'}: no space is left; make room and run the command again")
     sys.exit(code or 0)
 
 

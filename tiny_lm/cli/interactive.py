@@ -110,8 +110,8 @@ class Session:
         pieces = self._generator.stream(prompt, self._request, seed=seed)
         self._prompt = prompt
         story = prompt
-        print_result(prompt, end="")
         try:
+            print_result(prompt, end="")
             for piece in pieces:
                 print_result(piece, end="")
                 story += piece

@@ -128,7 +128,8 @@ class BPETokenizer(Tokenizer):
             pattern=pattern,
         )
         ranks = sorted(trainer.get_mergeable_ranks(), key=lambda entry: entry[1])
-        return cls([bytes(token) for token, _ in ranks], config.special_tokens, pattern=pattern)
+        base = _without_overlong([bytes(token) for token, _ in ranks])
+        return cls(base, config.special_tokens, pattern=pattern)
 
     # --- encoding --------------------------------------------------------------------------------------------------
 
@@ -219,6 +220,16 @@ class BPETokenizer(Tokenizer):
         except (KeyError, IndexError, TypeError) as error:
             raise UserError(f"{file}: is no byte-level BPE tokenizer of tiny-lm ({error!r})") from None
         return cls(base, special_texts, pattern=str(pattern))
+
+
+def _without_overlong(base: list[bytes]) -> list[bytes]:
+    """Leave out the longest tokens of a table that would be refused; no other token is merged from them."""
+    work = 0
+    for length in sorted(map(len, base)):
+        work += length**2
+        if work > _MAX_MERGE_WORK:
+            return [token for token in base if len(token) < length]
+    return base
 
 
 def _is_number(character: str) -> bool:
