@@ -11,7 +11,6 @@ from tiny_runs import losses, model, training
 
 from tiny_lm.model import build_model
 from tiny_lm.runs import Run
-from tiny_lm.training import device as device_module
 from tiny_lm.training.device import choose_device, choose_precision, tell_choice
 from tiny_lm.training.fit import TrainingResult
 from tiny_lm.training.loss import next_token_loss
@@ -30,7 +29,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
         monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-        monkeypatch.setattr(device_module, "_cpu_computes_in_bf16", lambda: cpu_has_bf16)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: cpu_has_bf16)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
 
     return build
 

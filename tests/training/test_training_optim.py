@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tiny_lm.model import build_model, load_model_config
-from tiny_lm.training import TrainingConfig
+from tiny_lm.training import TrainingConfig, muon
 from tiny_lm.training.optim import MuonAdamW, Schedule, build_optimizer, learning_rate_at, weight_decay_share
 
 SMALL = {"d_model": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 300, "context_length": 16}
@@ -161,3 +161,26 @@ def test_muon_moves_hidden_matrices_by_orthogonal_steps() -> None:
     singular = torch.linalg.svdvals(weight.detach() - before)
     # Newton-Schulz brings the singular values of an update near each other; those of a gradient fall off steeply.
     assert singular.median() > 0.5 * singular.max()
+
+
+@pytest.mark.parametrize(("in_bf16", "tolerance"), [(True, 0.0), (False, 0.04)])
+@pytest.mark.parametrize("shape", [(48, 16), (16, 48), (32, 32)])
+def test_muon_updates_as_torch_does(
+    shape: tuple[int, int], in_bf16: bool, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit in bf16; in float32 to what bf16's eight bits leave after five iterations."""
+    monkeypatch.setattr(muon, "computes_in_bf16", lambda device: in_bf16)
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    options = {"lr": 0.1, "weight_decay": 0.3, "momentum": 0.85, "adjust_lr_fn": "match_rms_adamw"}
+    optimizers = [muon.Muon([ours], **options), torch.optim.Muon([theirs], **options)]
+    for _ in range(4):
+        gradient = torch.randn(shape)
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (ours - theirs).norm() <= tolerance * (theirs - start).norm()
+    our_state, their_state = (optimizer.state_dict()["state"][0] for optimizer in optimizers)
+    assert our_state.keys() == their_state.keys()
+    assert torch.equal(our_state["momentum_buffer"], their_state["momentum_buffer"])

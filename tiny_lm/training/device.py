@@ -25,18 +25,23 @@ def choose_precision(config: TrainingConfig, device: Device) -> tuple[Precision,
     """
     wanted = config.precision
     if device == "cuda":
-        if wanted == "bf16-mixed" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        if wanted == "bf16-mixed" and not computes_in_bf16(device):
             return "16-mixed", "this GPU has no bf16; fp16 has loss scaling"
         return wanted, None
     if wanted == "32-true":
         return wanted, None
-    if device == "cpu" and _cpu_computes_in_bf16():
+    if device == "cpu" and computes_in_bf16(device):
         return "bf16-mixed", None if wanted == "bf16-mixed" else "16-mixed needs a GPU"
     return "32-true", f"{wanted} would not be faster there"
 
 
-def _cpu_computes_in_bf16() -> bool:
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+def computes_in_bf16(device: str) -> bool:
+    """Return whether the hardware multiplies in bf16; elsewhere it is emulated."""
+    if device == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False
 
 
 def tell_choice(device: Device, precision: Precision, reason: str | None) -> str:

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from tiny_lm.training.config import TrainingConfig
+from tiny_lm.training.muon import Muon
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
@@ -76,7 +77,7 @@ class MuonAdamW(Optimizer):
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             momentum=config.muon_momentum,
-            adjust_lr_fn="match_rms_adamw",
+            adjust_lr_fn="match_rms_adamw",  # what our Muon always does
         )
         self._adamw = _adamw(_other_groups(embeddings, vectors, config), config)
         super().__init__([*self._muon.param_groups, *self._adamw.param_groups], defaults={})
@@ -94,7 +95,7 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._muon.step()  # type: ignore[no-untyped-call]  # torch gives it no types
+        self._muon.step()
         self._adamw.step()
         return loss
 
