@@ -8,7 +8,7 @@ OPENWEBUI := .venv-openwebui
 
 CHROMIUM ?= $(firstword $(wildcard /usr/bin/chromium /usr/bin/chromium-browser /usr/bin/google-chrome) /usr/bin/chromium)
 
-.PHONY: quickstart test test-browser test-openwebui test-llamacpp test-quickstart-exports test-llama-server test-vllm test-torchserve test-transformers4 test-transformersjs test-lowest test-newest fuzz audit lint types wheel lock clean
+.PHONY: quickstart test test-deep test-browser test-openwebui test-llamacpp test-quickstart-exports test-llama-server test-vllm test-torchserve test-transformers4 test-transformersjs test-lowest test-newest fuzz audit lint types wheel lock clean
 
 # Every file that pip installs is compared with the hashes of the lock files, which name all packages: --no-deps.
 PIP_LOCKED := $(BIN)/python -m pip install --quiet --no-deps --require-hashes
@@ -35,6 +35,10 @@ quickstart: $(VENV)/installed
 # threads sleep while they wait: they would take them from the other process otherwise (three times as slow).
 test: $(VENV)/installed-dev
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# What takes long and has a shorter relative above: many kills, every family compiled, gigabytes.
+test-deep: $(VENV)/installed-dev
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m deep
 
 # Opens the report and the demo in Chromium, which Debian's packages bring where we may install them.
 $(VENV)/installed-browser: $(VENV)/installed-dev

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -16,6 +18,7 @@ def tiny_lm(*words: str, code: int = 0) -> str:
     return done.stdout if code == 0 else done.stderr
 
 
+@pytest.mark.deep
 def test_profiles_without_and_with_a_measurement() -> None:
     plain = json.loads(tiny_lm("profiles", "--no-time", "--json"))
     names = {row["name"] for row in plain}
@@ -35,6 +38,7 @@ def test_estimate_adds_up_and_says_what_would_help() -> None:
     assert "name a profile" in tiny_lm("estimate", code=2)
 
 
+@pytest.mark.deep
 def test_find_batch_size_keeps_the_step_and_tells_a_size_that_does_not_fit() -> None:
     small = ["--model-config", "quickstart", "--set", "model.n_layers=1", "--set", "data.block_size=64"]
     step = ["--set", "data.batch_size=6"]

@@ -149,6 +149,7 @@ def test_windows_seen_are_those_of_all_ranks(data_config: MakeConfig) -> None:
 # --- streams larger than memory --------------------------------------------------------------------------------------
 
 
+@pytest.mark.deep
 def test_training_batches_of_a_20_gb_stream_leave_the_resident_set_flat(
     tmp_path: Path, stream_folder: Path, data_config: MakeConfig
 ) -> None:

@@ -151,6 +151,7 @@ def test_a_full_disk_leaves_the_stream_that_was_there(tmp_path: Path, tokenizer:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
+@pytest.mark.deep
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """A corpus of 200 MiB goes through a process whose data may take 160 MiB in all."""
     stories = "\n<|endoftext|>\n".join(generate_stories(1000, seed=2))

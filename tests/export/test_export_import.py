@@ -197,6 +197,7 @@ def test_such_a_tokenizer_in_llama_cpp(roles: str, tmp_path: Path, stories: list
     assert ("nothing" in begins.result) == (roles == "only eos")
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("roles", ["only eos", "one token for all"])
 def test_such_a_tokenizer_in_other_formats(roles: str, tmp_path: Path, stories: list[str]) -> None:
     from gguf import GGUFReader

@@ -51,7 +51,9 @@ def exported(trained_run: TrainedRun, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[] if family == "llama3" else pytest.mark.deep) for family in FAMILIES]
+)
 def test_each_family_is_the_same_model_in_onnx_runtime(family: str, trained_run: TrainedRun, tmp_path: Path) -> None:
     source = load_source(trained_run(family).folder)
     files = export_onnx(source, tmp_path / "out")
@@ -104,6 +106,7 @@ def test_eight_bits_are_in_the_matrices_and_nowhere_else(exported: Path) -> None
     assert len(tables) == 2  # cos and sin
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(("kind", "unused_rows"), [("sentencepiece", 0), ("char", 0), ("BPE", 16)])
 def test_other_vocabularies(kind: str, unused_rows: int, trained_run: TrainedRun, tmp_path: Path) -> None:
     source = load_source(trained_run("gpt2", kind, unused_rows).folder)
@@ -206,6 +209,7 @@ def test_the_command_shows_tables_and_refuses_what_is_there(
     assert names(out) == FILES
 
 
+@pytest.mark.deep
 def test_wrong_positions_are_noticed_and_nothing_stays(
     trained_run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,6 +228,7 @@ def test_wrong_positions_are_noticed_and_nothing_stays(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.deep
 def test_other_weights_in_the_small_file_are_noticed(
     trained_run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,9 @@ def test_a_product_written_as_a_sum_has_any_number_of_outputs(size: int) -> None
     torch.testing.assert_close(SummedLinear(linear)(x), linear(x))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(family, marks=[] if family == "llama3" else pytest.mark.deep) for family in FAMILIES]
+)
 def test_a_compiled_step_computes_what_the_model_does(family: str, tokenizer: Tokenizer) -> None:
     generator = make(tokenizer, family, qkv_bias=True)
     model = generator.model
@@ -47,6 +49,7 @@ def test_compiled_texts_are_the_same_alone_in_a_batch_and_beyond_the_context(tok
     assert [generator.generate_batch([prompt], request)[0].ids for prompt in prompts] == expected
 
 
+@pytest.mark.deep
 def test_models_that_are_compiled_in_one_process_stay_apart(tokenizer: Tokenizer) -> None:
     request = Request(20, 20, GREEDY)
     generators = [make(tokenizer, n_layers=1, d_ff=size) for size in (16, 32, 64)]

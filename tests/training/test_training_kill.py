@@ -18,6 +18,8 @@ from tiny_lm.data import BinDataConfig
 from tiny_lm.model.checkpoint import read_checkpoint
 from tiny_lm.runs import Run, read_metrics
 
+pytestmark = pytest.mark.deep
+
 STEPS, ACCUMULATION = 12, 2
 VARIANTS: dict[str, dict[str, Any]] = {
     "muon": {"optimizer": "muon", "ema_decay": 0.9, "scheduler": "wsd"},

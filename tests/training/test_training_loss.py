@@ -38,7 +38,7 @@ def test_a_fused_cross_entropy_has_the_loss_and_the_gradients_of_torchs_own(
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's compiler does so
-@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("compiles", [False, pytest.param(True, marks=pytest.mark.deep)])
 def test_a_lean_step_has_the_loss_and_the_gradients_of_a_plain_one(compiles: bool) -> None:
     torch.manual_seed(0)
     network = build_model(model(dropout=0.0))

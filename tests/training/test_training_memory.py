@@ -82,6 +82,7 @@ def test_the_search_on_a_gpu_finds_the_border(limit: int) -> None:
     assert max(trial.windows for trial in trials if trial.fits) == max(size for size in sizes if size <= limit)
 
 
+@pytest.mark.deep
 def test_real_trials_in_a_child_with_a_limit() -> None:
     """A limit that a few windows reach: the largest that fits is found, and a larger one is not tried."""
     made = replace(setup(), model=model(dropout=0.0, d_model=64, context_length=512), block_size=512)

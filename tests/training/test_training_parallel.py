@@ -274,6 +274,7 @@ def test_the_command_starts_the_other_processes(
     assert len(read_metrics(Run(folder).metrics)) == 12
 
 
+@pytest.mark.deep
 def test_an_error_of_all_processes_is_told_once(workplace: Path) -> None:
     settings = ["scheduler=none", "learning_rate=10.0", "grad_clip_norm=0", "weight_decay=3.0e+38", "devices=2"]
     command = [sys.executable, str(SCRIPT), *words(*(f"training.{setting}" for setting in settings))]
@@ -301,6 +302,7 @@ def test_lightning_lets_a_process_live_that_ends_those_it_started() -> None:
         main.wait()
 
 
+@pytest.mark.deep
 def test_two_nodes(workplace: Path, data_config: Callable[..., BinDataConfig], run: Run) -> None:
     """Two agents of torchrun, which know of each other by an address only."""
     settings = words("training.num_nodes=2")

@@ -16,6 +16,8 @@ from tiny_lm.runs import Run
 from tiny_lm.training.fit import train
 from tiny_lm.training.resume import check_resume
 
+pytestmark = pytest.mark.deep
+
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory, stream_folder: Path) -> Path:
