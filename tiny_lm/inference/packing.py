@@ -2,7 +2,7 @@
 
 Decoding multiplies every matrix with a few vectors, which is as fast as the matrix can be read, and between these
 products even the calls of Python count. On x86 CPUs oneDNN reads a matrix from a layout of its own in half the time
-that the library behind ``F.linear`` takes where that one is Intel's and the CPU is not (docs/experiments.md).
+that the library behind ``F.linear`` takes where that one is Intel's and the CPU is not (dev/LOG.md).
 
 Shapes as in :mod:`tiny_lm.model.attention`.
 """

@@ -12,7 +12,7 @@ from tiny_lm.training.device import Device
 # A run of so many floating-point operations takes ten minutes on two fast cores, or a minute on a fast GPU.
 _WORTH_COMPILING: dict[Device, float] = {"cpu": 3e14, "cuda": 3e15}
 
-# Up to this many tokens plain matrix products beat the fused attention kernels of a CPU (docs/experiments.md).
+# Up to this many tokens plain matrix products beat the fused attention kernels of a CPU (dev/LOG.md).
 _SHORT = 512
 
 
