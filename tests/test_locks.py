@@ -11,7 +11,7 @@ import pytest
 
 from tiny_lm.errors import UserError
 from tiny_lm.files import atomic_folder, atomic_path, open_output, remove_leftovers, write_text
-from tiny_lm.locks import lock_folder
+from tiny_lm.locks import lock_file, lock_folder
 from tiny_lm.runs import Run, create_run
 
 _CODE = """
@@ -79,6 +79,26 @@ def test_a_lock_file_that_is_a_link_is_not_followed(run: Run, tmp_path: Path) ->
     with run.claim_to_read():
         pass
     assert (tmp_path / "precious").read_text() == "kept"
+
+
+_TAKE = "from pathlib import Path; from tiny_lm.locks import lock_file; lock_file(Path({!r}), 'in use').__enter__()"
+
+
+def _may_take(path: Path) -> bool:
+    result = subprocess.run([sys.executable, "-c", _TAKE.format(str(path))], capture_output=True, text=True)
+    assert result.returncode == 0 or "in use" in result.stderr
+    return result.returncode == 0
+
+
+@pytest.mark.parametrize("inner_is_shared", [True, False])
+def test_a_lock_between_machines_outlives_one_inside_it(inner_is_shared: bool, tmp_path: Path) -> None:
+    """The system releases such a lock when its process closes any descriptor of the file."""
+    path = tmp_path / "lock"
+    with lock_file(path, "in use"):
+        with lock_file(path, "in use", shared=inner_is_shared):
+            assert not _may_take(path)
+        assert not _may_take(path)
+    assert _may_take(path)
 
 
 def test_new_runs_of_one_name_get_folders_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -58,16 +59,24 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def scratch_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder inside ``folder``, which is removed at the end; move out of it what is to stay.
+def scratch_folder(folder: Path | None = None, *, name: str = "scratch") -> Iterator[Path]:
+    """Yield a temporary folder, which only its user may read; it is removed at the end: move out what is to stay.
+
+    Those of the same name that killed processes left are removed first.
+
+    Args:
+        folder: where to create it; None for the system's place for temporary files.
+        name: part of its name.
 
     Raises:
         UserError: it cannot be created.
     """
+    folder = Path(tempfile.gettempdir()) if folder is None else folder
     with ExitStack() as stack:
         try:
-            _remove_abandoned(folder, _prefix(folder / "scratch"))
-            temporary = _create_temporary(folder / "scratch", stack, folder=True)
+            _remove_abandoned(folder, _prefix(folder / name))
+            temporary = _create_temporary(folder / name, stack, folder=True)
+            temporary.chmod(0o700)
         except OSError as error:
             raise UserError(f"{folder}: could not be written ({error.strerror or error})") from error
         yield temporary

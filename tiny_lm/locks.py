@@ -29,6 +29,7 @@ _NO_BLOCK: int = getattr(os, "O_NONBLOCK", 0)  # a pipe in the place of a file m
 
 _descriptors: set[int] = set()  # open and locked by this process
 _exclusive: set[tuple[int, int]] = set()  # folders that it locks exclusively, by device and inode
+_locked_files: dict[tuple[int, int], list[int]] = {}  # the descriptors of files that it locks, by device and inode
 
 
 def _close_after_fork() -> None:
@@ -38,6 +39,7 @@ def _close_after_fork() -> None:
             os.close(descriptor)
     _descriptors.clear()
     _exclusive.clear()
+    _locked_files.clear()
 
 
 if hasattr(os, "register_at_fork"):
@@ -103,13 +105,8 @@ def _locked(folder: Path, in_use: str, shared: bool, wait: float) -> Iterator[No
             break
         else:  # it was renamed or removed in the meantime
             os.close(descriptor)
-    if not shared:
-        _exclusive.add(key)
-    try:
-        with keep_open(descriptor):
-            yield
-    finally:
-        _exclusive.discard(key)
+    with keep_open(descriptor, shared=shared):
+        yield
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
@@ -135,12 +132,17 @@ def try_lock(descriptor: int, *, shared: bool = False) -> bool:
 
 
 @contextmanager
-def keep_open(descriptor: int) -> Iterator[None]:
+def keep_open(descriptor: int, *, shared: bool = False) -> Iterator[None]:
     """Close a locked descriptor at the end of the block, which releases its lock; forked children close it at once."""
+    key = _identity(os.fstat(descriptor))
     _descriptors.add(descriptor)
+    if not shared:
+        _exclusive.add(key)
     try:
         yield
     finally:
+        if not shared:
+            _exclusive.discard(key)
         if descriptor in _descriptors:  # otherwise this is a forked child
             _descriptors.discard(descriptor)
             os.close(descriptor)
@@ -168,6 +170,9 @@ def is_abandoned(path: Path) -> bool:
 def lock_file(path: Path, in_use: str, *, shared: bool = False) -> Iterator[None]:
     """Lock a file, between machines where their network disk has locks. A shared lock needs no right to write it.
 
+    A process that locks the file already may lock it again. Such a lock ends when the process closes *any* descriptor
+    of the file, so all of them are closed together, at the end of the outermost block.
+
     Args:
         path: the file; an exclusive lock creates it, and a link in its place is not followed.
         in_use: says in the error what another process does there, and what to do about it.
@@ -188,15 +193,24 @@ def lock_file(path: Path, in_use: str, *, shared: bool = False) -> Iterator[None
         if error.errno == errno.ELOOP:
             raise UserError(f"{path}: is a link, which is not followed; remove it") from error
         raise UserError(f"{path.parent}: could not be written ({error.strerror or error})") from error
+    key = _identity(os.fstat(descriptor))
+    is_nested = key in _locked_files
+    descriptors = _locked_files.setdefault(key, [])
+    descriptors.append(descriptor)
+    _descriptors.add(descriptor)
     try:
-        try:  # not flock: a lock of this kind reaches other machines, and belongs to this process alone
-            fcntl.lockf(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _BUSY:
-                raise UserError(f"{path.parent}: {in_use}") from None
+        if not (is_nested and shared):  # which would turn an exclusive lock of this process into a shared one
+            try:  # not flock: a lock of this kind reaches other machines, and belongs to this process alone
+                fcntl.lockf(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in _BUSY:
+                    raise UserError(f"{path.parent}: {in_use}") from None
         yield
     finally:
-        os.close(descriptor)
+        if not is_nested and _locked_files.pop(key, None) is not None:  # otherwise this is a forked child
+            for opened in descriptors:
+                _descriptors.discard(opened)
+                os.close(opened)
 
 
 def open_append(path: Path) -> int:

@@ -79,6 +79,37 @@ def test_overwriting_a_mapped_stream_is_noticed_at_the_next_validation(config: B
         data.val_dataloader()
 
 
+_READ_AFTER_CUT = """
+import os, sys
+from pathlib import Path
+from tiny_lm.data import BinDataConfig
+from tiny_lm.data.bin import BinTokenDataset, open_stream, read_in_order
+from tiny_lm.errors import UserError
+path = sys.argv[1]
+config = BinDataConfig(train_path=path, val_path=path, block_size=8, batch_size=1)
+stream = open_stream(path, config)
+dataset, pieces = BinTokenDataset(stream, config), read_in_order(stream, 100)
+dataset[0], next(pieces)
+os.truncate(path, 1000)
+for read in (lambda: dataset[len(dataset) - 1], lambda: next(pieces)):
+    try:
+        read()
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_a_mapped_stream_that_is_cut_short_is_an_error_and_no_bus_error(config: BinDataConfig) -> None:
+    """To read such a map behind the end of its file kills the process."""
+    command = [sys.executable, "-c", _READ_AFTER_CUT, config.train_path]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result
+    lines = result.stdout.splitlines()
+    assert (
+        lines == [f"{config.train_path}: was written again since this command opened it; start the command again"] * 2
+    )
+
+
 def test_a_stream_that_changed_before_it_was_held(config: BinDataConfig) -> None:
     stream = open_stream(config.train_path, config)
     _write_again(stream.files[0], in_place=False)

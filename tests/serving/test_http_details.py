@@ -145,6 +145,30 @@ def test_forged_host_headers_are_refused(server: Served, hosts: list[str]) -> No
     assert head.split()[1] in (b"400", b"403") and json.loads(body)["error"]["message"]
 
 
+@pytest.mark.parametrize("keep_alive", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/completions", "/api/generate"])
+def test_clients_of_http_1_0_get_an_answer_without_chunks(
+    server: Served, path: str, stream: bool, keep_alive: bool
+) -> None:
+    """Old clients, and proxies such as nginx by default; without a length, the answer ends with the connection."""
+    content = json.dumps({"model": "fox", "prompt": "One", "stream": stream, "options": {"num_predict": 5}}).encode()
+    address, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((address, int(port)), timeout=60) as connection:
+        wish = "Connection: keep-alive\r\n" if keep_alive else ""
+        head = f"POST {path} HTTP/1.0\r\n{wish}Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        connection.sendall(head.encode() + content)
+        head, _, body = _read(connection).decode().partition("\r\n\r\n")
+    headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in head.splitlines()[1:])}
+    assert headers["connection"] == "close"
+    assert "transfer-encoding" not in headers
+    assert ("content-length" in headers) is not stream
+    lines = [line.removeprefix("data: ") for line in body.splitlines() if line and line != "data: [DONE]"]
+    assert len(lines) >= 1 + stream
+    for line in lines:
+        json.loads(line)
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_second_signal_during_a_stream_ends_quietly(
     serve: Serve, run_folder: Any, number: signal.Signals, code: int

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -144,7 +145,7 @@ class Session:
         self._need_a_story()
         if not name:
             raise UserError("/save needs the name of a file, such as /save stories.txt")
-        if Path(name).exists():
+        if os.path.lexists(name):  # a link that leads nowhere is somebody's file, too
             raise UserError(f"{name}: is there already; choose another name")
         write_text(Path(name), "".join(f"{story}\n<|endoftext|>\n" for story in self.history))
         stories = f"{len(self.history)} stories" if len(self.history) > 1 else "1 story"

@@ -1,13 +1,13 @@
 """Commands that put a trained model on the Hugging Face Hub."""
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tiny_lm.cli.export import DtypeOption, RunArgument, load_named_source
 from tiny_lm.console import print_message
+from tiny_lm.files import scratch_folder
 
 if TYPE_CHECKING:
     from tiny_lm.export.source import Source
@@ -87,8 +87,8 @@ class _Options:
         from tiny_lm import __version__
         from tiny_lm.export import hub
 
-        with TemporaryDirectory(prefix="tiny-lm-push-") as temporary:
-            files = hub.admitted_files(self._export(source, Path(temporary)))
+        with scratch_folder(name="tiny-lm-push") as temporary:
+            files = hub.admitted_files(self._export(source, temporary))
             for file in files:
                 print(f"{file.name}  {file.stat().st_size:,} bytes")
             who = "only you may see it" if self.target.private else "everybody may see it"

@@ -4,6 +4,8 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,8 +62,8 @@ def _run_quickstart(text: Path | None, minutes: float, errors: str, seed: int) -
     console.print(styled("2 of 4", "bold"), " measuring this machine")
     configs = _fit_to_minutes(minutes, seed, console)
     console.print(styled("3 of 4", "bold"), " training")
-    run = _fresh_run()
-    result = run_training(run, configs, [_NAME] * 3)
+    with _claim_fresh_run() as run:
+        result = run_training(run, configs, [_NAME] * 3)
     console.print(styled("4 of 4", "bold"), " three stories")
     _report(run, result, stream, time.perf_counter() - started)
     _tell_stories(run, text is None, seed)
@@ -134,8 +136,13 @@ def _fit_to_minutes(minutes: float, seed: int, console: "Console") -> Configs:
     return model_config, training_config, data_config
 
 
-def _fresh_run() -> Run:
-    """Return `runs/quickstart`, empty: a run that is there already is kept under a name with its time."""
+@contextmanager
+def _claim_fresh_run() -> Iterator[Run]:
+    """Claim `runs/quickstart`, empty, while the block runs; a run that is there already is kept under another name.
+
+    Raises:
+        UserError: another process trains there.
+    """
     run = Run(RUNS_FOLDER / _NAME)
     if run.folder.exists():
         with run.claim():
@@ -144,7 +151,8 @@ def _fresh_run() -> Run:
             if os.name == "nt":
                 kept.rmdir()  # Windows replaces no folder
             run.folder.rename(kept)
-    return run
+    with run.claim():
+        yield run
 
 
 def _report(run: Run, result: "TrainingResult", stream: dict[str, Any], seconds: float) -> None:

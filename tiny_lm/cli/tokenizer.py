@@ -20,6 +20,9 @@ tokenizer_app = typer.Typer(help="Train, inspect or import a tokenizer.", rich_m
 @tokenizer_app.command("train")
 def train(
     config: Annotated[str, typer.Option(help="Tokenizer config: a YAML file or the name of a shipped one.")],
+    seed: Annotated[
+        int, typer.Option(min=0, help="As of `tiny-lm tokenize`: which documents are left out for validation.")
+    ] = 0,
     errors: ReplaceErrors = "strict",
     settings: Settings = None,
     dry_run: DryRun = False,
@@ -30,8 +33,8 @@ def train(
         print_configs([("tokenizer", tokenizer_config), ("dataset", dataset_config)])
         return
     chosen = check_errors(errors)
-    split_within = survey(tokenizer_config, dataset_config, errors=chosen)
-    tokenizer = train_and_save(tokenizer_config, dataset_config, errors=chosen, split_within=split_within)
+    split_within = survey(tokenizer_config, dataset_config, seed=seed, errors=chosen)
+    tokenizer = train_and_save(tokenizer_config, dataset_config, seed=seed, errors=chosen, split_within=split_within)
     print(f"{tokenizer_config.output_dir}: {tokenizer.vocab_size:,} tokens")
 
 
@@ -39,6 +42,7 @@ def train_and_save(
     tokenizer_config: "TokenizerConfig",
     dataset_config: "DatasetConfig",
     *,
+    seed: int = 0,
     errors: "Errors" = "strict",
     split_within: bool = False,
 ) -> "Tokenizer":
@@ -50,7 +54,9 @@ def train_and_save(
 
     output_dir = Path(tokenizer_config.output_dir)
     val_split = tokenizer_config.val_split
-    documents = iter_documents(dataset_config, "train", val_split=val_split, errors=errors, split_within=split_within)
+    documents = iter_documents(
+        dataset_config, "train", val_split=val_split, seed=seed, errors=errors, split_within=split_within
+    )
     total_bytes = estimate_bytes(dataset_config, "train", val_split=val_split)
     documents = track(documents, "tokenizer", total_bytes=total_bytes)
     with lock_folder(output_dir, "another process is using this tokenizer; wait for its end", create=True):

@@ -28,6 +28,7 @@ with suppress(ImportError):  # Windows
     import resource
 
 _BEING_WRITTEN = "another process is writing this token stream; wait for its end"
+_WRITTEN_AGAIN = "was written again since this command opened it; start the command again"
 
 _MOST_RESIDENT = 16 * 2**20  # bytes of a stream that stay in memory: giving each batch back at once costs time
 
@@ -143,7 +144,7 @@ def _stat(file: Path) -> os.stat_result:
 
 def _check_version(file: Path, status: os.stat_result, version: FileVersion) -> None:
     if not version.has_same_content(FileVersion.of(status)):
-        raise UserError(f"{file}: was written again since this command opened it; start the command again")
+        raise UserError(f"{file}: {_WRITTEN_AGAIN}")
 
 
 def _max_maps() -> int:
@@ -237,7 +238,7 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
         for file in np.unique(file_of):
             rows = np.flatnonzero(file_of == file)
             starts = (windows[rows] - self._first_window[file]) * self._stride
-            ids[rows], short[rows] = self._read(self._mapped(int(file)), starts)
+            ids[rows], short[rows] = self._read(int(file), starts)
             if (largest := ids[rows].max()) >= self.stream.metadata.vocab_size:
                 raise UserError(
                     f"{self.stream.files[file]}: holds the token id {largest}, but its tokenizer has "
@@ -275,8 +276,10 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
             if status.st_ino == version.inode:
                 _check_version(file, status, version)
 
-    def _read(self, tokens: _Tokens, starts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+    def _read(self, file: int, starts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
         """Read windows of one file: ids ``[N, T+1]`` (past the end: 0) and how many of each are real ``[N]``."""
+        tokens = self._mapped(file)
+        _check_size(tokens, self.stream.files[file])
         positions = starts[:, None] + np.arange(self.block_size + 1)  # [N, T+1]
         last = len(tokens) - 1
         ids = tokens[np.minimum(positions, last)]
@@ -300,6 +303,7 @@ def read_in_order(stream: TokenStream, size: int, *, overlap: int = 0) -> Iterat
     for file in range(len(stream.files)):
         tokens = _map(stream, file, "MADV_SEQUENTIAL")
         for start in range(0, len(tokens), size):
+            _check_size(tokens, stream.files[file])
             yield np.array(tokens[max(start - overlap, 0) : start + size])
             _advise(tokens, "MADV_DONTNEED")
 
@@ -319,6 +323,16 @@ def _map(stream: TokenStream, number: int, advice: str) -> _Tokens:
         raise UserError(f"{file}: could not be read ({error.strerror or error})") from error
     _advise(tokens, advice)
     return tokens
+
+
+def _check_size(tokens: _Tokens, file: Path) -> None:
+    """Check that a mapped file still has its size: to read past the end of one kills the process (SIGBUS).
+
+    Raises:
+        UserError: the file was cut short, or written again in place.
+    """
+    if tokens._mmap.size() != tokens.nbytes:  # type: ignore[attr-defined]  # of the file, as it is now
+        raise UserError(f"{file}: {_WRITTEN_AGAIN}")
 
 
 def _advise(tokens: _Tokens, advice: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from tiny_lm.config import nearest, shorten
 from tiny_lm.dataset.config import DatasetConfig, Split
+from tiny_lm.dataset.text_file import DOCUMENT_LIMIT
 from tiny_lm.errors import UserError
 
 _PATIENCE = 10.0  # seconds for the Hub's first answer; the library alone retries for half a minute before it gives up
@@ -144,11 +145,17 @@ def _texts(dataset: Any, field: str, place: str) -> Iterator[str]:
     columns = dataset.column_names
     if columns is not None and field in columns:
         dataset = dataset.select_columns([field])
-    for batch in dataset.iter(batch_size=_BATCH):
-        if field not in batch:
-            raise UserError(f"{place}: has no field {field!r}, set text_field{nearest(field, batch)}")
-        for text in batch[field]:
+    row = 0
+    for batch in dataset.with_format("arrow").iter(batch_size=_BATCH):  # as texts they would take their size once more
+        if field not in batch.column_names:
+            raise UserError(f"{place}: has no field {field!r}, set text_field{nearest(field, batch.column_names)}")
+        for value in batch[field]:
+            if hasattr(value, "as_buffer") and value.is_valid and value.as_buffer().size > DOCUMENT_LIMIT:
+                limit = DOCUMENT_LIMIT // 2**20
+                raise UserError(f"{place}: the document in row {row} is larger than {limit} MiB; use a copy without it")
+            text = value.as_py()
             if not isinstance(text, str | None):
                 raise UserError(f"{place}: the field {field!r} holds no text but {shorten(text)}; set text_field")
             if text and not text.isspace():
                 yield text
+            row += 1

@@ -8,6 +8,7 @@ from tiny_lm import __version__
 from tiny_lm.export.source import Source
 from tiny_lm.model import num_parameters
 from tiny_lm.model.huggingface import ARCHITECTURES
+from tiny_lm.runs import number_in
 
 CARD_FILE = "README.md"
 
@@ -91,6 +92,8 @@ def figures(source: Source) -> dict[str, str]:
     heads = f"{config.n_heads} heads" + ("" if config.kv_heads == config.n_heads else f" ({config.kv_heads} for k, v)")
     shape = f"{config.n_layers} layers, width {config.d_model}, {heads}, feed-forward {config.ffn_size}"
     tokenizer = source.tokenizer
+    tokens, seconds = number_in(record, "tokens"), number_in(record, "seconds")
+    device, precision = record.get("device"), record.get("precision")
     rows: dict[str, Any] = {
         "family": f"{_FAMILIES[config.architecture]}, `{ARCHITECTURES[config.architecture]}`",
         "parameters": f"{num_parameters(config):,}",
@@ -98,9 +101,9 @@ def figures(source: Source) -> dict[str, str]:
         "context": f"{config.context_length:,} tokens",
         "tokenizer": f"{tokenizer.kind}, {tokenizer.vocab_size:,} tokens",
         "step of the weights": f"{source.step:,}",
-        "tokens seen in training": f"{record['tokens']:,}" if "tokens" in record else None,
-        "training time": str(timedelta(seconds=round(record["seconds"]))) if "seconds" in record else None,
-        "device": f"{record['device']}, {record['precision']}" if "device" in record else None,
+        "tokens seen in training": None if tokens is None else f"{tokens:,.0f}",
+        "training time": str(timedelta(seconds=round(seconds))) if seconds is not None and 0 <= seconds < 1e9 else None,
+        "device": f"{device}, {precision}" if isinstance(device, str) and isinstance(precision, str) else None,
         **{name: f"{source.scores[key]:.4f}" for key, name in _SCORES.items() if key in source.scores},
     }
     return {name: str(value) for name, value in rows.items() if value is not None}

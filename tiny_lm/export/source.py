@@ -137,7 +137,7 @@ def _scores(run: Run, step: int) -> dict[str, float]:
     events = read_metrics(run.metrics) if run.metrics.is_file() else []
     for event in reversed(events):
         if event["step"] == step and "val_loss" in event:
-            return {key: value for key, value in event.items() if key.startswith("val_")}
+            return {key: value for key, value in event.items() if key.startswith("val_") and value is not None}
     return {}
 
 

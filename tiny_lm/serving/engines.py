@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tiny_lm.errors import UserError
-from tiny_lm.files import read_json, write_json, write_text
+from tiny_lm.files import read_json, scratch_folder, write_json, write_text
+from tiny_lm.signals import TERMINATING_SIGNALS
 from tiny_lm.tokenizer import chat_template
 
 ENGINES = ("llamacpp", "vllm", "transformers")
@@ -80,7 +80,7 @@ def run_engine(
     kind: str = "F16",
     tell: Callable[[str], None] = lambda line: None,
 ) -> int:
-    """Serve a model with another engine until it ends or we are told to stop (Ctrl-C, SIGTERM).
+    """Serve a model with another engine until it ends or we are told to stop (Ctrl-C, SIGTERM, SIGHUP).
 
     A run is exported and proven first, into a temporary folder; an export is served as it is. Call it from the main
     thread.
@@ -105,10 +105,14 @@ def run_engine(
         raise UserError(f"--engine {engine}: unknown; there are: {', '.join(ENGINES)}")
     place = Place(host, _free_port(host, port), python or sys.executable)
     _check_installed(engine, place.python)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = {
+        number: handler for number in TERMINATING_SIGNALS if (handler := signal.getsignal(number)) != signal.SIG_IGN
+    }
+    for number in before:  # the second one, too, is an exception: the engine must not outlive us
+        signal.signal(number, signal.default_int_handler)
     try:
-        with tempfile.TemporaryDirectory(prefix="tiny-lm-") as folder:
-            command = _prepare(engine, source, Path(folder), place, kind, tell)
+        with scratch_folder(name="tiny-lm-engine") as folder:
+            command = _prepare(engine, source, folder, place, kind, tell)
             with _running(command) as process:
                 _wait_until_ready(engine, command, process, place)
                 tell(f"{place.url}/v1 answers for {command.name} ({engine}); Ctrl-C stops")
@@ -116,7 +120,8 @@ def run_engine(
     except KeyboardInterrupt:
         return 0
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- what is needed --------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from tiny_lm.errors import UserError
 from tiny_lm.serving.guard import Gate
@@ -55,6 +55,21 @@ def url_of(listening: socket.socket) -> str:
     if host in ("0.0.0.0", "::"):
         host = "localhost"
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _CycleWithoutChunks(RequestResponseCycle):
+    """Answers a client of HTTP/1.0, which does not know chunks: what has no length ends with the connection."""
+
+    _has_length = False
+
+    async def send(self, message: Any) -> None:
+        """Send a part of the answer."""
+        if message["type"] == "http.response.start":
+            self._has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", []))
+            self.chunked_encoding = None if self._has_length else False
+        elif not self._has_length:
+            self.expected_content_length = len(message.get("body", b""))  # whatever comes is right
+        await super().send(message)
 
 
 class _Protocol(HttpToolsProtocol):
@@ -122,6 +137,8 @@ class _Protocol(HttpToolsProtocol):
         self._unparsed = 0
         self._head_came()
         super().on_headers_complete()
+        if self.cycle is not None and self.cycle.scope["http_version"] == "1.0":
+            self.cycle.__class__ = _CycleWithoutChunks  # before it sends: its task has not begun
 
     def on_body(self, body: bytes) -> None:
         """Take a part of the body, which the application limits."""

@@ -89,6 +89,7 @@ def train(
         UserError: configs, streams, tokenizer and checkpoint do not fit each other, the loss is no longer a number, or
             disk or memory is full.
     """
+    is_new = not run.record.exists()
     device = choose_device()
     processes = choose_processes(training_config, device)
     share = share_batch(data_config.batch_size, training_config.accumulate_grad_batches, processes.world_size)
@@ -143,6 +144,8 @@ def train(
         console.print(f"begins with the weights of {training_config.init_from}", markup=False)
     with hold_streams(data.train_stream, data.val_stream), run.claim() if processes.is_main else nullcontext():
         if processes.is_main:
+            if is_new and run.record.exists():
+                raise UserError(f"{run.folder}: another process has just trained a run there; choose another run_name")
             _begin(run, (model_config, training_config, data_config), tokenizer, names, **facts)
             forget_after(run, resume_from, resumed_step)
         return _fit(module, data, run, resume_from, processes, agreement, stories, options, console)

@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
@@ -14,6 +13,7 @@ from rich.console import Console
 from tiny_lm.data import BinDataConfig
 from tiny_lm.data.bin import open_stream
 from tiny_lm.errors import UserError
+from tiny_lm.files import scratch_folder
 from tiny_lm.model import ModelConfig, flops_per_token
 from tiny_lm.runs import Run
 from tiny_lm.training.config import TrainingConfig
@@ -41,9 +41,9 @@ def measure_speed(
         UserError: a signal stopped it.
     """
     short = replace(training_config, max_steps=steps, log_every_n_steps=steps // 2, save_every_n_steps=steps)
-    with TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
+    with scratch_folder(name="tiny-lm-speed") as folder, Path(os.devnull).open("w") as nowhere:
         silent = Console(file=nowhere)
-        result = train(model_config, short, data_config, Run(Path(folder) / "run"), console=silent)
+        result = train(model_config, short, data_config, Run(folder / "run"), console=silent)
     if not result.finished:
         raise UserError("stopped while this machine was being measured; nothing was trained")
     return Speed(result.metrics["tokens_per_sec"], result.metrics["val_seconds"])
