@@ -33,17 +33,17 @@ from tiny_lm.data import BinDataConfig
 from tiny_lm.data.module import BinTokenDataModule
 from tiny_lm.data.tokenize import tokenize_corpus
 from tiny_lm.dataset.stories import generate_stories
+from tiny_lm.hardware.device import fastest_device
+from tiny_lm.hardware.flops import peak_flops
 from tiny_lm.model import ModelConfig, build_model, flops_per_token, model_config_from_dict, num_parameters
 from tiny_lm.runs import read_metrics
 from tiny_lm.tokenizer import TokenizerConfig, train_tokenizer
 from tiny_lm.training import TrainingConfig
 from tiny_lm.training.acceleration import keep_freed_memory, prefers_blocked_attention
-from tiny_lm.training.device import choose_device
 from tiny_lm.training.loss import compiled_loss
 from tiny_lm.training.optim import Schedule, build_optimizer
-from tiny_lm.training.peak import peak_flops
 
-DEVICE = choose_device()
+DEVICE = fastest_device()
 WARM_UP = 10  # steps that are not timed: compiling, first touches of memory
 
 # name -> (model, batch size)

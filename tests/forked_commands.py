@@ -137,7 +137,7 @@ def _serve() -> None:
     import tiny_lm.inference
     import tiny_lm.tokenizer.train
     import tiny_lm.training.fit  # noqa: F401
-    from tiny_lm.training.peak import peak_flops
+    from tiny_lm.hardware.flops import peak_flops
 
     torch.set_num_threads(1)  # a pool of threads would not survive the fork
     Figure().savefig(os.devnull, format="png")  # loads what drawing needs

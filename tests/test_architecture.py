@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A room imports only rooms on earlier lines; rooms of one line do not know each other.
 LINES = [
     ["errors", "signals"],
-    ["console", "locks"],
+    ["console", "locks", "hardware"],
     ["files", "pages"],
     ["config"],
     ["profile", "runs"],

@@ -5,8 +5,9 @@ import torch
 from generators import FAMILIES, GREEDY, make
 
 from tiny_lm.errors import UserError
+from tiny_lm.hardware.compiler import missing_compiler
 from tiny_lm.inference import Request
-from tiny_lm.inference.compiling import CompiledStep, SummedLinear, missing_compiler
+from tiny_lm.inference.compiling import CompiledStep, SummedLinear
 from tiny_lm.inference.decoding import prefill
 from tiny_lm.tokenizer import Tokenizer
 

@@ -29,8 +29,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import tiny_lm.cli
 import tiny_lm.evaluation.plots
 import tiny_lm.training.fit
+from tiny_lm.hardware.flops import peak_flops
 from tiny_lm.model import Transformer
-from tiny_lm.training.peak import peak_flops
 
 COMMAND = ["train", "--model-config", "model.yaml", "--training-config", "training.yaml", "--data-config", "data.yaml"]
 CHANGES = {"os.rename": "rename to", "os.link": "link", "os.remove": "remove", "open": "open"}

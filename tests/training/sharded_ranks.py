@@ -18,9 +18,9 @@ from torch.distributed.fsdp.api import FullOptimStateDictConfig
 
 import tiny_lm.training.fit
 from tiny_lm.data import BinDataConfig
+from tiny_lm.hardware.flops import PeakFlops
 from tiny_lm.runs import Run
 from tiny_lm.training.fit import train
-from tiny_lm.training.peak import PeakFlops
 
 STREAM, FOLDER = map(Path, sys.argv[1:3])
 
@@ -65,7 +65,7 @@ preset(FullStateDictConfig, offload_to_cpu=False)
 preset(FullOptimStateDictConfig, offload_to_cpu=False)
 torch.cuda.device_count = lambda: 2
 torch.cuda.get_device_name = lambda device=None: "a CPU"
-tiny_lm.training.fit.choose_device = lambda: "cuda"
+tiny_lm.training.fit.fastest_device = lambda: "cuda"
 tiny_lm.training.fit.peak_flops = lambda device, precision: PeakFlops(1e12, "table")
 
 

@@ -9,12 +9,13 @@ import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
 from tiny_runs import losses, model, training
 
+from tiny_lm.hardware.device import choose_device, fastest_device
 from tiny_lm.model import build_model
 from tiny_lm.runs import Run
-from tiny_lm.training.device import choose_device, choose_precision, tell_choice
 from tiny_lm.training.fit import TrainingResult
 from tiny_lm.training.loss import next_token_loss
 from tiny_lm.training.optim import build_optimizer
+from tiny_lm.training.precision import choose_precision, describe_choice
 
 Machine = Callable[..., None]
 
@@ -33,6 +34,16 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
 
     return build
+
+
+@pytest.mark.parametrize(
+    ("hardware", "kind"), [({}, "cpu"), ({"mps": True}, "mps"), ({"gpu": True, "mps": True}, "cuda")]
+)
+def test_training_generation_and_evaluation_choose_the_same_device(
+    hardware: dict[str, bool], kind: str, machine: Machine
+) -> None:
+    machine(**hardware)
+    assert fastest_device() == choose_device(None).type == kind
 
 
 @pytest.mark.parametrize(
@@ -67,9 +78,9 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 )
 def test_a_run_says_what_it_chose_and_why(hardware: dict[str, bool], wanted: str, line: str, machine: Machine) -> None:
     machine(**hardware)
-    device = choose_device()
+    device = fastest_device()
     precision, reason = choose_precision(training(precision=wanted), device)
-    assert tell_choice(device, precision, reason) == line
+    assert describe_choice(device, precision, reason) == line
 
 
 @pytest.mark.filterwarnings("ignore:.*GradScaler is enabled, but CUDA is not available")

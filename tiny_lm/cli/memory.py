@@ -29,7 +29,7 @@ def estimate(
 ) -> None:
     """Estimate the memory that training takes, by formula: nothing is built."""
     check_variables()
-    from tiny_lm.training.free_memory import free_memory
+    from tiny_lm.hardware.memory import free_memory
     from tiny_lm.training.memory import estimate_memory, find_savings
 
     setup, _ = _load(profile, model_config, training_config, data_config, settings)
@@ -61,8 +61,8 @@ def find_batch_size(
     windows make a step, only micro-batches that divide them are tried, and accumulation keeps the step as it is.
     """
     check_variables()
+    from tiny_lm.hardware.memory import free_memory
     from tiny_lm.training.batch_size import find_batch_sizes
-    from tiny_lm.training.free_memory import free_memory
 
     setup, windows_per_step = _load(profile, model_config, training_config, data_config, settings)
     free = memory * 1e9 if memory is not None else free_memory(setup.device) * (1 - margin)
@@ -82,12 +82,13 @@ def _load(
 ) -> "tuple[Setup, int | None]":
     """Return what would be trained, and the windows of its step, if the configs say how many."""
     from tiny_lm.data import BinDataConfig
+    from tiny_lm.hardware.device import fastest_device
     from tiny_lm.model.config import load_model_config
     from tiny_lm.profile import Profile
     from tiny_lm.training import TrainingConfig
-    from tiny_lm.training.device import choose_device, choose_precision
     from tiny_lm.training.fit import check_block_size
     from tiny_lm.training.memory import Setup
+    from tiny_lm.training.precision import choose_precision
 
     if profile:
         named = Profile.from_yaml(profile)
@@ -109,7 +110,7 @@ def _load(
         defaults = {"train_path": "train.bin", "val_path": "val.bin", **sizes}  # the streams are not looked at
         data = BinDataConfig.from_dict(override(defaults, overrides["data"]), source="--set")
     check_block_size(model, data)
-    device = choose_device()
+    device = fastest_device()
     precision, _ = choose_precision(training, device)
     setup = Setup(model, training, data.batch_size, data.block_size, device, precision)
     given = data_config or "batch_size" in overrides["data"]

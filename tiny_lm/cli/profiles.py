@@ -127,9 +127,9 @@ def _about(result: "RunTime") -> str:
 
 def _remarks(times: "list[RunTime]") -> list[str]:
     """Say what the times rest on."""
-    from tiny_lm.training.device import choose_device, describe_device
+    from tiny_lm.hardware.device import describe_device, fastest_device
 
-    device = describe_device(choose_device())
+    device = describe_device(fastest_device())
     remarks = [f"measured on this machine ({device}) in short rehearsals; a long run is compiled and somewhat faster"]
     if not all(result.measured for result in times):
         remarks.append("some were scaled from the others by their operations: ten seconds did not suffice for all")

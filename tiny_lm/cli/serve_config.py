@@ -29,7 +29,7 @@ def serve_config(
     from tiny_lm.export.huggingface import check_dtype
     from tiny_lm.export.serve_config import ServeOptions, serve_commands
     from tiny_lm.export.source import load_source
-    from tiny_lm.inference.generator import choose_device
+    from tiny_lm.hardware.device import choose_device
 
     if device not in (None, "cpu", "cuda"):
         raise UserError(f"--device {device}: unknown; there are: cpu, cuda")

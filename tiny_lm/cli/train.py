@@ -179,10 +179,10 @@ def _console(speaks: bool) -> "Console":
 
 def _is_main_process(config: "TrainingConfig") -> bool:
     """Whether this process writes the run folder, of those that train together."""
-    from tiny_lm.training.device import choose_device
+    from tiny_lm.hardware.device import fastest_device
     from tiny_lm.training.parallel import choose_processes
 
-    return choose_processes(config, choose_device()).is_main
+    return choose_processes(config, fastest_device()).is_main
 
 
 def _is_finished(run: Run, config: "TrainingConfig") -> bool:

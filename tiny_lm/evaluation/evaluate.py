@@ -17,6 +17,7 @@ from tiny_lm.errors import UserError
 from tiny_lm.evaluation.quality import Progress, Quality, invented_words, length_of, overlap, variety
 from tiny_lm.evaluation.stories import story_beginnings, tell_stories
 from tiny_lm.files import write_json
+from tiny_lm.hardware.device import fastest_device
 from tiny_lm.inference import Sampling, TextGenerator
 from tiny_lm.inference.request import Generated
 from tiny_lm.inference.scoring import Surprise, measure_by_position, total_surprise
@@ -166,8 +167,7 @@ def open_subject(path: str | Path, options: EvaluationOptions) -> Subject:
     tokenizer = load_tokenizer(run.tokenizer)
     if tokenizer.hash != loaded.tokenizer_hash:
         raise UserError(f"{run.tokenizer}: is not the tokenizer that {checkpoint} was trained with")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    generator = TextGenerator(loaded.model.to(device), tokenizer)
+    generator = TextGenerator(loaded.model.to(fastest_device()), tokenizer)
     return Subject(run, checkpoint, loaded.step, generator, config, train, val)
 
 

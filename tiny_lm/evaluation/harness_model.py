@@ -122,7 +122,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness ships no ty
                 y[row, len(ids) - 1 - scored : len(ids) - 1] = torch.tensor(ids[len(ids) - scored :])
             logits = self.generator.model(x.to(self._device))  # [B, T, V]
             targets = y.to(self._device)
-            nats = token_losses(logits, targets).double().sum(dim=1)  # [B]
+            nats = token_losses(logits, targets).cpu().double().sum(dim=1)  # [B]
             greedy = ((logits.argmax(dim=-1) == targets) | (targets == -100)).all(dim=1)  # [B]
             for number, loss, is_greedy in zip(batch, nats.tolist(), greedy.tolist(), strict=True):
                 results[number] = (-loss, bool(is_greedy))

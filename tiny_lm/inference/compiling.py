@@ -10,10 +10,7 @@ Shapes as in :mod:`tiny_lm.model.attention`.
 
 import contextlib
 import copy
-import importlib.util
 import mmap
-import os
-import shutil
 from collections.abc import Sequence
 from types import FunctionType
 from typing import Any
@@ -23,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiny_lm.errors import UserError
+from tiny_lm.hardware.compiler import missing_compiler
 from tiny_lm.inference.decoding import decode_step
 from tiny_lm.model import KVCache, MultiHeadAttention, Transformer
 
@@ -169,20 +167,3 @@ class CompiledStep:
         logits: Tensor = self._compiled(self._model, tokens, seen, cache.keys, cache.values)
         cache.advance(1)
         return logits
-
-
-def missing_compiler(device: str) -> str | None:
-    """Return what torch.compile lacks on a kind of device, if anything; it would say so only when it first runs."""
-    if device == "cuda" and importlib.util.find_spec("triton") is None:
-        return "torch.compile needs Triton, which is not installed"
-    if device == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):
-        return "torch.compile needs a C++ compiler (g++ or clang++), which is not on the PATH"
-    try:
-        torch.compile(_trial, dynamic=False)(torch.ones(8, device=device))
-    except Exception as error:  # whatever is wrong with the tools: there is another way
-        return f"torch.compile does not work here ({' '.join(str(error).split())[:200]})"
-    return None
-
-
-def _trial(x: Tensor) -> Tensor:
-    return x.exp() + 1

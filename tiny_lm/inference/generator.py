@@ -10,6 +10,7 @@ import torch
 from typing_extensions import Self
 
 from tiny_lm.errors import UserError
+from tiny_lm.hardware.device import choose_device
 from tiny_lm.inference.batch import TextBatch
 from tiny_lm.inference.compiling import CompiledStep
 from tiny_lm.inference.decoding import BatchDecoder, Continuation, DecodeStep, decode_step
@@ -330,21 +331,3 @@ class TextGenerator:
             if text not in known:
                 raise UserError(f"{text!r} is no special token of this model; it has {', '.join(sorted(known))}")
         return [self.tokenizer.eos_id, *(known[text] for text in request.stop_tokens)]
-
-
-def choose_device(device: str | None) -> torch.device:
-    """Return the device of that name, or a GPU if there is one, or the CPU.
-
-    Raises:
-        UserError: there is no such device here.
-    """
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(1, device=chosen).item()
-    except (RuntimeError, AssertionError, NotImplementedError):  # what torch raises for one it was built without
-        others = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        found = ", ".join(["cpu", *(name for name, is_there in others.items() if is_there)])
-        raise UserError(f"device {device!r}: this machine, or this torch, has none; it has: {found}") from None
-    return chosen

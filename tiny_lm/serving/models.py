@@ -8,14 +8,14 @@ from typing import cast
 
 from tiny_lm.config import nearest
 from tiny_lm.errors import UserError
+from tiny_lm.hardware.device import Device
+from tiny_lm.hardware.memory import free_memory
 from tiny_lm.inference import TextGenerator
 from tiny_lm.model import Transformer
 from tiny_lm.runs import Run
 from tiny_lm.serving.batching import ModelLoop, apart
 from tiny_lm.serving.chat import ChatTemplate, load_chat_template
 from tiny_lm.serving.limits import Limits
-from tiny_lm.training.device import Device
-from tiny_lm.training.free_memory import free_memory
 
 
 @dataclass(frozen=True)

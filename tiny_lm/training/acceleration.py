@@ -3,10 +3,10 @@
 import ctypes
 import sys
 
-from tiny_lm.inference.compiling import missing_compiler
+from tiny_lm.hardware.compiler import missing_compiler
+from tiny_lm.hardware.device import Device
 from tiny_lm.model import ModelConfig, flops_per_token
 from tiny_lm.training.config import TrainingConfig
-from tiny_lm.training.device import Device
 
 # Compiling takes the better part of a minute and then saves a tenth (GPT-2) to a fifth (Qwen3) of the time on a CPU.
 # A run of so many floating-point operations takes ten minutes on two fast cores, or a minute on a fast GPU.

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from tiny_lm.errors import UserError
+from tiny_lm.hardware.device import Device
 from tiny_lm.training.config import TrainingConfig
-from tiny_lm.training.device import Device
 from tiny_lm.training.memory import Setup, estimate_memory, is_out_of_memory
 from tiny_lm.training.monitors import peak_memory
 from tiny_lm.training.rehearsal import StepTimes, rehearse

@@ -20,6 +20,8 @@ from tiny_lm.data import BinDataConfig
 from tiny_lm.data.bin import hold_streams
 from tiny_lm.data.module import BinTokenDataModule
 from tiny_lm.errors import UserError
+from tiny_lm.hardware.device import Device, describe_device, fastest_device
+from tiny_lm.hardware.flops import peak_flops
 from tiny_lm.model import ModelConfig, flops_per_token, num_parameters
 from tiny_lm.runs import Run, environment, number_in
 from tiny_lm.tokenizer import Tokenizer, load_tokenizer
@@ -29,7 +31,6 @@ from tiny_lm.training.beginning import begin_with
 from tiny_lm.training.callbacks import MetricsWriter, Validation
 from tiny_lm.training.checkpoints import AtomicCheckpointIO, CheckpointWriter, GracefulStop
 from tiny_lm.training.config import TrainingConfig
-from tiny_lm.training.device import Device, choose_device, choose_precision, describe_device, tell_choice
 from tiny_lm.training.ema import WeightAverage
 from tiny_lm.training.guard import LossGuard
 from tiny_lm.training.loss import LossFunction, compiled_loss, next_token_loss
@@ -45,7 +46,7 @@ from tiny_lm.training.parallel import (
     share_batch,
     tell_share,
 )
-from tiny_lm.training.peak import peak_flops
+from tiny_lm.training.precision import choose_precision, describe_choice
 from tiny_lm.training.resume import check_resume, forget_after
 from tiny_lm.training.samples import SampleStories
 from tiny_lm.training.trackers import build_loggers, check_trackers
@@ -90,7 +91,7 @@ def train(
             disk or memory is full.
     """
     is_new = not run.record.exists()
-    device = choose_device()
+    device = fastest_device()
     processes = choose_processes(training_config, device)
     share = share_batch(data_config.batch_size, training_config.accumulate_grad_batches, processes.world_size)
     console = (console or make_console()) if processes.is_main else make_console(quiet=True, force_terminal=False)
@@ -108,7 +109,7 @@ def train(
     compiles, compile_reason = choose_compile(
         training_config, model_config, tokens_per_step, data_config.block_size, device
     )
-    described = tell_choice(device, precision, precision_reason), tell_share(processes, share), compile_reason
+    described = describe_choice(device, precision, precision_reason), tell_share(processes, share), compile_reason
     for line in filter(None, (processes.notice, *described)):
         console.print(line, markup=False)
     compiles = compiles and processes.strategy != "fsdp"

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tiny_lm.hardware.device import Precision
 from tiny_lm.model.transformer import Transformer
-from tiny_lm.training.device import Precision
 
 LossFunction = Callable[[Any, Tensor, Tensor, int], Tensor]
 """Of a model, inputs and targets int64 ``[B, T]``, and the target that counts in no loss."""

@@ -5,11 +5,11 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from tiny_lm.hardware.device import Device, Precision
 from tiny_lm.model.attention import BLOCK as ATTENTION_BLOCK
 from tiny_lm.model.config import ModelConfig, block_matrices, num_parameters
 from tiny_lm.training.acceleration import prefers_blocked_attention
 from tiny_lm.training.config import TrainingConfig
-from tiny_lm.training.device import Device, Precision
 
 
 @dataclass(frozen=True)

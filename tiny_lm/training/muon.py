@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tiny_lm.training.device import computes_in_bf16
+from tiny_lm.hardware.device import computes_in_bf16
 
 
 class Muon(torch.optim.Muon):

@@ -25,9 +25,9 @@ from pytorch_lightning.strategies import DDPStrategy, FSDPStrategy, Strategy
 from torch import nn
 
 from tiny_lm.errors import UserError
+from tiny_lm.hardware.device import Device
 from tiny_lm.model.transformer import Block
 from tiny_lm.training.config import TrainingConfig
-from tiny_lm.training.device import Device
 from tiny_lm.training.launch import PARENT_KEY, Launch, find_launch
 
 

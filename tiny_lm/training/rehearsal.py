@@ -12,13 +12,14 @@ from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
+from tiny_lm.hardware.device import fastest_device
 from tiny_lm.inference.scoring import measure_surprise
 from tiny_lm.model import ModelConfig
 from tiny_lm.training.acceleration import keep_freed_memory, prefers_blocked_attention
 from tiny_lm.training.config import TrainingConfig
-from tiny_lm.training.device import choose_device, choose_precision
 from tiny_lm.training.fit import quiet_lightning
 from tiny_lm.training.module import CausalLMModule
+from tiny_lm.training.precision import choose_precision
 
 _REPEATS = 5
 """Micro-batches of one size that a timing is made of, if there is time for them."""
@@ -60,7 +61,7 @@ def rehearse(
         seconds: go on for so long to time it better.
         grow: begin with one window and double it up to ``windows`` as far as ``seconds`` allow.
     """
-    device = choose_device()
+    device = fastest_device()
     precision, _ = choose_precision(config, device)
     torch.set_float32_matmul_precision("high")
     if device == "cpu":

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from tiny_lm.errors import UserError
-from tiny_lm.training.device import Device
+from tiny_lm.hardware.device import Device
 
 
 def free_memory(device: Device) -> int:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from tiny_lm.training.device import Precision
+from tiny_lm.hardware.device import Precision
 
 # Dense peaks in TFLOP/s after NVIDIA's data sheets and white papers, without sparsity and with accumulation in float32,
 # as torch multiplies: in bf16 or fp16, and for float32 matrices (TF32 where the GPU has it). The names are those that

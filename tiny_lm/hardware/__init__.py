@@ -1,0 +1,1 @@
+"""What the machine has: devices, free memory, peak FLOPs, a compiler."""
