@@ -21,8 +21,11 @@ from tiny_lm.export.gguf_file import write_gguf
 from tiny_lm.export.gguf_vocabulary import to_gguf_vocabulary
 from tiny_lm.export.source import Source, load_source
 from tiny_lm.export.verify import PROMPTS, OwnEngine, split_documents
+from tiny_lm.files import write_json
+from tiny_lm.model import model_config_from_dict
+from tiny_lm.model.huggingface import to_huggingface_config
 from tiny_lm.runs import Run
-from tiny_lm.serving.engines import STORY_TEMPLATE, run_engine
+from tiny_lm.serving.engines import STORY_TEMPLATE, Place, run_engine, vllm
 from tiny_lm.tokenizer import Tokenizer
 
 CHAT = [
@@ -91,6 +94,27 @@ def test_an_engine_that_is_not_installed(
         run_engine(engine, "runs/x", port=0, python=str(tmp_path / "bare" / "bin" / "python"))
     with pytest.raises(UserError, match=r"--engine-python .*/gone: does not run"):
         run_engine(engine, "runs/x", port=0, python=str(tmp_path / "gone"))
+
+
+@pytest.mark.parametrize(("d_model", "refused"), [(32, True), (64, False)])
+def test_vllm_refuses_heads_that_it_cannot_run(d_model: int, refused: bool, tmp_path: Path) -> None:
+    config = model_config_from_dict(
+        {
+            "architecture": "llama3",
+            "vocab_size": 96,
+            "context_length": 48,
+            "d_model": d_model,
+            "n_layers": 1,
+            "n_heads": 2,
+        },
+        source="test",
+    )
+    write_json(tmp_path / "config.json", to_huggingface_config(config, bos_id=1, eos_id=2, pad_id=0))
+    if refused:
+        with pytest.raises(UserError, match="vLLM has no attention for heads of 16"):
+            vllm(tmp_path, Place("127.0.0.1", 8000, "python"))
+    else:
+        assert "--max-model-len 48" in " ".join(vllm(tmp_path, Place("127.0.0.1", 8000, "python")).words)
 
 
 def test_a_port_that_is_taken() -> None:

@@ -98,17 +98,38 @@ def model_name(source: Source) -> str:
 
 
 def _vllm(source: Source, run: str, options: ServeOptions) -> ServeCommands:
-    check_head_size(source.config, "vLLM", VLLM_HEAD_SIZES)
-    dtype = options.dtype or ("bfloat16" if options.gpu else "float32")  # FlashAttention has no float32
     folder, export, exported = _huggingface(source, run, options)
-    command = ["python", "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--served-model-name", model_name(source), "--dtype", dtype]
-    command += ["--max-model-len", str(source.config.context_length), *_address("vllm", options)]
+    command, environment = vllm_command(
+        "python", folder, source.config, name=model_name(source), gpu=options.gpu, dtype=options.dtype
+    )
+    return ServeCommands(export, folder, [command + _address("vllm", options)], environment, exported)
+
+
+def vllm_command(
+    python: str, folder: Path, config: ModelConfig, *, name: str, gpu: bool, dtype: str | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """Return the command of vLLM's server without its address, and the environment variables that it needs.
+
+    Args:
+        python: the interpreter that has vLLM.
+        folder: in Hugging Face's layout.
+        config: of the model in it.
+        name: what clients call the model.
+        gpu: whether vLLM runs on a GPU.
+        dtype: in which it computes; by default bfloat16 on a GPU, whose FlashAttention has no float32, else float32.
+
+    Raises:
+        UserError: vLLM has no attention for heads of this size.
+    """
+    check_head_size(config, "vLLM", VLLM_HEAD_SIZES)
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", name, "--dtype", dtype or ("bfloat16" if gpu else "float32")]
+    command += ["--max-model-len", str(config.context_length)]
     environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    if not options.gpu:
+    if not gpu:
         command.append("--enforce-eager")
         environment["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
-    return ServeCommands(export, folder, [command], environment, exported)
+    return command, environment
 
 
 def _tgi(source: Source, run: str, options: ServeOptions) -> ServeCommands:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tiny_lm.errors import UserError
-from tiny_lm.files import read_json, scratch_folder, write_json, write_text
+from tiny_lm.files import scratch_folder, write_json, write_text
 from tiny_lm.signals import TERMINATING_SIGNALS
 from tiny_lm.tokenizer import chat_template
 
@@ -255,19 +255,15 @@ def llama_cpp_server(file: Path, place: Place, folder: Path) -> Command:
 
 def vllm(model: Path, place: Place) -> Command:
     """Return the command of vLLM's server."""
-    import torch
+    from tiny_lm.export.serve_config import vllm_command
+    from tiny_lm.hardware.device import fastest_device
+    from tiny_lm.model.huggingface_folder import read_huggingface_config
 
-    config = read_json(model / "config.json")
-    context = config.get("n_positions") or config.get("max_position_embeddings")
-    on_gpu = torch.cuda.is_available()
-    words = [place.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    words += ["--served-model-name", _name(model), "--max-model-len", str(context), *_address(place)]
-    words += ["--dtype", "bfloat16"] if on_gpu else ["--dtype", "float32", "--enforce-eager"]
+    config, on_gpu = read_huggingface_config(model), fastest_device() == "cuda"
+    words, environment = vllm_command(place.python, model, config, name=_name(model), gpu=on_gpu)
+    words += _address(place)
     if chat_template.read_chat_template(model) is None:
         words += ["--chat-template", STORY_TEMPLATE]
-    environment = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    if not on_gpu:
-        environment["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB
     return Command(words, _name(model), environment=environment)
 
 
