@@ -117,7 +117,7 @@ def test_a_mistake_on_the_command_line_is_not_laid_to_the_file_alone(tmp_path: P
 def test_files_that_are_no_text_or_too_large(tmp_path: Path) -> None:
     file = tmp_path / "example.yaml"
     file.write_bytes(b"size: \xff")
-    with pytest.raises(UserError, match="is no UTF-8 text \\(byte 6\\)"):
+    with pytest.raises(UserError, match="is not UTF-8 text \\(byte 6\\)"):
         Example.from_yaml(file)
     file.write_text("size: 1\n#" + "x" * 2**20)
     with pytest.raises(UserError, match="larger than 1048576 bytes"):

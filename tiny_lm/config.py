@@ -28,7 +28,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import Self, dataclass_transform
 
 from tiny_lm.errors import UserError
-from tiny_lm.files import write_text
+from tiny_lm.files import read_text, write_text
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -253,15 +253,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, is too large, or holds anything else.
     """
-    try:
-        if file.stat().st_size > _FILE_LIMIT:
-            raise UserError(f"{file}: larger than {_FILE_LIMIT} bytes, which no config is")
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{file}: could not be read ({error.strerror or error})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: is no UTF-8 text (byte {error.start})") from None
-    values = parse_yaml(text, source=str(file))
+    values = parse_yaml(read_text(file, limit=_FILE_LIMIT), source=str(file))
     if not isinstance(values, dict):
         raise UserError(f"{file}: must hold keys and values, but holds {shorten(values)}")
     return values

@@ -15,6 +15,7 @@
       run.json                             git state, versions, device, sizes, times, final metrics
 """
 
+import io
 import json
 import math
 import os
@@ -35,7 +36,7 @@ from typing import Any
 
 from tiny_lm.config import nearest
 from tiny_lm.errors import UserError
-from tiny_lm.files import read_text, write_json
+from tiny_lm.files import read_bytes, read_text, write_json
 from tiny_lm.locks import lock_file, lock_folder
 
 RUNS_FOLDER = Path("runs")
@@ -46,7 +47,8 @@ _LOCK_FILE = ".lock"  # keeps other machines away
 _READING_SECONDS = 20.0  # an export holds a run while it loads the model
 
 _RECORD_LIMIT = 16 * 2**20  # bytes; a run.json has some thousand
-_METRICS_LIMIT = 512 * 2**20  # bytes; a million events have some 300 million
+_METRICS_LIMIT = 384 * 2**20  # bytes; a million events have some 300 million
+_MAX_EVENTS = 1_000_000  # with one for ten steps, a run of ten million
 
 _STEP = re.compile(r"step-(\d+)\.ckpt")
 
@@ -222,8 +224,8 @@ def open_run(path: str | Path) -> Run:
 
 
 def new_run_name(model: str, data: str) -> str:
-    """Name a run after what is trained on what, and when (UTC)."""
-    return f"{model}-{data}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
+    """Name a run after what is trained on what, and when (UTC); bytes that are not UTF-8 become ``_``."""
+    return re.sub("[\ud800-\udfff]", "_", f"{model}-{data}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}")
 
 
 def create_run(name: str) -> Run:
@@ -305,16 +307,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         UserError: the file cannot be read, or is larger than any run's.
     """
     events = []
-    try:
-        if path.stat().st_size > _METRICS_LIMIT:
-            raise UserError(f"{path}: larger than {_METRICS_LIMIT} bytes, which no log of metrics is")
-        with path.open("rb") as file:
-            for line in file:
-                event = parse_event(line)
-                if event is not None:
-                    events.append({key: value for key, value in event.items() if _is_figure(value)})
-    except OSError as error:
-        raise UserError(f"{path}: could not be read ({error.strerror or error})") from error
+    for line in io.BytesIO(read_bytes(path, limit=_METRICS_LIMIT)):
+        event = parse_event(line)
+        if event is not None:
+            events.append({key: value for key, value in event.items() if _is_figure(value)})
+        if len(events) > _MAX_EVENTS:
+            raise UserError(f"{path}: has more than {_MAX_EVENTS:,} events; raise log_every_n_steps in long runs")
     return events
 
 

@@ -70,6 +70,12 @@ def test_mask_after_eos_keeps_targets_up_to_the_first(data_config: MakeConfig, t
     assert (y_masked == IGNORE_INDEX).any()
 
 
+def test_a_glob_below_a_folder_with_brackets(data_config: MakeConfig, stream_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(stream_folder, tmp_path / "d [1]" / "s")
+    config = data_config(train_path=str(tmp_path / "d [1]" / "s" / "trai*.bin"))
+    assert open_stream(config.train_path, config).tokens == open_stream(data_config().train_path, config).tokens
+
+
 def test_a_glob_of_shards_is_one_stream(data_config: MakeConfig, stream_folder: Path, tmp_path: Path) -> None:
     ids = np.fromfile(stream_folder / "train.bin", dtype="<u2")
     shutil.copytree(stream_folder, tmp_path, dirs_exist_ok=True)

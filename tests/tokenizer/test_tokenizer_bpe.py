@@ -120,8 +120,16 @@ def test_very_long_runs(tokenizers: dict[str, Tokenizer], kind: str, text: str) 
 def test_very_long_runs_in_training() -> None:
     tokenizer = train_tokenizer(make_config(vocab_size=300), ["the " * 50, "x" + " " * 1_500_000 + "y"])
     assert tokenizer.decode(tokenizer.encode("the x")) == "the x"
-    assert 256 < len(tokenizer.base) < 298  # the runs of more than some ten thousand spaces are left out
+    assert 256 < len(tokenizer.base) < 298
+    assert max(map(len, tokenizer.base)) == 512  # longer runs of spaces are left out
     assert len(tokenizer.merges) == len(tokenizer.base) - 256
+
+
+@pytest.mark.parametrize("text", ["." * 60_000, "\N{DNA DOUBLE HELIX}" * 20_000, "ab" * 40_000])
+def test_a_rule_in_the_corpus_gives_no_endless_tokens(text: str) -> None:
+    tokenizer = train_tokenizer(make_config(vocab_size=400), ["the end " * 20, text])
+    assert max(map(len, tokenizer.base)) <= 512
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 def test_merges_rebuild_the_vocabulary(tokenizer: BPETokenizer) -> None:

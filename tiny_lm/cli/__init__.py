@@ -7,6 +7,7 @@ Each command is a plain function in a module of this folder. Those modules impor
 import errno
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -81,6 +82,15 @@ def _root(
     pass
 
 
+# Errors that a path or a machine may cause wherever a folder is listed or a file looked for; none is a bug of ours.
+_ENVIRONMENT = {
+    **dict.fromkeys([errno.EACCES, errno.EPERM, errno.EROFS], "ask for the permission, or use another path"),
+    **dict.fromkeys([errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR], "use another path"),
+    **dict.fromkeys([errno.EIO, errno.ESTALE], "check the disk, and run the command again"),
+    **dict.fromkeys([errno.EMFILE, errno.ENFILE], "raise the limit on open files (ulimit -n)"),
+}
+
+
 def main(*command: str) -> None:
     """Run the command line and exit.
 
@@ -91,6 +101,10 @@ def main(*command: str) -> None:
     """
     arguments = [*command, *sys.argv[1:]] or ["--help"]
     guard_streams()
+    try:
+        Path.cwd()  # libraries that are loaded later say something else where it is gone
+    except FileNotFoundError:
+        sys.exit(_fail("the working directory does not exist any more; change to another one"))
     try:
         with signals_as_exceptions():
             code = get_command(app)(arguments, prog_name="tiny-lm", standalone_mode=False)
@@ -104,11 +118,8 @@ def main(*command: str) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             code = _fail(f"{error.filename or 'the disk'}: no space is left; make room and run the command again")
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename is not None:
-            # Wherever a folder is listed or a file looked for: a permission that is missing is never a bug of ours.
-            code = _fail(
-                f"{os.fsdecode(error.filename)}: {error.strerror}; ask for the permission, or use another path"
-            )
+        elif error.errno in _ENVIRONMENT and error.filename is not None:
+            code = _fail(f"{os.fsdecode(error.filename)}: {error.strerror}; {_ENVIRONMENT[error.errno]}")
         else:
             raise
     sys.exit(code or 0)

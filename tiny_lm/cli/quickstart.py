@@ -46,6 +46,8 @@ def quickstart(
     from tiny_lm.locks import lock_folder
     from tiny_lm.tokenizer import TokenizerConfig
 
+    if text == Path():
+        raise UserError('--text "": is empty; name a file, a folder or a glob (for this folder: "$PWD")')
     if text and not text.exists() and not any(character in str(text) for character in "*?["):
         raise UserError(f"--text {text}: no such file or folder")
     # One of its folders stands for all: tokenizer, token stream and run have the same names in each quickstart.

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from tiny_lm.data.config import BinDataConfig
 from tiny_lm.data.metadata import TOKENIZER_FOLDER, StreamMetadata
+from tiny_lm.dataset.find_files import literal_part
 from tiny_lm.errors import UserError
 from tiny_lm.locks import lock_folder
 
@@ -159,7 +160,8 @@ def _find_files(pattern: Path) -> tuple[Path, ...]:
     if pattern.is_file():
         return (pattern,)
     try:
-        found = Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))
+        folder, rest = literal_part(Path(pattern.anchor), pattern)
+        found = folder.glob(str(rest))
         return tuple(sorted(file for file in found if file.is_file()))
     except (ValueError, IndexError, NotImplementedError):  # no pattern that pathlib knows, such as a**/b
         return ()

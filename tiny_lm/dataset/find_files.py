@@ -1,6 +1,7 @@
 """Which files a local data set consists of: one file, those below a folder, or those that a glob matches."""
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -66,7 +67,7 @@ def _find(base: Path, place: Path) -> FoundFiles:
             format_of(place)
             return FoundFiles([place])
         else:
-            base, pattern = _literal_part(base, place)
+            base, pattern = literal_part(base, place)
             found = _select(_matches(base, pattern))
             what = "no supported file matches"
     if not found.files:
@@ -75,7 +76,7 @@ def _find(base: Path, place: Path) -> FoundFiles:
     return found
 
 
-def _literal_part(base: Path, place: Path) -> tuple[Path, Path]:
+def literal_part(base: Path, place: Path) -> tuple[Path, Path]:
     """Divide a path into the folders that exist and the glob below them."""
     parts = list(place.relative_to(base).parts)
     while len(parts) > 1 and (base / parts[0]).is_dir():
@@ -101,6 +102,8 @@ def _select(paths: Iterator[Path]) -> FoundFiles:
         if path.is_dir() and not is_hidden:
             continue
         status = None if is_hidden or _extension(path) not in FORMATS else path.stat()
+        if status is not None and not stat.S_ISREG(status.st_mode):
+            status = None  # a pipe or a device, which may have no end
         identity = status and (status.st_dev, status.st_ino)
         if identity is None or identity in seen:
             found.skipped.append(path)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tiny_lm.errors import UserError
+from tiny_lm.files import check_name
 from tiny_lm.model.config import ModelConfig, model_config_from_dict
 from tiny_lm.model.transformer import Transformer, build_model
 
@@ -71,6 +72,7 @@ def _check_readable(path: Path) -> None:
     Raises:
         UserError: it is not.
     """
+    check_name(path)
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait forever
             what = "is a folder" if path.is_dir() else "is not a file"

@@ -52,6 +52,9 @@ SPLIT_PATTERNS: Mapping[SplitPattern, str] = {
 
 # Finding the merge of a token takes time in the square of its length. A vocabulary of a million tokens has about 10^8.
 _MAX_MERGE_WORK = 2**28
+_LONGEST_TOKEN = 4096
+# A corpus with a rule of 60,000 dots yields tokens of 1, 2, 4, ... 32,768 of them, for which nobody has a use.
+_LONGEST_TRAINED_TOKEN = 512
 
 # Longer runs of white space are cut by us: the regex engine of tiktoken and rustbpe keeps a state for each character
 # that `\s+(?!\S)` passes and stops at a million of them.
@@ -89,7 +92,10 @@ class BPETokenizer(Tokenizer):
         self.pattern = self.patterns[0] if pattern is None else pattern
         if self.pattern not in self.patterns:
             raise UserError(f"a {self.kind} tokenizer cannot split text by {shorten(self.pattern)}")
-        if sum(len(token) ** 2 for token in self.base) > _MAX_MERGE_WORK:
+        if (
+            max(map(len, self.base), default=0) > _LONGEST_TOKEN
+            or sum(len(token) ** 2 for token in self.base) > _MAX_MERGE_WORK
+        ):
             raise UserError(
                 f"the tokens of the vocabulary are too long for a BPE tokenizer (the longest has "
                 f"{max(map(len, self.base)):,} bytes)"
@@ -128,7 +134,8 @@ class BPETokenizer(Tokenizer):
             pattern=pattern,
         )
         ranks = sorted(trainer.get_mergeable_ranks(), key=lambda entry: entry[1])
-        base = _without_overlong([bytes(token) for token, _ in ranks])
+        # No other token is merged from those that are left out.
+        base = [bytes(token) for token, _ in ranks if len(token) <= _LONGEST_TRAINED_TOKEN]
         return cls(base, config.special_tokens, pattern=pattern)
 
     # --- encoding --------------------------------------------------------------------------------------------------
@@ -220,16 +227,6 @@ class BPETokenizer(Tokenizer):
         except (KeyError, IndexError, TypeError) as error:
             raise UserError(f"{file}: is no byte-level BPE tokenizer of tiny-lm ({error!r})") from None
         return cls(base, special_texts, pattern=str(pattern))
-
-
-def _without_overlong(base: list[bytes]) -> list[bytes]:
-    """Leave out the longest tokens of a table that would be refused; no other token is merged from them."""
-    work = 0
-    for length in sorted(map(len, base)):
-        work += length**2
-        if work > _MAX_MERGE_WORK:
-            return [token for token in base if len(token) < length]
-    return base
 
 
 def _is_number(character: str) -> bool:

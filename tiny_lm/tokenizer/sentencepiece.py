@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from typing_extensions import Self
 
 from tiny_lm.errors import UserError
-from tiny_lm.files import atomic_path, read_json
+from tiny_lm.files import atomic_path, read_bytes, read_json
 from tiny_lm.tokenizer.base import Tokenizer, vocabulary
 from tiny_lm.tokenizer.config import TokenizerConfig
 from tiny_lm.tokenizer.sentencepiece_model import check_sentencepiece_model
@@ -197,12 +197,7 @@ class SentencePieceTokenizer(Tokenizer):
     def from_folder(cls, folder: Path, special_texts: Mapping[str, str]) -> Self:
         """Read ``tokenizer.model``, and check that ``tokenizer.json`` has the same pieces."""
         file = folder / "tokenizer.model"
-        try:
-            if file.stat().st_size > _MODEL_LIMIT:
-                raise UserError(f"{file}: larger than {_MODEL_LIMIT} bytes, which no model of this kind is")
-            tokenizer = cls(file.read_bytes(), special_texts)
-        except OSError as error:
-            raise UserError(f"{file}: could not be read ({error.strerror or error})") from error
+        tokenizer = cls(read_bytes(file, limit=_MODEL_LIMIT), special_texts)
         place = folder / "tokenizer.json"
         content = read_json(place)
         if vocabulary(content.get("model") if isinstance(content, dict) else None, str(place)) != tokenizer.pieces:

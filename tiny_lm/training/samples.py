@@ -7,7 +7,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import FSDPStrategy
 
-from tiny_lm.files import write_text
+from tiny_lm.files import read_text, write_text
 from tiny_lm.inference import TextGenerator
 from tiny_lm.runs import Run
 from tiny_lm.tokenizer import Tokenizer
@@ -51,7 +51,7 @@ class SampleStories:
         for prompt in self._prompts:
             story = generator.generate(prompt, self._tokens, temperature=TEMPERATURE, seed=SEED)
             lines += [_quote(prompt, story), ""]
-        before = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else self._header()
+        before = read_text(self._path, errors="replace") if self._path.exists() else self._header()
         write_text(self._path, before.rstrip("\n") + "\n\n" + "\n".join(lines))
 
     def _header(self) -> str:
@@ -66,7 +66,7 @@ def drop_samples_after(path: Path, step: int) -> None:
     """Forget the sections of steps after ``step``, which a resumed run is about to write again."""
     if not path.exists():
         return
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = read_text(path, errors="replace")
     header, *sections = re.split(r"^(?=## Step [0-9]{1,18}$)", text, flags=re.MULTILINE)
     kept = [section for section in sections if int(section.split(maxsplit=3)[2]) <= step]
     write_text(path, "".join([header, *kept]))

@@ -81,7 +81,8 @@ def describe_near_misses(configs: Sequence[Config], names: Sequence[str], origin
     if run is None:
         return None
     what = ", ".join(_differences(run, configs)[:3])
-    return f"{run.folder} trained something else ({what}), so a new run begins; to go on with it: --resume {run.folder}"
+    option = shell_command("--resume", run.folder)
+    return f"{run.folder} trained something else ({what}), so a new run begins; to resume it: {option}"
 
 
 def _comes_from(run: Run, names: Sequence[str], origins: Sequence[str]) -> bool:

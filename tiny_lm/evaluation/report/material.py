@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +12,8 @@ from tiny_lm.data.bin import TokenStream, open_stream
 from tiny_lm.data.metadata import FileStatistics, StreamMetadata
 from tiny_lm.errors import UserError
 from tiny_lm.evaluation.report.results import Evaluation, read_evaluation
-from tiny_lm.evaluation.report.story import Story, pick_story, read_text
+from tiny_lm.evaluation.report.story import Story, decode_text, pick_story
+from tiny_lm.files import read_text
 from tiny_lm.model.checkpoint import CheckpointModel, load_checkpoint_model
 from tiny_lm.runs import Run, number_in, read_metrics
 from tiny_lm.tokenizer import Tokenizer, load_tokenizer
@@ -91,8 +93,8 @@ def gather(run: Run, settings: Sequence[str] = ()) -> Material:
     files = {section: run.configs / f"{section}.yaml" for section in SECTIONS}
     if overrides:
         BinDataConfig.from_yaml(files["data"], overrides)  # a mistake in them is told, not written onto the page
-    configs = {section: attempt(f"{section} config", lambda f=file: read_yaml(f)) for section, file in files.items()}  # type: ignore[misc]  # mypy knows no type of a default
-    texts = {section: attempt(f"{section} config", lambda f=file: _read(f)) for section, file in files.items()}  # type: ignore[misc]
+    configs = {section: attempt(f"{section} config", partial(read_yaml, file)) for section, file in files.items()}
+    texts = {section: attempt(f"{section} config", partial(_read, file)) for section, file in files.items()}
     tokenizer = attempt("tokenizer", lambda: load_tokenizer(run.tokenizer))
     checkpoint = attempt("model", run.model_checkpoint)
     model = attempt("model", lambda: _load(checkpoint, tokenizer)) if checkpoint and tokenizer else None
@@ -106,7 +108,7 @@ def gather(run: Run, settings: Sequence[str] = ()) -> Material:
         events=attempt("metrics", lambda: read_metrics(run.metrics)) or [],
         configs={section: values or {} for section, values in configs.items()},
         config_texts={section: text for section, text in texts.items() if text},
-        samples=attempt("samples", lambda: _read(run.samples)) or "",
+        samples=attempt("samples", partial(_read, run.samples)) or "",
         tokenizer=tokenizer,
         checkpoint=checkpoint,
         model=model,
@@ -117,9 +119,7 @@ def gather(run: Run, settings: Sequence[str] = ()) -> Material:
 
 
 def _read(file: Path) -> str:
-    if file.stat().st_size > _TEXT_LIMIT:
-        raise UserError(f"{file}: larger than {_TEXT_LIMIT} bytes, which a page cannot show")
-    return file.read_text(encoding="utf-8", errors="replace")
+    return read_text(file, limit=_TEXT_LIMIT, errors="replace")
 
 
 def _load(checkpoint: Path, tokenizer: Tokenizer) -> CheckpointModel:
@@ -140,7 +140,7 @@ def _open_streams(
         validation=stream,
         train_statistics=_statistics(Path(config.train_path)),
         val_statistics=_statistics(Path(config.val_path)),
-        text=read_text(stream, config, tokenizer),
+        text=decode_text(stream, config, tokenizer),
         story=pick_story(stream, config, tokenizer, context) if context else None,
     )
 

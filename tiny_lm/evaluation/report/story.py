@@ -40,7 +40,7 @@ def read_ids(stream: TokenStream, config: BinDataConfig, most: int = _READ) -> l
     return ids
 
 
-def read_text(stream: TokenStream, config: BinDataConfig, tokenizer: Tokenizer) -> str:
+def decode_text(stream: TokenStream, config: BinDataConfig, tokenizer: Tokenizer) -> str:
     """Return the text at the beginning of a stream."""
     return tokenizer.decode(read_ids(stream, config))
 
