@@ -293,7 +293,9 @@ def number_in(record: Any, *keys: str) -> float | None:
     """Return a number of a ``run.json`` by its keys, outer ones first; None where there is none."""
     for key in keys:
         record = record.get(key) if isinstance(record, dict) else None
-    return float(record) if isinstance(record, (int, float)) and not isinstance(record, bool) else None
+    if isinstance(record, bool) or not isinstance(record, (int, float)) or abs(record) > sys.float_info.max:
+        return None
+    return float(record)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
