@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A room imports only rooms on earlier lines; rooms of one line do not know each other.
 LINES = [
     ["errors", "signals"],
-    ["console", "locks", "hardware"],
+    ["console", "locks", "hardware", "reading"],
     ["files", "pages"],
     ["config"],
     ["profile", "runs"],
@@ -31,7 +31,7 @@ LINES = [
 ]
 LEVEL = {room: number for number, line in enumerate(LINES) for room in line}
 # `model` stands apart from text: it knows nothing of these, although their lines come earlier.
-MODEL_KNOWS = {"errors", "files", "config"}
+MODEL_KNOWS = {"errors", "files", "reading", "config"}
 
 # Library -> where alone it may be imported.
 CONFINED = {

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from tiny_lm.config import read_yaml
-from tiny_lm.files import read_json, to_json, write_json
+from tiny_lm.files import to_json, write_json
+from tiny_lm.reading import read_json
 from tiny_lm.runs import read_metrics
 
 ENDINGS = "a\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\ud800x\udcff\x7f\x9b[31m\U0001f600é"

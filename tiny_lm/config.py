@@ -28,7 +28,8 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from typing_extensions import Self, dataclass_transform
 
 from tiny_lm.errors import UserError
-from tiny_lm.files import read_text, write_text
+from tiny_lm.files import write_text
+from tiny_lm.reading import read_text
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails

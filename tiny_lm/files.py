@@ -1,13 +1,11 @@
 """Writing files whole or not at all."""
 
 import glob
-import io
 import json
 import os
 import re
 import secrets
 import shutil
-import stat
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -22,9 +20,6 @@ from tiny_lm.locks import HAS_LOCKS, is_abandoned, keep_open, lock_folder, try_l
 _TEMPORARY = re.compile(r"\..+\.\d+\.(tmp|old)")
 
 _LOCK_SECONDS = 10.0  # names are given in no time, but the disk may be slow
-
-JSON_LIMIT = 32 * 2**20
-"""Bytes: the tokenizer.json of 260,000 tokens has as many, and what is parsed takes 30 times the memory."""
 
 _OUTPUT_IN_USE = "another process is writing there; wait for its end, or choose another name"
 
@@ -351,55 +346,3 @@ def write_json(path: Path, value: Any) -> None:
         UserError: the file cannot be written.
     """
     write_text(path, to_json(value, indent=2) + "\n")
-
-
-def read_bytes(path: Path, *, limit: int) -> bytes:
-    """Read a file whole.
-
-    A pipe or a device under the name of a file would never end, or have no size: neither is opened.
-
-    Raises:
-        UserError: the file is missing, not a regular file, or larger than ``limit`` bytes.
-    """
-    try:
-        # Without O_NONBLOCK, opening a pipe waits for a writer.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with os.fdopen(descriptor, "rb") as file:  # refuses a folder
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise UserError(f"{path}: is not a regular file; replace it")
-            content = file.read(limit + 1)
-    except OSError as error:
-        raise UserError(f"{path}: could not be read ({error.strerror or error})") from error
-    if len(content) > limit:
-        raise UserError(f"{path}: larger than {limit} bytes, which no file of this kind is")
-    return content
-
-
-def read_text(path: Path, *, limit: int = JSON_LIMIT, errors: str = "strict") -> str:
-    """Read a UTF-8 text file, with universal newlines.
-
-    Args:
-        path: the file.
-        limit: the most bytes that it may have.
-        errors: ``replace`` reads bytes that are not UTF-8 as U+FFFD.
-
-    Raises:
-        UserError: as :func:`read_bytes` does, or the file is not UTF-8.
-    """
-    try:
-        return io.TextIOWrapper(io.BytesIO(read_bytes(path, limit=limit)), encoding="utf-8", errors=errors).read()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte {error.start})") from None
-
-
-def read_json(path: Path, *, limit: int = JSON_LIMIT) -> Any:
-    """Read a JSON file, which may begin with a byte order mark, as editors on Windows write it.
-
-    Raises:
-        UserError: the file is missing, larger than ``limit`` bytes, or no JSON.
-    """
-    text = read_text(path, limit=limit)
-    try:
-        return json.loads(text.removeprefix("\ufeff"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no valid JSON ({error})") from error

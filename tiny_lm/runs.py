@@ -36,8 +36,9 @@ from typing import Any
 
 from tiny_lm.config import nearest
 from tiny_lm.errors import UserError
-from tiny_lm.files import read_bytes, read_text, write_json
+from tiny_lm.files import write_json
 from tiny_lm.locks import lock_file, lock_folder
+from tiny_lm.reading import read_bytes, read_text
 
 RUNS_FOLDER = Path("runs")
 
@@ -295,7 +296,9 @@ def number_in(record: Any, *keys: str) -> float | None:
     """Return a number of a ``run.json`` by its keys, outer ones first; None where there is none."""
     for key in keys:
         record = record.get(key) if isinstance(record, dict) else None
-    return float(record) if isinstance(record, (int, float)) and not isinstance(record, bool) else None
+    if isinstance(record, bool) or not isinstance(record, (int, float)) or abs(record) > sys.float_info.max:
+        return None
+    return float(record)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

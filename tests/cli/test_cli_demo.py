@@ -1,5 +1,6 @@
 """`tiny-lm demo`: the newest run without any word, and what a user may do wrong."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,28 @@ def address(folder: Path) -> Iterator[str]:
             process.send_signal(signal.SIGINT)
             rest, complaints = process.communicate(timeout=30)
     assert (rest, complaints, process.returncode) == ("", "", 130)  # as a shell says it of Ctrl-C
+
+
+def test_a_second_signal_ends_the_demo_quietly(folder: Path) -> None:
+    """While a browser that keeps its connection open has us wait."""
+    command = [sys.executable, SCRIPT, "--port", "0"]
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        address = process.stdout.readline().strip()
+        with (
+            httpx.Client(base_url=address, trust_env=False, timeout=60) as client,
+            client.stream("GET", "/gradio_api/heartbeat/abc") as beat,
+        ):
+            next(beat.iter_bytes())
+            process.send_signal(signal.SIGINT)
+            for _ in range(500):
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGINT)
+                if process.poll() is not None:
+                    break
+                time.sleep(0.02)
+            assert process.wait(timeout=30) == 130
+        assert "Traceback" not in process.stderr.read()
 
 
 def test_the_documented_script_shows_the_newest_run(address: str) -> None:

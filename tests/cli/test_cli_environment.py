@@ -10,7 +10,8 @@ import pytest
 
 from tiny_lm.dataset.stories import generate_stories
 from tiny_lm.errors import UserError
-from tiny_lm.files import check_name, read_text, write_text
+from tiny_lm.files import check_name, write_text
+from tiny_lm.reading import read_text
 from tiny_lm.runs import new_run_name, read_metrics
 
 LONG = "a" * 300

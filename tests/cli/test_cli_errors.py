@@ -1,5 +1,6 @@
 """What a user may type wrong: each ends in one line on standard error and exit code 2."""
 
+import json
 import os
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tiny_lm.dataset.filters import in_validation
 from tiny_lm.dataset.stories import generate_stories
 
 
@@ -81,6 +83,18 @@ def test_invalid_utf8_can_be_read_on_request(files: Path, cli: Callable[..., obj
     assert cli(*TOKENIZER).code == 2
     assert cli(*TOKENIZER, "--errors", "replace").code == 0
     assert cli("tokenize", "--config", "bpe.yaml", "--errors", "replace").code == 0
+
+
+def test_a_tokenizer_does_not_see_what_the_stream_holds_out(files: Path, cli: Callable[..., object]) -> None:
+    """Where both commands get the same seed: each document has a character of its own."""
+    texts = [chr(0x4E00 + number) * 3 for number in range(40)]
+    (files / "text.txt").write_text("\n<|endoftext|>\n".join(texts))
+    (files / "char.yaml").write_text("name: char\ntype: char\ndataset_config: text.yaml\nval_split: 0.5\n")
+    assert cli("tokenizer", "train", "--config", "char.yaml", "--seed", "3").code == 0
+    vocabulary = json.loads((files / "tokenizers/char/tokenizer.json").read_text())["model"]["vocab"]
+    assert {token for token in vocabulary if token >= "一"} == {
+        text[0] for text in texts if not in_validation(text, 0.5, 3)
+    }
 
 
 def test_a_tokenizer_config_that_was_changed_after_the_training(files: Path, cli: Callable[..., object]) -> None:

@@ -134,6 +134,22 @@ def test_a_session_through_a_pipe(cli: Cli, run_folder: Path, tmp_path: Path) ->
     assert saved.read_text() == "".join(f"{text}\n<|endoftext|>\n" for text in (story, story, bear))
 
 
+def test_a_session_is_not_saved_through_a_link(run_folder: Path, workplace: Path) -> None:
+    """Nor in the place of one that leads nowhere."""
+    (workplace / "real.txt").write_text("mine")
+    (workplace / "link.txt").symlink_to("real.txt")
+    (workplace / "broken.txt").symlink_to("missing.txt")
+    code = "from tiny_lm.cli import main; main()"
+    words = [sys.executable, "-c", code, "generate", str(run_folder), "--interactive", "--max-new-tokens", "2"]
+    typed = "One day\n/save link.txt\n/save broken.txt\n/save real.txt/x\n"
+    result = subprocess.run(words, input=typed, capture_output=True, text=True, check=True)
+    for name in ("link.txt", "broken.txt"):
+        assert f"error: {name}: is there already; choose another name\n" in result.stderr
+    assert "error: real.txt/x: could not be written" in result.stderr
+    assert (workplace / "broken.txt").is_symlink() and not (workplace / "missing.txt").exists()
+    assert (workplace / "real.txt").read_text() == "mine"
+
+
 class Terminal:
     """A session in a terminal of its own, and the terminal's other end."""
 

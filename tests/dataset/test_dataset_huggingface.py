@@ -174,4 +174,13 @@ def test_a_folder_laid_out_like_a_repository(nowhere: str, tmp_path: Path):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
     case = {"name": str(tmp_path / "repo")}
-    assert ask(nowhere, tmp_path, case, {**case, "streaming": False}) == [TEXTS, TEXTS]
+    (tmp_path / "large" / "data").mkdir(parents=True)
+    large = tmp_path / "large" / "data" / "train-00000-of-00001.parquet"
+    large.write_bytes(parquet(["small", "é" * (2**25 + 1)]))
+    large_case = {"name": str(large.parent.parent)}
+    streamed, copied, *refused = ask(
+        nowhere, tmp_path, case, {**case, "streaming": False}, large_case, {**large_case, "streaming": False}
+    )
+    assert (streamed, copied) == (TEXTS, TEXTS)
+    for answer in refused:
+        assert "the document in row 1 is larger than 64 MiB" in answer

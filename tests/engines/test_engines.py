@@ -170,6 +170,42 @@ def test_an_engine_is_stopped_with_us(how: signal.Signals, gguf: Path, tmp_path:
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
+STUBBORN = STAND_IN.replace(
+    "    sys.exit({code})\n", "    print('stand-in: goes on', os.getpid(), flush=True)\n"
+).replace("import http.server", "import os, http.server")
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
+def test_a_second_signal_ends_an_engine_that_does_not_stop(how: signal.Signals, gguf: Path, tmp_path: Path) -> None:
+    """A terminal that closes sends SIGHUP twice; no engine may stay behind."""
+    path = put_on_path(tmp_path / "bin", STUBBORN.format(python=sys.executable, code=0))
+    with engine_process("llamacpp", gguf, tmp_path, PATH=path) as engine:
+        url = engine.wait_for("/v1 answers for bear (llamacpp); Ctrl-C stops", 60).split("/v1")[0]
+        engine.process.send_signal(how)
+        engine.wait_for("stand-in: goes on", 60)
+        assert engine.stop(how) == 0
+        assert "Traceback" not in engine.log.read_text()
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{url}/health", trust_env=False)
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_what_a_killed_engine_command_leaves_is_removed_by_the_next(gguf: Path, tmp_path: Path) -> None:
+    path = put_on_path(tmp_path / "bin", STUBBORN.format(python=sys.executable, code=0))
+    with engine_process("llamacpp", gguf, tmp_path, PATH=path) as engine:
+        engine.wait_for("/v1 answers for bear (llamacpp)", 60)
+        engine.process.send_signal(signal.SIGTERM)
+        number = int(engine.wait_for("stand-in: goes on", 60).rpartition(" ")[2])
+        assert engine.stop(signal.SIGKILL) == -signal.SIGKILL
+        os.kill(number, signal.SIGKILL)
+    [left] = (tmp_path / "tmp").iterdir()
+    path = put_on_path(tmp_path / "bin2", "#!/bin/sh\nexit 7\n")
+    (tmp_path / "next").mkdir()
+    with engine_process("llamacpp", gguf, tmp_path / "next", PATH=path, TMPDIR=str(left.parent)) as engine:
+        assert engine.process.wait(timeout=60) == 2
+    assert list(left.parent.iterdir()) == []
+
+
 def test_an_engine_that_ends_by_itself(gguf: Path, tmp_path: Path) -> None:
     path = put_on_path(tmp_path / "bin", "#!/bin/sh\necho 'out of memory' >&2\nexit 7\n")
     with engine_process("llamacpp", gguf, tmp_path, PATH=path) as engine:

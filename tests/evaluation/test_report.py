@@ -205,6 +205,16 @@ def test_hostile_text_is_text(folder: Run) -> None:
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\u2028]", page.source)
 
 
+@pytest.mark.parametrize("value", ["1e400", "'5'", "[1, 2]", "{a: 1}", "2001-01-01", "true", "1" + 400 * "0", "null"])
+def test_values_of_another_type_in_a_config_are_left_out(folder: Run, value: str) -> None:
+    for name in ("training", "data"):
+        file = folder.configs / f"{name}.yaml"
+        lines = file.read_text(encoding="utf-8").splitlines()
+        swapped = [line if line.startswith(" ") else f"{line.partition(':')[0]}: {value}" for line in lines]
+        file.write_text("\n".join(swapped), encoding="utf-8")
+    assert "Recipe" in Page(write_report(folder)).text
+
+
 def test_a_long_run_has_a_small_page(folder: Run) -> None:
     events = [
         {"step": step, "train_loss": 9.0 / step**0.1 + (step == 77_777), "lr": 0.1, "grad_norm": 1.0, "val_loss": 3.0}

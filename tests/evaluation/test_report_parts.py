@@ -13,6 +13,7 @@ from tiny_lm.evaluation.report.surprise import measure_tokens
 from tiny_lm.model import build_model
 from tiny_lm.pages import shared_style
 from tiny_lm.pages.text import duration, number, percent, short, spoken, visible
+from tiny_lm.runs import number_in
 from tiny_lm.tokenizer import Tokenizer
 from tiny_lm.training.samples import _quote
 
@@ -122,7 +123,10 @@ def test_moments_of_training_are_chosen_by_their_loss() -> None:
     assert choose_moments([]) == []
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (2.0, 7.3), (0.0003, 0.008), (1.0, 123_456.0), (2.04, 2.05)])
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0.0, 1.0), (2.0, 7.3), (0.0003, 0.008), (1.0, 123_456.0), (2.04, 2.05), (0.9, 2e19), (1e-90, 1e90)],
+)
 @pytest.mark.parametrize("log", [False, True])
 def test_axes_have_a_few_round_marks(low: float, high: float, log: bool) -> None:
     scale = Scale(max(low, 1e-4), high, log)
@@ -170,8 +174,14 @@ def test_the_ends_of_epochs_are_marked_where_they_are_few() -> None:
     assert [name for _, name in loss.events] == ["text read once", "twice"]
     places = {step: left for step, _, left, _ in loss.data["lines"][0]["points"]}  # type: ignore[index]  # JSON values
     assert [left for left, _ in loss.events] == pytest.approx([places[220], places[440]], abs=0.01)
-    for none in (None, 500.0, 600.0, 50.0):
+    for none in (None, 500.0, 600.0, 50.0, -0.001):  # a negative one would never end
         assert training_charts(events, none)[0].events == []
+
+
+def test_integers_beyond_floats_are_not_shown() -> None:
+    for show in (number, short, spoken, duration, percent):
+        assert show(10**400) == "–"
+    assert number_in({"tokens": 10**400}, "tokens") is None
 
 
 def test_an_envelope_keeps_what_stands_out() -> None:

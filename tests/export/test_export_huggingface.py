@@ -1,5 +1,6 @@
 """Exports to Hugging Face of trained runs, loaded by the real transformers; and what is refused."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from tiny_exports import FAMILIES, TrainedRun, run_main
 from tiny_lm.errors import UserError
 from tiny_lm.export import huggingface
 from tiny_lm.export.huggingface import export_huggingface
+from tiny_lm.export.model_card import model_card
 from tiny_lm.export.source import load_source
 from tiny_lm.export.transformers_engine import TransformersEngine
 from tiny_lm.export.verify import HARD_STRINGS
@@ -154,3 +156,21 @@ def test_a_run_whose_stream_is_gone_is_compared_on_built_in_stories(trained_run:
     shutil.copytree(trained_run().folder, folder)
     (folder / "configs" / "data.yaml").unlink()
     assert "built-in stories" in load_source(folder).validation.origin
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"tokens": "many", "seconds": [], "device": 1, "precision": None},
+        {"tokens": None, "seconds": -1e300, "device": "CPU"},
+        {"tokens": 1e300, "seconds": True, "precision": {}},
+    ],
+    ids=range(3),
+)
+def test_a_record_that_somebody_edited_leaves_rows_out_of_the_model_card(
+    record: dict[str, object], trained_run: TrainedRun
+) -> None:
+    source = dataclasses.replace(load_source(trained_run().folder), record=record, scores={})
+    card = model_card(source)
+    assert "| parameters |" in card
+    assert "training time" not in card and "| device |" not in card

@@ -15,6 +15,7 @@ import json
 import os
 import random
 import resource
+import runpy
 import selectors
 import shutil
 import subprocess
@@ -23,37 +24,41 @@ import tempfile
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mutations import mutate
+from readers import Reader, files_of, replaced
 
 ROOT = Path(__file__).parent.parent.parent
-FOUND = ROOT / "build" / "fuzz"
+READERS_FILE = Path(__file__).parent / "readers.py"
 GROWTH = 2**30
 SEED = 17
 START_SECONDS = 120
 
 
+def load_readers(file: Path) -> dict[str, Reader]:
+    """Return the readers of a Python file: readers.py, or what a test plants."""
+    readers: dict[str, Reader] = runpy.run_path(str(file))["READERS"]
+    return readers
+
+
 # --- the process that reads ------------------------------------------------------------------------------------------
 
 
-def make_mutant(reader: str, number: int, files: list[Path]) -> tuple[Path, bytes]:
+def make_mutant(reader: Reader, name: str, number: int, files: list[Path]) -> tuple[Path, bytes]:
     """Return the file that mutant ``number`` replaces, and its content."""
-    from readers import READERS
-
-    rng = random.Random(f"{SEED} {reader} {number}")
+    rng = random.Random(f"{SEED} {name} {number}")
     file = rng.choice(files)
-    kind = READERS[reader].kind
+    kind = reader.kind
     return file, mutate(
         file.read_bytes(), rng, kind if kind != "json" or file.suffix in (".json", ".jsonl") else "binary"
     )
 
 
-def work(reader: str, numbers: range, folder: Path) -> None:
+def work(reader: Reader, name: str, numbers: range, folder: Path) -> None:
     """Read mutants; write a line of JSON to standard output for the start of each and for each finding."""
-    from readers import READERS, files_of, replaced
-
     from tiny_lm.errors import UserError
 
     answers = os.fdopen(os.dup(1), "w", buffering=1)
@@ -63,8 +68,8 @@ def work(reader: str, numbers: range, folder: Path) -> None:
         answers.write(json.dumps(values) + "\n")
 
     os.chdir(folder)
-    files = files_of(READERS[reader], folder)
-    read = READERS[reader].open(folder)
+    files = files_of(reader, folder)
+    read = reader.open(folder)
     for file in files[:: max(1, len(files) // 5)]:
         read(
             file
@@ -72,7 +77,7 @@ def work(reader: str, numbers: range, folder: Path) -> None:
     _limit_growth()
     for number in numbers:
         say(number=number)
-        file, data = make_mutant(reader, number, files)
+        file, data = make_mutant(reader, name, number, files)
         with replaced(file, data):
             problem = None
             try:
@@ -100,26 +105,35 @@ def _limit_growth() -> None:
 # --- the process that watches ----------------------------------------------------------------------------------------
 
 
-def watch(reader: str, numbers: range, seeds: Path) -> list[str]:
+@dataclass(frozen=True)
+class Watch:
+    """Where readers and seeds are, and where findings go."""
+
+    readers: Path
+    seeds: Path
+    found: Path
+
+
+def watch(name: str, numbers: range, places: Watch) -> list[str]:
     """Read the mutants ``numbers`` with one reader; return what was found, one text for each."""
+    reader = load_readers(places.readers)[name]
     found: list[str] = []
     start, began = numbers.start, time.monotonic()
     while start < numbers.stop:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "seeds"
-            shutil.copytree(seeds, folder)
-            last = _watch_process(reader, range(start, numbers.stop), folder, seeds, found)
+            shutil.copytree(places.seeds, folder)
+            last = _watch_process(reader, name, range(start, numbers.stop), folder, places, found)
         start = numbers.stop if last is None else last + 1
-    print(f"{reader}: {len(numbers)} mutants, {len(found)} findings, {time.monotonic() - began:.0f} s", flush=True)
+    print(f"{name}: {len(numbers)} mutants, {len(found)} findings, {time.monotonic() - began:.0f} s", flush=True)
     return found
 
 
-def _watch_process(reader: str, numbers: range, folder: Path, seeds: Path, found: list[str]) -> int | None:
+def _watch_process(
+    reader: Reader, name: str, numbers: range, folder: Path, places: Watch, found: list[str]
+) -> int | None:
     """Start one process and collect its findings; return the mutant that ended it, or None when all were read."""
-    from readers import READERS
-
-    seconds = READERS[reader].seconds
-    words = [sys.executable, __file__, "--work", str(folder), "--reader", reader]
+    words = [sys.executable, __file__, "--work", str(folder), "--readers", str(places.readers), "--reader", name]
     words += ["--first", str(numbers.start), "--mutants", str(len(numbers))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     with (
@@ -132,9 +146,9 @@ def _watch_process(reader: str, numbers: range, folder: Path, seeds: Path, found
         selector.register(process.stdout, selectors.EVENT_READ)
         current, rest = numbers.start - 1, b""
         while True:
-            if not selector.select(START_SECONDS if current < numbers.start else seconds):
+            if not selector.select(START_SECONDS if current < numbers.start else reader.seconds):
                 process.kill()
-                ending = f"no end within {seconds:.0f} s"
+                ending = f"no end within {reader.seconds:.0f} s"
                 break
             data = process.stdout.read()
             if not data:
@@ -149,26 +163,24 @@ def _watch_process(reader: str, numbers: range, folder: Path, seeds: Path, found
                     return None
                 current = answer["number"]
                 if "problem" in answer:
-                    found.append(_keep(reader, current, seeds, answer["problem"]))
+                    found.append(_keep(reader, name, current, places, answer["problem"]))
     if current < numbers.start:
-        found.append(f"{reader}: did not start or read the whole files: {ending}")
+        found.append(f"{name}: did not start or read the whole files: {ending}")
         return numbers.stop
-    found.append(_keep(reader, current, seeds, ending))
+    found.append(_keep(reader, name, current, places, ending))
     return current
 
 
-def _keep(reader: str, number: int, seeds: Path, problem: str) -> str:
-    """Write a mutant and what is wrong with it under build/fuzz; return the text about it."""
-    from readers import READERS, files_of
-
+def _keep(reader: Reader, name: str, number: int, places: Watch, problem: str) -> str:
+    """Write a mutant and what is wrong with it where findings go; return the text about it."""
     with contextlib.suppress(OSError):
-        file, data = make_mutant(reader, number, files_of(READERS[reader], seeds))
-        place = FOUND / reader / str(number)
-        place.mkdir(parents=True, exist_ok=True)
-        (place / file.name).write_bytes(data)
-        (place / "problem.txt").write_text(problem, encoding="utf-8")
-        return f"{reader} {number} ({file.relative_to(seeds)}): {problem}"
-    return f"{reader} {number}: {problem}"
+        file, data = make_mutant(reader, name, number, files_of(reader, places.seeds))
+        folder = places.found / name / str(number)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / file.name).write_bytes(data)
+        (folder / "problem.txt").write_text(problem, encoding="utf-8")
+        return f"{name} {number} ({file.relative_to(places.seeds)}): {problem}"
+    return f"{name} {number}: {problem}"
 
 
 def main() -> int:
@@ -178,29 +190,31 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first mutant")
     parser.add_argument("--mutants", type=int, default=10_000, help="mutants of each reader")
     parser.add_argument("--seeds", type=Path, help="keep the seeds in this folder, or take them from it")
+    parser.add_argument("--readers", type=Path, default=READERS_FILE, help="Python file that has READERS")
+    parser.add_argument("--found", type=Path, default=ROOT / "build" / "fuzz", help="folder for findings")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="readers at a time")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     numbers = range(options.first, options.first + options.mutants)
+    readers = load_readers(options.readers)
     if options.work:
-        work(options.reader[0], numbers, options.work)
+        [name] = options.reader
+        work(readers[name], name, numbers, options.work)
         return 0
-    from readers import READERS
-    from seeds import write_seeds
-
-    shutil.rmtree(FOUND, ignore_errors=True)
+    shutil.rmtree(options.found, ignore_errors=True)
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(options.jobs) as pool:
         seeds = options.seeds or Path(scratch) / "seeds"
         if not seeds.is_dir():
+            from seeds import write_seeds
+
             seeds.mkdir(parents=True)
             write_seeds(seeds)
-        found = [
-            text for texts in pool.map(lambda reader: watch(reader, numbers, seeds), options.reader or READERS)
-            for text in texts
-        ]  # fmt: skip
+        places = Watch(options.readers, seeds, options.found)
+        names = sorted(options.reader or readers, key=lambda name: -readers[name].seconds)  # the slow ones first
+        found = [text for texts in pool.map(lambda name: watch(name, numbers, places), names) for text in texts]
     for text in found:
         print("-" * 100, text, sep="\n")
-    print(f"{len(found)} findings" + (f"; their mutants are under {FOUND}" if found else ""))
+    print(f"{len(found)} findings" + (f"; their mutants are under {options.found}" if found else ""))
     return 1 if found else 0
 
 

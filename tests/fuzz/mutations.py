@@ -105,7 +105,16 @@ def _change(rng: random.Random, content: Any) -> Any:
             changed.insert(place, rng.choice(content))
         return changed
     if isinstance(content, (int, float)) and not isinstance(content, bool) and rng.random() < 0.3:
-        return rng.choice([-content, content + 1, content * 10**9, float(content), str(content), [content]])
+        return rng.choice(
+            [
+                -content,
+                content + 1,
+                content * 10**9,
+                content * 0.5 if abs(content) < 1e300 else 0.5,
+                str(content),
+                [content],
+            ]
+        )
     return rng.choice(_VALUES)
 
 

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tiny_lm.config import parse_overrides
 from tiny_lm.errors import UserError
 
@@ -115,6 +113,8 @@ def _open_chat_template(seeds: Path) -> Read:
 
 
 def _read_checkpoint(path: Path) -> None:
+    import torch
+
     from tiny_lm.model.checkpoint import load_checkpoint_model, read_checkpoint
 
     read_checkpoint(path, whole=True)
@@ -130,6 +130,8 @@ def _read_unchecked_checkpoint(path: Path) -> None:
 
 
 def _read_huggingface_folder(path: Path) -> None:
+    import torch
+
     from tiny_lm.model.huggingface_folder import load_huggingface_model
 
     model, _ = load_huggingface_model(path.parent)

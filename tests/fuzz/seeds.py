@@ -19,7 +19,8 @@ from tiny_lm.data import BinDataConfig
 from tiny_lm.data.tokenize import tokenize_corpus
 from tiny_lm.dataset.stories import generate_stories
 from tiny_lm.model import build_model, model_config_from_dict
-from tiny_lm.model.huggingface import to_huggingface_config, to_huggingface_state
+from tiny_lm.model.huggingface import to_huggingface_config
+from tiny_lm.model.huggingface_weights import to_huggingface_state
 from tiny_lm.runs import Run
 from tiny_lm.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from tiny_lm.training import TrainingConfig

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -120,11 +120,12 @@ for read in (run.read_record, lambda: read_metrics(run.metrics), lambda: tiny_lm
 """
 
 
-def open_to_all(path: Path) -> None:
-    """Let other users reach a folder: pytest keeps its own to the user who runs it."""
-    for folder in [path, *path.parents]:
-        if folder != Path(tempfile.gettempdir()) and folder.is_relative_to(tempfile.gettempdir()):
-            folder.chmod(0o755)
+@pytest.fixture
+def reachable(whole: Run) -> Iterator[Run]:
+    """A copy that other users can reach: pytest keeps its own folders to the user who runs it."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Run(Path(shutil.copytree(whole.folder, Path(folder) / "r")))
 
 
 COMMAND_AS_NOBODY = """
@@ -138,28 +139,26 @@ main(*sys.argv[1:])
 
 
 @pytest.mark.parametrize("words", [("generate",), ("train", "--resume"), ("export", "huggingface")])
-def test_a_folder_without_permission_is_one_line(words: tuple[str, ...], copy: Run, tmp_path: Path) -> None:
-    open_to_all(copy.folder)
-    copy.checkpoints.chmod(0)
+def test_a_folder_without_permission_is_one_line(words: tuple[str, ...], reachable: Run, tmp_path: Path) -> None:
+    reachable.checkpoints.chmod(0)
     extra = ["--output-dir", str(tmp_path / "out")] if words[0] == "export" else []
     done = subprocess.run(
-        [sys.executable, "-c", COMMAND_AS_NOBODY, *words, str(copy.folder), *extra],
+        [sys.executable, "-c", COMMAND_AS_NOBODY, *words, str(reachable.folder), *extra],
         capture_output=True,
         text=True,
         timeout=120,
     )
-    copy.checkpoints.chmod(0o755)
+    reachable.checkpoints.chmod(0o755)
     assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode == 2, done
     assert done.stderr.splitlines()[-1].startswith("error: "), done
 
 
-def test_files_without_permission_are_said_to_be_unreadable(copy: Run) -> None:
-    open_to_all(copy.folder)
-    for path in (copy.record, copy.metrics, *copy.checkpoints.iterdir()):
+def test_files_without_permission_are_said_to_be_unreadable(reachable: Run) -> None:
+    for path in (reachable.record, reachable.metrics, *reachable.checkpoints.iterdir()):
         path.chmod(0)
     done = subprocess.run(
-        [sys.executable, "-c", AS_NOBODY, str(copy.folder)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", AS_NOBODY, str(reachable.folder)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

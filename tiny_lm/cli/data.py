@@ -1,5 +1,6 @@
 """Commands about text: fetch it, write the built-in stories, turn it into token streams."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
@@ -111,13 +112,24 @@ def tokenize(
 
 
 def load_corpus_configs(config: str, settings: list[str] | None) -> "tuple[TokenizerConfig, DatasetConfig]":
-    """Load a tokenizer config and the dataset config that it names."""
+    """Load a tokenizer config and the dataset config that it names.
+
+    Raises:
+        UserError: one is not valid, or the tokenizer would be written among the files of its own corpus.
+    """
     from tiny_lm.dataset import DatasetConfig
+    from tiny_lm.dataset.names import path_from_name
     from tiny_lm.tokenizer import TokenizerConfig
 
     overrides = parse_overrides(settings or [], ["tokenizer", "dataset"])
     tokenizer_config = TokenizerConfig.from_yaml(config, overrides["tokenizer"])
-    return tokenizer_config, DatasetConfig.from_yaml(tokenizer_config.dataset_config, overrides["dataset"])
+    dataset_config = DatasetConfig.from_yaml(tokenizer_config.dataset_config, overrides["dataset"])
+    if dataset_config.source == "local":
+        for key in ("output_dir", "tokenized_output_dir"):
+            folder = getattr(tokenizer_config, key)
+            if os.path.realpath(folder) == os.path.realpath(path_from_name(dataset_config.name)):
+                raise UserError(f"{config}: {key} {folder} is the folder of the corpus; choose a folder of its own")
+    return tokenizer_config, dataset_config
 
 
 def survey(

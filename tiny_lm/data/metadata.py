@@ -7,7 +7,8 @@ from pydantic import Field, field_validator
 
 from tiny_lm.config import Config, config_dataclass
 from tiny_lm.errors import UserError
-from tiny_lm.files import read_json, write_json
+from tiny_lm.files import write_json
+from tiny_lm.reading import read_json
 
 METADATA_FILE = "metadata.json"
 

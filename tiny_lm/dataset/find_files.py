@@ -61,14 +61,14 @@ def _find(base: Path, place: Path) -> FoundFiles:
         if "\0" in str(place):
             raise ValueError("embedded NUL")
         if place.is_dir():
-            found = _select(_below(place))
+            found = _select(_below(place), place)
             what = "no supported file below this folder"
         elif place.exists() or not any(character in str(place.relative_to(base)) for character in _GLOB):
             format_of(place)
             return FoundFiles([place])
         else:
             base, pattern = literal_part(base, place)
-            found = _select(_matches(base, pattern))
+            found = _select(_matches(base, pattern), base)
             what = "no supported file matches"
     if not found.files:
         skipped = f"; skipped {describe_skipped(found.skipped)}" if found.skipped else ""
@@ -93,15 +93,19 @@ def _matches(base: Path, pattern: Path) -> Iterator[Path]:
             yield path
 
 
-def _select(paths: Iterator[Path]) -> FoundFiles:
-    """Keep files of a known format, each once, however many links lead to it."""
+def _select(paths: Iterator[Path], base: Path) -> FoundFiles:
+    """Keep files of a known format, each once, however many links lead to it; none of what tiny-lm wrote below."""
     found = FoundFiles()
     seen: set[tuple[int, int]] = set()
+    is_output = {base: False}
     for path in sorted(paths, key=lambda path: path.as_posix()):
         is_hidden = path.name.startswith(".")  # leavings of editors, file managers and notebooks
         if path.is_dir() and not is_hidden:
             continue
-        status = None if is_hidden or _extension(path) not in FORMATS else path.stat()
+        if path.parent not in is_output:
+            is_output[path.parent] = _is_output(path.parent)
+        is_skipped = is_hidden or is_output[path.parent] or _extension(path) not in FORMATS
+        status = None if is_skipped else path.stat()
         if status is not None and not stat.S_ISREG(status.st_mode):
             status = None  # a pipe or a device, which may have no end
         identity = status and (status.st_dev, status.st_ino)
@@ -111,6 +115,12 @@ def _select(paths: Iterator[Path]) -> FoundFiles:
             seen.add(identity)
             found.files.append(path)
     return found
+
+
+def _is_output(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer or a token stream, as a corpus `data` has where they are written below it."""
+    contents = ("tokenizer.json", "tokenizer.model", "train.bin")
+    return (folder / "metadata.json").is_file() and any((folder / name).is_file() for name in contents)
 
 
 def describe_skipped(skipped: list[Path]) -> str:

@@ -23,11 +23,12 @@ from tiny_lm.export.verify import (
     require,
     write_report,
 )
-from tiny_lm.files import atomic_folder, check_free, read_json, write_json, write_text
+from tiny_lm.files import atomic_folder, check_free, write_json, write_text
 from tiny_lm.model import ModelConfig, num_parameters
 from tiny_lm.model.huggingface import Dtype, from_huggingface_config, to_huggingface_config
 from tiny_lm.model.huggingface_folder import WEIGHTS_FILE
 from tiny_lm.model.huggingface_weights import to_huggingface_state
+from tiny_lm.reading import read_json
 from tiny_lm.tokenizer import Tokenizer
 from tiny_lm.tokenizer.sentencepiece import SentencePieceTokenizer
 

@@ -15,7 +15,7 @@ from tiny_lm.export.gguf import GGUFFile, check_kinds, export_gguf, file_name
 from tiny_lm.export.modelfile import NO_LICENSE, modelfile
 from tiny_lm.export.source import Source
 from tiny_lm.export.verify import PROMPTS, OwnEngine, perplexity
-from tiny_lm.files import read_text
+from tiny_lm.reading import read_text
 
 _CREATE_SECONDS = 600.0
 _RUN_SECONDS = 300.0

@@ -25,8 +25,9 @@ from tiny_lm.export.verify import (
     require,
     write_report,
 )
-from tiny_lm.files import atomic_folder, check_free, read_text, write_text
+from tiny_lm.files import atomic_folder, check_free, write_text
 from tiny_lm.model import ModelConfig, num_parameters
+from tiny_lm.reading import read_text
 
 CACHED, PLAIN, QUANTIZED = "onnx/model.onnx", "onnx/model_no_cache.onnx", "onnx/model_quantized.onnx"
 """The graphs of a folder; the first and the last are named as transformers.js looks for them."""

@@ -13,8 +13,8 @@ from tiny_lm.export.gguf_file import BLOCKS
 from tiny_lm.export.gguf_vocabulary import to_gguf_vocabulary
 from tiny_lm.export.source import Source
 from tiny_lm.export.verify import REPORT_FILE
-from tiny_lm.files import read_json
 from tiny_lm.model import ModelConfig
+from tiny_lm.reading import read_json
 
 PORTS: Mapping[str, int] = {"vllm": 8000, "tgi": 8080, "llamacpp": 8080, "ollama": 11434}
 """The engines, and the port that each listens on by itself."""

@@ -84,7 +84,7 @@ def write_archive(archive: Path, model: Path, name: str) -> None:
         "model": {"modelName": name, "handler": handler.name, "modelVersion": "1.0"},
         "archiverVersion": _ARCHIVER_VERSION,
     }
-    with zipfile.ZipFile(archive, "w", compression=zipfile.ZIP_DEFLATED) as file:
+    with zipfile.ZipFile(archive, "w", compression=zipfile.ZIP_DEFLATED, strict_timestamps=False) as file:
         for path in sorted(model.iterdir()):
             file.write(path, path.name)
         file.write(handler, handler.name)

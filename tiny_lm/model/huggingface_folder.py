@@ -10,11 +10,11 @@ from torch import Tensor
 
 from tiny_lm.config import shorten
 from tiny_lm.errors import UserError
-from tiny_lm.files import read_json
 from tiny_lm.model.config import ModelConfig
 from tiny_lm.model.huggingface import from_huggingface_config
 from tiny_lm.model.huggingface_weights import from_huggingface_state
 from tiny_lm.model.transformer import Transformer, build_model
+from tiny_lm.reading import read_json
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from tiny_lm.config import shorten
 from tiny_lm.errors import UserError
-from tiny_lm.files import read_json
+from tiny_lm.reading import read_json
 from tiny_lm.tokenizer.base import Tokenizer, vocabulary
 from tiny_lm.tokenizer.config import SplitPattern, TokenizerConfig
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from typing_extensions import Self
 
 from tiny_lm.errors import UserError
-from tiny_lm.files import read_json
+from tiny_lm.reading import read_json
 from tiny_lm.tokenizer.base import Tokenizer, vocabulary
 from tiny_lm.tokenizer.config import TokenizerConfig
 

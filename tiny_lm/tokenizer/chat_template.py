@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tiny_lm.files import read_json, read_text
+from tiny_lm.reading import read_json, read_text
 
 FILE = "chat_template.jinja"
 _MOST_BYTES = 2**20

@@ -6,7 +6,7 @@ from typing import Any
 
 from tiny_lm.config import shorten
 from tiny_lm.errors import UserError
-from tiny_lm.files import read_json
+from tiny_lm.reading import read_json
 from tiny_lm.tokenizer.base import Tokenizer, vocabulary
 from tiny_lm.tokenizer.bpe import (
     GPT2_PATTERN,

@@ -5,7 +5,7 @@ from typing import Any
 
 from tiny_lm.config import nearest, shorten
 from tiny_lm.errors import UserError
-from tiny_lm.files import read_json
+from tiny_lm.reading import read_json
 from tiny_lm.tokenizer.base import FORMAT, Tokenizer
 from tiny_lm.tokenizer.bpe import BPETokenizer
 from tiny_lm.tokenizer.char import CharTokenizer

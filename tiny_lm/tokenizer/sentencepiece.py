@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from typing_extensions import Self
 
 from tiny_lm.errors import UserError
-from tiny_lm.files import atomic_path, read_bytes, read_json
+from tiny_lm.files import atomic_path
+from tiny_lm.reading import read_bytes, read_json
 from tiny_lm.tokenizer.base import Tokenizer, vocabulary
 from tiny_lm.tokenizer.config import TokenizerConfig
 from tiny_lm.tokenizer.sentencepiece_model import check_sentencepiece_model

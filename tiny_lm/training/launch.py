@@ -27,6 +27,8 @@ _OTHER_LAUNCHERS = {
     "MV2_COMM_WORLD_SIZE": "mpirun",
     "MPI_LOCALNRANKS": "mpiexec",
     "JSM_NAMESPACE_SIZE": "jsrun",
+    "FLUX_JOB_SIZE": "flux run",
+    "PALS_LOCAL_SIZE": "mpiexec",
     "WORLD_SIZE": "another launcher",
 }
 _OWN_STEPS = 2**32 - 16  # step ids from here on are SLURM's own: the batch script, an interactive shell

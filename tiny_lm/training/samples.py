@@ -7,8 +7,9 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import FSDPStrategy
 
-from tiny_lm.files import read_text, write_text
+from tiny_lm.files import write_text
 from tiny_lm.inference import TextGenerator
+from tiny_lm.reading import read_text
 from tiny_lm.runs import Run
 from tiny_lm.tokenizer import Tokenizer
 from tiny_lm.training.config import TrainingConfig

@@ -89,6 +89,8 @@ class Scale:
                 ticks = [tick for tick in ticks if self.low <= tick <= self.high]
                 if 2 <= len(ticks) <= most + 2:
                     return ticks
+            if len(ticks) > most:  # more powers of ten than the axis has room for
+                return ticks[:: math.ceil(len(ticks) / most)]
         rough = (self.high - self.low) / (most - 1)
         size = 10.0 ** math.floor(math.log10(rough))
         step = next(factor * size for factor in (1, 2, 2.5, 5, 10) if factor * size >= rough * 0.999)

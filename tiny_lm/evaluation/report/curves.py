@@ -44,7 +44,7 @@ def _noisy(name: str, curve: Curve) -> list[Line]:
 def _epochs(train: Curve, epoch: float | None) -> list[tuple[float, str]]:
     """Return the step at which each reading of the training text ended, where there are few, and its name."""
     last = train[-1][0] if train else 0
-    if not epoch or last / epoch > _MOST_EPOCHS:
+    if not epoch or epoch < 0 or last / epoch > _MOST_EPOCHS:
         return []
     ends = takewhile(lambda end: end < last, (epoch * number for number in count(1)))
     names = ["text read once", "twice"]

@@ -13,8 +13,8 @@ from tiny_lm.data.metadata import FileStatistics, StreamMetadata
 from tiny_lm.errors import UserError
 from tiny_lm.evaluation.report.results import Evaluation, read_evaluation
 from tiny_lm.evaluation.report.story import Story, decode_text, pick_story
-from tiny_lm.files import read_text
 from tiny_lm.model.checkpoint import CheckpointModel, load_checkpoint_model
+from tiny_lm.reading import read_text
 from tiny_lm.runs import Run, number_in, read_metrics
 from tiny_lm.tokenizer import Tokenizer, load_tokenizer
 

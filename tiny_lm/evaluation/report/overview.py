@@ -10,7 +10,7 @@ from tiny_lm.errors import UserError
 from tiny_lm.evaluation.report.material import Material
 from tiny_lm.model import FAMILY_NAMES, ModelConfig, model_config_from_dict, parameter_table
 from tiny_lm.pages.text import duration, fixed, number, percent, short, spoken
-from tiny_lm.runs import mean_over_time
+from tiny_lm.runs import mean_over_time, number_in
 
 Rows = list[tuple[str, str]]
 
@@ -123,17 +123,20 @@ def recipe_rows(material: Material) -> Rows:
     schedule = {"wsd": "warm-up, stable, decay", "none": "constant"}
     decay = {"linear": "falling to 0 in a line", "cosine": "falling to 0 as a cosine"}
     fall = str(config.get("weight_decay_schedule"))
-    windows = [data.get("batch_size"), config.get("accumulate_grad_batches", 1)]
-    batch = f"{math.prod(windows)} windows of {data.get('block_size')} tokens" if None not in windows else ""
+    windows = number_in(data, "batch_size")
+    parts = number_in({"accumulate_grad_batches": 1, **config}, "accumulate_grad_batches")
+    context = number_in(data, "block_size")
+    batch = f"{number(windows * parts)} windows of {number(context)} tokens" if windows and parts else ""
     step = material.number("tokens_per_step")
-    rate = f"{number(config.get('learning_rate'))} at its peak, {number(config.get('min_lr'))} at the end"
-    steps, planned = material.number("steps"), number(config.get("max_steps"))
+    peak, last = number_in(config, "learning_rate"), number_in(config, "min_lr")
+    rate = f"{number(peak)} at its peak, {number(last)} at the end"
+    steps, planned = material.number("steps"), number(number_in(config, "max_steps"))
     begun, begun_step = material.text("init_from", "path"), material.number("init_from", "step")
     rows = [
         ("First weights", begun + (f", step {begun_step:,.0f}" if begun_step else "")),
         ("Optimizer", optimizer.get(str(config.get("optimizer")), str(config.get("optimizer")))),
         ("Learning rate", f"{rate} ({schedule.get(str(config.get('scheduler')), config.get('scheduler'))})"),
-        ("Weight decay", f"{number(config.get('weight_decay'))}, {decay.get(fall, fall)}"),
+        ("Weight decay", f"{number(number_in(config, 'weight_decay'))}, {decay.get(fall, fall)}"),
         ("Batch", f"{batch}, {number(step)} tokens" if batch and step else batch),
         (
             "Steps",

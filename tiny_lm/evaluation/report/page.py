@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tiny_lm.errors import UserError
 from tiny_lm.evaluation.report.attention import AttentionMaps, map_attention
@@ -32,6 +33,9 @@ from tiny_lm.files import write_text
 from tiny_lm.pages import shared_script, shared_style, text
 from tiny_lm.pages.surprise import LEVELS, TokenSurprise
 from tiny_lm.runs import Run
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -67,7 +71,9 @@ def write_report(run: Run, settings: Sequence[str] = ()) -> Path:
     return run.report
 
 
-def _render(material: Material) -> str:
+@cache
+def _environment() -> "Environment":
+    """Return what reads the templates and keeps them compiled."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -81,12 +87,16 @@ def _render(material: Material) -> str:
     environment.filters.update(
         number=text.number, fixed=text.fixed, short=text.short, percent=text.percent, visible=text.visible
     )
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "sort_keys": False}
+    return environment
+
+
+def _render(material: Material) -> str:
     own = {
         "style": shared_style() + (_TEMPLATES / "report.css").read_text("utf-8"),
         "script": shared_script() + (_TEMPLATES / "report.js").read_text("utf-8"),
     }
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "sort_keys": False}
-    return environment.get_template("report.html").render(**_views(material), **own)
+    return _environment().get_template("report.html").render(**_views(material), **own)
 
 
 def _views(material: Material) -> dict[str, Any]:

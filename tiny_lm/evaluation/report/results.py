@@ -8,7 +8,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from tiny_lm.errors import UserError
-from tiny_lm.files import read_json
+from tiny_lm.reading import read_json
 
 _open = ConfigDict(extra="ignore", frozen=True)  # a later version may tell more
 
