@@ -67,7 +67,7 @@ $(VENV)/installed-llamacpp: $(VENV)/installed-dev requirements/llamacpp.lock
 
 # Compares GGUF files with llama.cpp.
 test-llamacpp: $(VENV)/installed-llamacpp
-	$(BIN)/python -m pytest -m llamacpp tests/export
+	$(BIN)/python -m pytest -m llamacpp tests/export tests/test_commands_in_use.py
 
 # One `tiny-lm quickstart` as users run it, with three minutes of training; then every export of its run, each in the
 # program that it is for.

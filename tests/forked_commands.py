@@ -123,7 +123,6 @@ def _start(words: list[str], job: dict[str, Any], log: Path) -> int:
 
 def _serve() -> None:
     import gguf  # noqa: F401
-    import llama_cpp  # noqa: F401
     import torch
     from matplotlib.figure import Figure
 

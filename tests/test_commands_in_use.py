@@ -67,7 +67,13 @@ WRITING = {
 }
 
 
-@pytest.mark.parametrize(("name", "number"), list(zip(WRITING, cycle([signal.SIGTERM, signal.SIGHUP]), strict=False)))
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        pytest.param(name, number, marks=[pytest.mark.llamacpp] if name in ("gguf", "ollama") else [])
+        for name, number in zip(WRITING, cycle([signal.SIGTERM, signal.SIGHUP]), strict=False)
+    ],
+)
 def test_what_a_killed_command_leaves_is_removed_by_the_next(
     name: str, number: signal.Signals, folder: Path, commands: Commands
 ) -> None:
