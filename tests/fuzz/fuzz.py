@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import random
 import resource
@@ -117,6 +118,7 @@ class Watch:
 def watch(name: str, numbers: range, places: Watch) -> list[str]:
     """Read the mutants ``numbers`` with one reader; return what was found, one text for each."""
     reader = load_readers(places.readers)[name]
+    numbers = numbers[: math.ceil(len(numbers) * reader.share)]
     found: list[str] = []
     start, began = numbers.start, time.monotonic()
     while start < numbers.stop:

@@ -23,12 +23,14 @@ class Reader:
         open: makes the function that reads the mutant, at its place beside the files that stay whole.
         kind: ``json``, ``yaml`` or ``binary``: which mutations fit.
         seconds: most time for one mutant.
+        share: part of the mutants that it reads; below 1 for a reader that takes a second for each.
     """
 
     targets: tuple[str, ...]
     open: Callable[[Path], Read]
     kind: str = "json"
     seconds: float = 20.0
+    share: float = 1.0
 
 
 def _plain(read: Read) -> Callable[[Path], Read]:
@@ -271,7 +273,7 @@ READERS: dict[str, Reader] = {
     "run-configs": Reader(("run/configs/*.yaml",), _plain(_read_run), "yaml"),
     "samples": Reader(("run/samples.md",), _plain(_read_run), "binary"),
     "samples-truncated": Reader(("run/samples.md",), _plain(_truncate_samples), "binary"),
-    "plots": Reader(("run/metrics.jsonl",), _plain(_read_plots)),
+    "plots": Reader(("run/metrics.jsonl",), _plain(_read_plots), seconds=40, share=0.2),
     "corpus": Reader(("corpora/*.[tc]*", "corpora/*.gz", "corpora/*.parquet"), _plain(_read_corpus), "binary"),
     "corpus-json": Reader(("corpora/*.jsonl", "corpora/*.json"), _plain(_read_corpus)),
     "prompts": Reader(("texts/prompts.txt",), _plain(_read_prompts), "binary"),
