@@ -3,6 +3,7 @@
 import gzip
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -79,6 +80,15 @@ def _write_run(folder: Path, stream: Path) -> None:
     subprocess.run(
         [sys.executable, "-c", "from tiny_lm.cli import main; main()", *words], cwd=folder.parent, check=True
     )
+    for name in ("run.json", "metrics.jsonl", "evaluation.json"):
+        _make_repeatable(folder / name)
+
+
+def _make_repeatable(file: Path) -> None:
+    """Replace what another run or machine would measure, so that a number stands for the same mutant everywhere."""
+    text = re.sub(r"\d+\.\d+(e-?\d+)?(?=[,\s}\]])", "1.5", file.read_text(encoding="utf-8"))
+    text = re.sub(r'"(processor|platform|started|device)": "[^"]*"', r'"\1": "x"', text)
+    file.write_text(text, encoding="utf-8")
 
 
 def _write_export(folder: Path, tokenizer: Tokenizer) -> None:
