@@ -1,6 +1,7 @@
 """What the tests of several rooms share: real text, and small things built from it once."""
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,15 @@ def one_core_for_children() -> None:
     first process, whose environment the others get, runs no fixtures.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals_that_reach_children() -> None:
+    """Undo what `nohup make test &` does: background jobs ignore Ctrl-C, and so would all that the tests start."""
+    for name, handler in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
