@@ -149,7 +149,8 @@ def check_tokens(source: Source, own: Engine, engine: Engine) -> list[Check]:
         checks.append(Check(f"token ids: {name}", len(wrong), result, "0 differ", not wrong))
     begun = [engine.encode_beginning(prompt) for prompt in PROMPTS]
     expected = [own.encode_beginning(prompt) for prompt in PROMPTS]
-    shown = f"begins with {source.tokenizer.token_text(begun[0][0])!r}" if begun[0] else "begins with nothing"
+    first = next((token for token in source.tokenizer.specials if begun[0][:1] == [token.id]), None)
+    shown = f"begins with {first.text!r}" if first else "nothing comes before the text"
     wrong_begun = sum(theirs != ours for theirs, ours in zip(begun, expected, strict=True))
     checks.append(Check("beginning of a text", wrong_begun, shown, "as in training", wrong_begun == 0))
     return checks
