@@ -74,11 +74,10 @@ def answers(runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> d
 @pytest.mark.parametrize("name", [*FAMILIES, *KINDS])
 def test_it_is_the_same_model(name: str, answers: dict[str, list[dict[str, Any]]]) -> None:
     checks = answers[name]
-    assert len(checks) == 5
     assert [check for check in checks if not check["passed"]] == []
-    ids, documents, _, logits, greedy = checks
+    ids, documents, _, *logits, greedy = checks
     assert (ids["value"], documents["value"]) == (0, 0)
-    assert logits["value"] <= 1e-4
+    assert len(logits) == 3  # error, divergence, likeliest token
     assert greedy["value"] == 1
 
 
