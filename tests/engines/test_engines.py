@@ -251,7 +251,7 @@ def sure_words(source: Source, prompt: str) -> tuple[int, str]:
 def check_answers(url: str, name: str, source: Source) -> None:
     """Compare completions and chats with our greedy text, as far as our model is sure of it."""
     compared = 0
-    for prompt in [*PROMPTS, *(source.tokenizer.decode(ids[:20]) for ids in split_documents(source)[:6])]:
+    for prompt in [*PROMPTS, *(source.tokenizer.decode(ids[:20]) for ids in split_documents(source)[:30])]:
         count, words = sure_words(source, prompt)
         if count:
             asked = {"model": name, "temperature": 0, "max_tokens": count}
