@@ -287,7 +287,7 @@ def check_name(path: Path) -> None:
         UserError: it holds bytes that are not UTF-8.
     """
     try:
-        str(path.absolute()).encode()
+        str(path).encode()  # as given: a working directory of any name does no harm
     except UnicodeEncodeError:
         raise UserError(f"{path}: holds bytes that are not UTF-8, with which torch cannot open it; rename it") from None
 

@@ -55,7 +55,10 @@ def test_a_command_that_is_ended_leaves_nothing_that_stays(
 ) -> None:
     """SIGKILL leaves a temporary file, which the next command of its kind removes."""
     process = start("data", "stories", "--count", "100000000")
-    temporary = lambda: [path for path in tmp_path.glob(".stories.txt.*.tmp") if path.stat().st_size]  # noqa: E731
+
+    def temporary() -> list[Path]:
+        return [path for path in tmp_path.glob(".stories.txt.*.tmp") if path.stat().st_size]
+
     wait_for(lambda: bool(temporary()), process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)

@@ -1,6 +1,7 @@
 """Archives for TorchServe: what they hold, that they are proven, and what their handler takes."""
 
 import json
+import os
 import sys
 import zipfile
 from pathlib import Path
@@ -43,6 +44,16 @@ def test_the_archive_tells_what_the_run_tells(family: str, trained_run: TrainedR
     expected = TextGenerator.from_run(run.folder).generate("One day", max_new_tokens=40, temperature=0)
     assert answer["text"] == expected
     assert set(answer) == {"text", "tokens", "finish_reason"}
+
+
+def test_files_dated_before_zip_can_be_archived(tmp_path: Path) -> None:
+    """Reproducible builds date files to 1970."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    os.utime(model / "config.json", (0, 0))
+    torchserve.write_archive(tmp_path / "x.mar", model, "x")
+    assert "config.json" in zipfile.ZipFile(tmp_path / "x.mar").namelist()
 
 
 def test_wrong_requests_do_not_hinder_those_beside_them(trained_run: TrainedRun, tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ LEFT_OVER = {
     "mpirun": {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"},
     "mpich": {"PMI_SIZE": "2", "PMI_RANK": "1"},
     "jsrun": {"JSM_NAMESPACE_SIZE": "2", "JSM_NAMESPACE_RANK": "1"},
+    "flux": {"FLUX_JOB_SIZE": "4"},
+    "pals": {"PALS_LOCAL_SIZE": "2"},
     "words": {"RANK": "first"},
     "empty": {"LOCAL_RANK": ""},
     "procid": {"SLURM_PROCID": "x"},

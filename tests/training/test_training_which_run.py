@@ -81,6 +81,12 @@ def test_another_model_or_another_text_is_another_run(project: Project) -> None:
     assert project.find() is None
 
 
+def test_the_hint_to_resume_another_run_can_be_pasted(project: Project) -> None:
+    project.begin("my run")
+    configs = (model("llama3"), project.training, project.data)
+    assert str(describe_near_misses(configs, NAMES, project.origins("exp"))).endswith("--resume 'runs/my run'")
+
+
 def test_a_copied_folder_is_not_the_run_while_the_original_is_there(project: Project) -> None:
     run = project.begin("a", age=9)
     shutil.copytree(run.folder, "runs/b")

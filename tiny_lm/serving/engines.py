@@ -80,7 +80,7 @@ def run_engine(
     kind: str = "F16",
     tell: Callable[[str], None] = lambda line: None,
 ) -> int:
-    """Serve a model with another engine until it ends or we are told to stop (Ctrl-C, SIGTERM, SIGHUP).
+    """Serve a model with another engine until it ends or a signal stops us (Ctrl-C, SIGTERM, SIGHUP).
 
     A run is exported and proven first, into a temporary folder; an export is served as it is. Call it from the main
     thread.

@@ -11,8 +11,8 @@ from tiny_lm.hardware.device import computes_in_bf16
 class Muon(torch.optim.Muon):
     """torch's Muon with the step size of AdamW, whose Newton-Schulz iteration uses float32 where bf16 is emulated.
 
-    torch always iterates in bf16. A processor without instructions for it then spends nine tenths of a training step
-    there: 192 x 512 matrices took 25 times as long as in float32. Groups and state are torch's.
+    torch always iterates in bf16. On a processor without instructions for it, three quarters of a quickstart step went
+    there (dev/LOG.md). Groups and state are torch's.
     """
 
     @torch.no_grad()

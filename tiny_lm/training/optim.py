@@ -21,7 +21,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
     each for hidden matrices, embeddings, and vectors.
     """
     # By the kind of module and not by shape: a process that holds a part of each weight holds it flat.
-    # An untied head is no hidden matrix either; a tied one is the embedding.
+    # An untied head is not a hidden matrix either; a tied one is the embedding.
     ends = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) or name.endswith("lm_head")]
     embeddings = list({id(m.weight): m.weight for m in ends}.values())
     tables = {id(weight) for weight in embeddings}
