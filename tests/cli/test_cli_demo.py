@@ -111,7 +111,7 @@ def test_forged_calls_and_hosts_are_refused_in_one_line(address: str) -> None:
         forged += [{"session_hash": session} for session in (None, "", "a b", [1], "a" * 1000)]
         forged += [{"data": data} for data in (None, [], {}, [*story, 1], [{"path": "/etc/passwd"}] * 7)]
         for place, values in enumerate(
-            (["nobody else", None], [5, None, "\ud800", "a" * 2001], [1e308, 49, 50.5, None], [None, 0, "x"], [2.5, -1])
+            (["nobody else", None], [5, None, "\ud800"], [1e308, 49, 50.5, None], [None, 0, "x"], [2.5, -1])
         ):
             forged += [{"data": [*story[:place], value, *story[place + 1 :]]} for value in values]
         forged += [{"batched": True}, {"trigger_id": "x"}]
@@ -119,6 +119,8 @@ def test_forged_calls_and_hosts_are_refused_in_one_line(address: str) -> None:
             for path in ("/gradio_api/queue/join", "/gradio_api/run/predict"):
                 response = client.post(path, content=json.dumps({**call, **change}))
                 assert response.status_code == 400 and response.json()["detail"], change
+        too_long = {**call, "data": ["raspberry", "a" * 2001, *story[2:]]}  # the event itself answers, in words
+        assert client.post("/gradio_api/queue/join", json=too_long).status_code == 200
         for body in (b"", b"{", b"[]", b"\xff", b"[" * 50_000):
             assert client.post("/gradio_api/queue/join", content=body).status_code == 400
         assert client.get("/assets/" + "a" * 5000).status_code == 404
