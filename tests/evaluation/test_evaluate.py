@@ -22,7 +22,7 @@ from tiny_lm.evaluation.evaluate import (
 from tiny_lm.evaluation.quality import overlap
 from tiny_lm.evaluation.stories import story_beginnings
 from tiny_lm.inference.request import Generated
-from tiny_lm.inference.scoring import Surprise, token_losses
+from tiny_lm.inference.scoring import LossStats, token_losses
 from tiny_lm.runs import Run
 
 Silent = Callable[[str, int, int], None]
@@ -85,12 +85,12 @@ def test_overlapping_windows_hold_each_target_once(
 
 def test_buckets_hold_every_position_and_grow() -> None:
     for window in (1, 2, 3, 4, 31, 32, 256, 300):
-        parts = buckets([Surprise(2.0 * place, 2) for place in range(1, window + 1)])
+        parts = buckets([LossStats(2.0 * place, 2) for place in range(1, window + 1)])
         assert [part.first for part in parts] == [1, *(part.last + 1 for part in parts[:-1])]
         assert parts[-1].last == window
         assert sum(part.tokens for part in parts) == 2 * window
         assert all(part.loss == (part.first + part.last) / 2 for part in parts)
-    assert [(part.first, part.last) for part in buckets([Surprise(1.0, 1)] * 32)] == [
+    assert [(part.first, part.last) for part in buckets([LossStats(1.0, 1)] * 32)] == [
         (1, 1), (2, 3), (4, 7), (8, 15), (16, 32)
     ]  # fmt: skip
 

@@ -11,7 +11,7 @@ from tiny_runs import losses, model
 from tiny_lm.data import BinDataConfig
 from tiny_lm.data.module import BinTokenDataModule
 from tiny_lm.inference import TextGenerator
-from tiny_lm.inference.scoring import measure_surprise
+from tiny_lm.inference.scoring import evaluate_loss
 from tiny_lm.model.checkpoint import AVERAGE_KEY, load_checkpoint_model, read_checkpoint
 from tiny_lm.runs import Run, read_metrics
 from tiny_lm.training.fit import TrainingResult
@@ -42,7 +42,7 @@ def test_whoever_looks_at_the_model_sees_the_average(
     for name, weight in loaded.state_dict().items():
         assert torch.equal(weight, checkpoint[AVERAGE_KEY][f"model.{name}"])
     batches = BinTokenDataModule(data_config()).val_dataloader
-    averaged = measure_surprise(loaded, batches(), device=torch.device("cpu"))
+    averaged = evaluate_loss(loaded, batches(), device=torch.device("cpu"))
     noted = read_metrics(run.metrics)[-1]["val_loss"]
     assert noted == pytest.approx(averaged.loss, abs=1e-5)
     generator = TextGenerator.from_checkpoint(run.last_checkpoint, run.tokenizer)
@@ -50,7 +50,7 @@ def test_whoever_looks_at_the_model_sees_the_average(
     story = generator.generate("Once upon a time", 8, temperature=0.8, seed=0).removeprefix("Once upon a time")
     assert story.strip().split()[0] in run.samples.read_text().split("## Step 12")[1]
     loaded.load_state_dict({name: checkpoint["state_dict"][f"model.{name}"] for name in loaded.state_dict()})
-    plain = measure_surprise(loaded, batches(), device=torch.device("cpu"))
+    plain = evaluate_loss(loaded, batches(), device=torch.device("cpu"))
     assert abs(plain.loss - noted) > 1e-3  # the weights themselves are somewhere else
 
 

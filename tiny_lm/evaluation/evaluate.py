@@ -20,7 +20,7 @@ from tiny_lm.files import write_json
 from tiny_lm.hardware.device import fastest_device
 from tiny_lm.inference import Sampling, TextGenerator
 from tiny_lm.inference.request import Generated
-from tiny_lm.inference.scoring import Surprise, measure_by_position, total_surprise
+from tiny_lm.inference.scoring import LossStats, loss_by_position, sum_losses
 from tiny_lm.model.checkpoint import load_checkpoint_model
 from tiny_lm.runs import Run, open_run
 from tiny_lm.tokenizer import load_tokenizer
@@ -190,7 +190,7 @@ def evaluate_run(subject: Subject, options: EvaluationOptions, progress: Progres
 
 def _evaluate(subject: Subject, options: EvaluationOptions, progress: Progress) -> Evaluation:
     reading, positions = measure_loss(subject, options.stride, progress)
-    surprise = total_surprise(positions)
+    total = sum_losses(positions)
     prompts = _encodable(story_beginnings(), subject.generator)
 
     def tell(stories: int) -> None:
@@ -211,9 +211,9 @@ def _evaluate(subject: Subject, options: EvaluationOptions, progress: Progress) 
         step=subject.step,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         stream=reading,
-        loss=surprise.loss,
-        perplexity=surprise.perplexity,
-        bits_per_byte=surprise.bits_per_byte(subject.val.bytes_per_token),
+        loss=total.loss,
+        perplexity=total.perplexity,
+        bits_per_byte=total.bits_per_byte(subject.val.bytes_per_token),
         position_loss=buckets(positions),
         quality=quality,
         samples=samples,
@@ -232,7 +232,7 @@ def _encodable(prompts: list[str], generator: TextGenerator) -> list[str]:
     return [prompt for prompt in prompts if is_known(prompt)] or [""]
 
 
-def measure_loss(subject: Subject, stride: int | None, progress: Progress) -> tuple[StreamReading, list[Surprise]]:
+def measure_loss(subject: Subject, stride: int | None, progress: Progress) -> tuple[StreamReading, list[LossStats]]:
     """Predict each token of the validation stream once.
 
     Without a stride the windows are those of training's own validation, in its precision, and so is the loss. Other
@@ -255,10 +255,10 @@ def measure_loss(subject: Subject, stride: int | None, progress: Progress) -> tu
             progress("measuring the loss", len(windows), len(dataset))
 
     with autocast:
-        positions = measure_by_position(model, batches(), device=device)
+        positions = loss_by_position(model, batches(), device=device)
     reading = StreamReading(
         path=config.val_path,
-        tokens=total_surprise(positions).tokens,
+        tokens=sum_losses(positions).tokens,
         bytes=round(subject.val.bytes_per_token * subject.val.tokens),
         method="sliding" if overlap_ else "blocked",
         window=window,
@@ -279,7 +279,7 @@ def _precision_of(run: Run, device: torch.device) -> tuple[AbstractContextManage
     return nullcontext(), "32-true"
 
 
-def buckets(positions: list[Surprise]) -> tuple[PositionLoss, ...]:
+def buckets(positions: list[LossStats]) -> tuple[PositionLoss, ...]:
     """Gather the positions 1, 2-3, 4-7, 8-15, ... of a window; one without targets is left out.
 
     The last one takes what is left, as long as that is less than half of the next one.
@@ -289,7 +289,7 @@ def buckets(positions: list[Surprise]) -> tuple[PositionLoss, ...]:
         last = first + width - 1
         if last + width >= len(positions):
             last = len(positions)
-        part = total_surprise(positions[first - 1 : last])
+        part = sum_losses(positions[first - 1 : last])
         if part.tokens:
             found.append(PositionLoss(first, last, part.tokens, part.loss))
         first, width = last + 1, 2 * width

@@ -14,7 +14,7 @@ from tiny_lm.model import KVCache, Transformer
 
 
 @dataclass(frozen=True)
-class Surprise:
+class LossStats:
     """Negative log-likelihood over a number of target tokens."""
 
     nats: float
@@ -145,13 +145,13 @@ class PromptScore:
             self._cache = None
 
 
-def measure_surprise(
+def evaluate_loss(
     model: Callable[[Tensor], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     device: torch.device,
     ignore_index: int = -100,
-) -> Surprise:
+) -> LossStats:
     """Sum the loss of ``model`` over all targets of ``batches``.
 
     Each target counts once with the same weight, however it falls into batches. The caller puts the model into
@@ -163,19 +163,19 @@ def measure_surprise(
         device: where the model lives.
         ignore_index: target that is not counted.
     """
-    by_position = measure_by_position(model, batches, device=device, ignore_index=ignore_index)
-    return total_surprise(by_position)
+    by_position = loss_by_position(model, batches, device=device, ignore_index=ignore_index)
+    return sum_losses(by_position)
 
 
 @torch.no_grad()
-def measure_by_position(
+def loss_by_position(
     model: Callable[[Tensor], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     device: torch.device,
     ignore_index: int = -100,
-) -> list[Surprise]:
-    """Sum the loss of ``model`` for each position of a window; the arguments are those of :func:`measure_surprise`.
+) -> list[LossStats]:
+    """Sum the loss of ``model`` for each position of a window; the arguments are those of :func:`evaluate_loss`.
 
     Returns:
         T figures: the first for targets that follow one token of context, the last for those that follow T.
@@ -189,7 +189,7 @@ def measure_by_position(
         sums = losses.sum(dim=0, dtype=torch.float32 if device.type == "mps" else torch.float64)  # [T]
         counts = (y != ignore_index).sum(dim=0)  # [T]
         nats, tokens = (sums, counts) if len(tokens) == 0 else (nats + sums, tokens + counts)
-    return [Surprise(total, count) for total, count in zip(nats.tolist(), tokens.tolist(), strict=True)]
+    return [LossStats(total, count) for total, count in zip(nats.tolist(), tokens.tolist(), strict=True)]
 
 
 def token_losses(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
@@ -206,7 +206,7 @@ def token_losses(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -
     return losses.view_as(targets)
 
 
-def total_surprise(parts: Iterable[Surprise]) -> Surprise:
+def sum_losses(parts: Iterable[LossStats]) -> LossStats:
     """Add figures over different targets up."""
     parts = list(parts)
-    return Surprise(math.fsum(part.nats for part in parts), sum(part.tokens for part in parts))
+    return LossStats(math.fsum(part.nats for part in parts), sum(part.tokens for part in parts))

@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 from rich.console import Console
 
 from tiny_lm.data.bin import TokenStream
-from tiny_lm.inference.scoring import Surprise, measure_surprise
+from tiny_lm.inference.scoring import LossStats, evaluate_loss
 from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.ema import WeightAverage
 from tiny_lm.training.monitors import Event, StepCallback, TokensMonitor
@@ -86,27 +86,27 @@ class Validation(StepCallback):
         with self._monitor.pause(), averaged:
             module.eval()
             started = time.perf_counter()
-            surprise = self._measure(trainer, module, None if is_last else self._config.val_max_tokens)
+            stats = self._measure(trainer, module, None if is_last else self._config.val_max_tokens)
             seconds = time.perf_counter() - started
-            self._stories.tell(trainer, module, step, surprise.loss, self._monitor.tokens)
+            self._stories.tell(trainer, module, step, stats.loss, self._monitor.tokens)
             module.train()
         self.latest = {
-            "val_loss": surprise.loss,
-            "val_ppl": surprise.perplexity,
-            "val_bpb": surprise.bits_per_byte(self._stream.bytes_per_token),
+            "val_loss": stats.loss,
+            "val_ppl": stats.perplexity,
+            "val_bpb": stats.bits_per_byte(self._stream.bytes_per_token),
             "val_seconds": seconds,
         }
-        if surprise.loss < self.best_loss:
-            self.best_loss, self.best_step = surprise.loss, step
+        if stats.loss < self.best_loss:
+            self.best_loss, self.best_step = stats.loss, step
         self._event.update(self.latest)
 
-    def _measure(self, trainer: pl.Trainer, module: Any, max_tokens: int | None) -> Surprise:
+    def _measure(self, trainer: pl.Trainer, module: Any, max_tokens: int | None) -> LossStats:
         batches = trainer.datamodule.val_dataloader(max_tokens)  # type: ignore[attr-defined]  # Lightning sets it
         network: Any = trainer.model  # as Lightning runs it: a sharded one answers only through its wrapper
         with trainer.precision_plugin.forward_context():
-            surprise = measure_surprise(network, batches, device=module.device, ignore_index=self._config.ignore_index)
-        nats, tokens = sum_over_ranks(trainer, [surprise.nats, surprise.tokens])
-        return Surprise(nats, int(tokens))
+            stats = evaluate_loss(network, batches, device=module.device, ignore_index=self._config.ignore_index)
+        nats, tokens = sum_over_ranks(trainer, [stats.nats, stats.tokens])
+        return LossStats(nats, int(tokens))
 
     def forget_best(self) -> None:
         """Let the next validation be the best one, whatever came before."""

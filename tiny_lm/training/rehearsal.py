@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from tiny_lm.hardware.device import fastest_device
-from tiny_lm.inference.scoring import measure_surprise
+from tiny_lm.inference.scoring import evaluate_loss
 from tiny_lm.model import ModelConfig
 from tiny_lm.training.acceleration import keep_freed_memory, prefers_blocked_attention
 from tiny_lm.training.config import TrainingConfig
@@ -156,7 +156,7 @@ class _Stopwatch(Callback):
         module.eval()
         started = _now()
         with trainer.precision_plugin.forward_context():
-            measure_surprise(module, [batch], device=module.device)
+            evaluate_loss(module, [batch], device=module.device)
         self._validation = _now() - started
         module.train()
 
