@@ -30,7 +30,7 @@ from machine import machine
 from torch import Tensor, nn
 
 from tiny_lm.data import BinDataConfig
-from tiny_lm.data.module import BinTokenDataModule
+from tiny_lm.data.bin.data_module import BinTokenDataModule
 from tiny_lm.data.tokenize import tokenize_corpus
 from tiny_lm.dataset.stories import generate_stories
 from tiny_lm.hardware.device import fastest_device

@@ -20,7 +20,7 @@ LINES = [
     ["files", "pages"],
     ["config"],
     ["profile", "runs"],
-    ["dataset", "model"],
+    ["dataset", "model", "tracking"],
     ["tokenizer"],
     ["data"],
     ["inference"],
@@ -35,8 +35,8 @@ MODEL_KNOWS = {"errors", "files", "reading", "config"}
 
 # Library -> where alone it may be imported.
 CONFINED = {
-    "pytorch_lightning": ("training/", "data/module.py"),
-    "lightning_utilities": ("training/",),
+    "pytorch_lightning": ("training/", "tracking/", "data/bin/data_module.py"),
+    "lightning_utilities": ("tracking/",),
     "transformers": ("export/",),
     "safetensors": ("model/huggingface_folder.py", "export/"),
     "huggingface_hub": ("dataset/huggingface.py", "export/hub.py"),
@@ -46,8 +46,8 @@ CONFINED = {
     "onnxscript": ("export/onnx_graph.py",),
     "onnxruntime": ("export/onnx_graph.py", "export/onnx_engine.py", "export/onnx_generate.py"),
     "tokenizers": ("export/onnx_graph.py", "export/onnx_generate.py"),
-    "trackio": ("training/trackers.py",),
-    "wandb": ("training/trackers.py",),
+    "trackio": ("tracking/trackio_logger.py",),
+    "wandb": ("tracking/loggers.py",),
     "datasets": ("dataset/huggingface.py",),
     "typer": ("cli/",),
     "lm_eval": ("evaluation/harness.py", "evaluation/harness_model.py"),

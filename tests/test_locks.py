@@ -265,7 +265,7 @@ def test_a_second_quickstart_in_one_folder_is_refused(tmp_path: Path, monkeypatc
 
 
 def test_metrics_are_not_appended_through_a_link(tmp_path: Path) -> None:
-    from tiny_lm.training.trackers import JsonlLogger
+    from tiny_lm.tracking.jsonl_logger import JsonlLogger
 
     (tmp_path / "precious").write_text("kept")
     (tmp_path / "metrics.jsonl").symlink_to("precious")

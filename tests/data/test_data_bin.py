@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tiny_lm.data import BinDataConfig
-from tiny_lm.data.bin import IGNORE_INDEX, BinTokenDataset, open_stream
-from tiny_lm.data.module import BinTokenDataModule
+from tiny_lm.data.bin.data_module import BinTokenDataModule
+from tiny_lm.data.bin.dataset import IGNORE_INDEX, BinTokenDataset
+from tiny_lm.data.bin.stream import open_stream
 from tiny_lm.errors import UserError
 from tiny_lm.tokenizer import Tokenizer
 

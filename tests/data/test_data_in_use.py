@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tiny_lm.data import BinDataConfig
-from tiny_lm.data.bin import BinTokenDataset, hold_streams, open_stream, read_in_order
-from tiny_lm.data.module import BinTokenDataModule
+from tiny_lm.data.bin.data_module import BinTokenDataModule
+from tiny_lm.data.bin.dataset import BinTokenDataset
+from tiny_lm.data.bin.stream import hold_streams, open_stream, read_in_order
 from tiny_lm.data.tokenize import tokenize_corpus
 from tiny_lm.errors import UserError
 from tiny_lm.tokenizer import Tokenizer
@@ -19,7 +20,7 @@ from tiny_lm.tokenizer import Tokenizer
 _HOLD = """
 import sys
 from tiny_lm.data import BinDataConfig
-from tiny_lm.data.bin import hold_streams, open_stream
+from tiny_lm.data.bin.stream import hold_streams, open_stream
 config = BinDataConfig(train_path=sys.argv[1], val_path=sys.argv[1], block_size=8, batch_size=1)
 with hold_streams(open_stream(sys.argv[1], config)):
     print("held", flush=True)
@@ -83,7 +84,8 @@ _READ_AFTER_CUT = """
 import os, sys
 from pathlib import Path
 from tiny_lm.data import BinDataConfig
-from tiny_lm.data.bin import BinTokenDataset, open_stream, read_in_order
+from tiny_lm.data.bin.dataset import BinTokenDataset
+from tiny_lm.data.bin.stream import open_stream, read_in_order
 from tiny_lm.errors import UserError
 path = sys.argv[1]
 config = BinDataConfig(train_path=path, val_path=path, block_size=8, batch_size=1)

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tiny_lm.data import BinDataConfig, StreamMetadata
-from tiny_lm.data.module import BinTokenDataModule
-from tiny_lm.data.order import OrderedBatches, ShuffledBatches, permute
+from tiny_lm.data.bin.data_module import BinTokenDataModule
+from tiny_lm.data.bin.sampler import OrderedBatches, ShuffledBatches, permute
 
 MakeConfig = Callable[..., BinDataConfig]
 
@@ -168,7 +168,7 @@ def test_training_batches_of_a_20_gb_stream_leave_the_resident_set_flat(
         from itertools import islice
         from pathlib import Path
         from tiny_lm.data import BinDataConfig
-        from tiny_lm.data.module import BinTokenDataModule
+        from tiny_lm.data.bin.data_module import BinTokenDataModule
 
         def resident_mib():
             return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20

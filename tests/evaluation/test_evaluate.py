@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tiny_lm.data import BinDataConfig
-from tiny_lm.data.bin import BinTokenDataset, open_stream, read_in_order
+from tiny_lm.data.bin.dataset import BinTokenDataset
+from tiny_lm.data.bin.stream import open_stream, read_in_order
 from tiny_lm.errors import UserError
 from tiny_lm.evaluation.evaluate import (
     EvaluationOptions,

@@ -15,7 +15,7 @@ from tiny_lm.pages import shared_style
 from tiny_lm.pages.text import duration, number, percent, short, spoken, visible
 from tiny_lm.runs import number_in
 from tiny_lm.tokenizer import Tokenizer
-from tiny_lm.training.samples import _quote
+from tiny_lm.training.callbacks.samples import _quote
 
 STYLE = shared_style()
 

@@ -3,7 +3,7 @@ from collections.abc import Callable
 import pytest
 
 from tiny_lm.data import BinDataConfig
-from tiny_lm.data.bin import open_stream
+from tiny_lm.data.bin.stream import open_stream
 from tiny_lm.evaluation import words
 from tiny_lm.evaluation.words import absent_words, distinct, repeated, words_of
 from tiny_lm.tokenizer import Tokenizer

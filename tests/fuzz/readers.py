@@ -143,7 +143,8 @@ def _read_huggingface_folder(path: Path) -> None:
 
 def _read_stream(path: Path) -> None:
     from tiny_lm.data import BinDataConfig
-    from tiny_lm.data.bin import BinTokenDataset, open_stream, read_in_order
+    from tiny_lm.data.bin.dataset import BinTokenDataset
+    from tiny_lm.data.bin.stream import open_stream, read_in_order
 
     names = {"train_path": str(path.parent / "train.bin"), "val_path": str(path.parent / "val.bin")}
     config = BinDataConfig(**names, block_size=16, batch_size=2)
@@ -173,7 +174,7 @@ def _read_plots(path: Path) -> None:
 
 
 def _truncate_samples(path: Path) -> None:
-    from tiny_lm.training.samples import drop_samples_after
+    from tiny_lm.training.callbacks.samples import drop_samples_after
 
     drop_samples_after(path, 2)
 

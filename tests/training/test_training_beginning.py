@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from tiny_runs import FAMILIES, losses, model, training
 
 from tiny_lm.data import BinDataConfig
-from tiny_lm.data.module import BinTokenDataModule
+from tiny_lm.data.bin.data_module import BinTokenDataModule
 from tiny_lm.data.tokenize import tokenize_corpus
 from tiny_lm.errors import UserError
 from tiny_lm.evaluation.report.material import gather

@@ -9,7 +9,7 @@ import torch
 from tiny_runs import losses, model
 
 from tiny_lm.data import BinDataConfig
-from tiny_lm.data.module import BinTokenDataModule
+from tiny_lm.data.bin.data_module import BinTokenDataModule
 from tiny_lm.inference import TextGenerator
 from tiny_lm.inference.scoring import evaluate_loss
 from tiny_lm.model.checkpoint import AVERAGE_KEY, load_checkpoint_model, read_checkpoint

@@ -7,10 +7,10 @@ import torch
 from tiny_runs import FAMILIES, model, training
 
 from tiny_lm.model import build_model
-from tiny_lm.training.batch_size import Trial, find_batch_sizes, search, sizes_to_try
 from tiny_lm.training.loss import next_token_loss
-from tiny_lm.training.memory import Setup, estimate_memory, find_savings
 from tiny_lm.training.optim import build_optimizer
+from tiny_lm.training.planning.batch_size import Trial, find_batch_sizes, search, sizes_to_try
+from tiny_lm.training.planning.memory import Setup, estimate_memory, find_savings
 
 WINDOWS, BLOCK = 4, 32
 

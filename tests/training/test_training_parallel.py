@@ -21,9 +21,9 @@ from tiny_lm.data import BinDataConfig
 from tiny_lm.errors import UserError
 from tiny_lm.model.checkpoint import load_checkpoint_model
 from tiny_lm.runs import Run, read_metrics
+from tiny_lm.training.distributed import choose_processes, end_children, share_batch
 from tiny_lm.training.fit import train
 from tiny_lm.training.launch import PARENT_KEY
-from tiny_lm.training.parallel import choose_processes, end_children, share_batch
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "training" / "train_gpt2.py"
 

@@ -20,7 +20,7 @@ from tiny_lm.errors import UserError
 from tiny_lm.model.checkpoint import load_checkpoint_model, read_checkpoint
 from tiny_lm.runs import Run, read_metrics
 from tiny_lm.training import TrainingConfig
-from tiny_lm.training.checkpoints import AtomicCheckpointIO, link
+from tiny_lm.training.checkpoint_io import AtomicCheckpointIO, link
 from tiny_lm.training.fit import TrainingResult, train
 from tiny_lm.training.optim import learning_rate_at, weight_decay_share
 from tiny_lm.training.resume import find_checkpoint, forget_after

@@ -19,9 +19,9 @@ from tiny_runs import model, training
 from tiny_lm.data import BinDataConfig
 from tiny_lm.errors import UserError
 from tiny_lm.runs import Run, mean_over_time, read_metrics
+from tiny_lm.tracking.loggers import Guarded, check_trackers
 from tiny_lm.training import TrainingConfig
 from tiny_lm.training.fit import train
-from tiny_lm.training.trackers import Guarded, check_trackers
 
 Fit = Callable[..., str]
 
@@ -124,7 +124,7 @@ def test_wandb_that_dies_in_the_middle_does_not_cost_the_run(
     fit: Fit, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its service process is killed after the second step."""
-    from tiny_lm.training.callbacks import MetricsWriter
+    from tiny_lm.training.callbacks.metrics import MetricsWriter
 
     write = MetricsWriter.on_step_end
 
@@ -193,7 +193,7 @@ def test_wherever_a_tracker_fails_the_run_goes_on(
         "tiny_lm.training.fit.build_loggers",
         lambda names, run, step, console: [*build([], run, step, console), Guarded("wandb", lambda: failing, console)],
     )
-    from tiny_lm.training.trackers import build_loggers as build
+    from tiny_lm.tracking.loggers import build_loggers as build
 
     result = train(model(), training(max_steps=4, sample_tokens=0), data_config(), run, console=console)
     assert result.finished

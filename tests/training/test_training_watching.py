@@ -20,13 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tiny_lm.data import BinDataConfig
 from tiny_lm.hardware.flops import data_sheet_peak, peak_flops
+from tiny_lm.hardware.memory import peak_memory
 from tiny_lm.inference import TextGenerator
 from tiny_lm.model import build_model, flops_per_token
 from tiny_lm.runs import Run, read_metrics
 from tiny_lm.tokenizer import Tokenizer
+from tiny_lm.training.callbacks.gpu import GpuStatsMonitor
+from tiny_lm.training.callbacks.samples import SEED, TEMPERATURE, _quote, drop_samples_after
 from tiny_lm.training.fit import TrainingResult, train
-from tiny_lm.training.monitors import GpuStatsMonitor, peak_memory
-from tiny_lm.training.samples import SEED, TEMPERATURE, _quote, drop_samples_after
 
 Fit = Callable[..., TrainingResult]
 

@@ -12,7 +12,7 @@ from tiny_runs import model, training
 from tiny_lm.data import BinDataConfig
 from tiny_lm.errors import UserError
 from tiny_lm.runs import Run, find_newest_run
-from tiny_lm.training.which_run import config_origin, describe_near_misses, find_run
+from tiny_lm.training.auto_resume import config_origin, describe_near_misses, find_run
 
 NAMES = ["model", "training", "data"]
 

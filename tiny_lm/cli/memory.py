@@ -11,8 +11,8 @@ from tiny_lm.errors import UserError
 from tiny_lm.training.launch import check_variables
 
 if TYPE_CHECKING:
-    from tiny_lm.training.batch_size import BatchSizes, Trial
-    from tiny_lm.training.memory import Setup
+    from tiny_lm.training.planning.batch_size import BatchSizes, Trial
+    from tiny_lm.training.planning.memory import Setup
 
 Profile = Annotated[str | None, typer.Argument(help="A named triple of configs, such as speed.")]
 ModelConfig = Annotated[str | None, typer.Option(help="Model config: a YAML file or a shipped name.")]
@@ -30,7 +30,7 @@ def estimate(
     """Estimate the memory that training takes, by formula: nothing is built."""
     check_variables()
     from tiny_lm.hardware.memory import free_memory
-    from tiny_lm.training.memory import estimate_memory, find_savings
+    from tiny_lm.training.planning.memory import estimate_memory, find_savings
 
     setup, _ = _load(profile, model_config, training_config, data_config, settings)
     memory = estimate_memory(setup)
@@ -62,7 +62,7 @@ def find_batch_size(
     """
     check_variables()
     from tiny_lm.hardware.memory import free_memory
-    from tiny_lm.training.batch_size import find_batch_sizes
+    from tiny_lm.training.planning.batch_size import find_batch_sizes
 
     setup, windows_per_step = _load(profile, model_config, training_config, data_config, settings)
     free = memory * 1e9 if memory is not None else free_memory(setup.device) * (1 - margin)
@@ -87,7 +87,7 @@ def _load(
     from tiny_lm.profile import Profile
     from tiny_lm.training import TrainingConfig
     from tiny_lm.training.fit import check_block_size
-    from tiny_lm.training.memory import Setup
+    from tiny_lm.training.planning.memory import Setup
     from tiny_lm.training.precision import choose_precision
 
     if profile:

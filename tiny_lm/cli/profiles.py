@@ -13,7 +13,7 @@ from tiny_lm.training.launch import check_variables
 
 if TYPE_CHECKING:
     from tiny_lm.profile import Profile
-    from tiny_lm.training.speed import PlannedRun, RunTime
+    from tiny_lm.training.planning.run_time import PlannedRun, RunTime
 
 _SECONDS = 10.0
 
@@ -55,7 +55,7 @@ def _load() -> "dict[str, tuple[Profile, PlannedRun]]":
     from tiny_lm.model.config import load_model_config
     from tiny_lm.profile import Profile
     from tiny_lm.training import TrainingConfig
-    from tiny_lm.training.speed import PlannedRun
+    from tiny_lm.training.planning.run_time import PlannedRun
 
     loaded = {}
     for file in sorted((shipped_configs() / Profile.folder).glob("*.yaml")):
@@ -73,7 +73,7 @@ def _load() -> "dict[str, tuple[Profile, PlannedRun]]":
 
 def _measure(runs: "Iterable[PlannedRun]") -> "list[RunTime]":
     check_variables()
-    from tiny_lm.training.speed import estimate_run_times
+    from tiny_lm.training.planning.run_time import estimate_run_times
 
     with make_console().status(f"measuring this machine for {_SECONDS:.0f} seconds"):
         return estimate_run_times(list(runs), seconds=_SECONDS)

@@ -121,7 +121,7 @@ def _fit_to_minutes(minutes: float, seed: int, console: "Console") -> Configs:
     from tiny_lm.data import BinDataConfig
     from tiny_lm.model.config import load_model_config
     from tiny_lm.training import TrainingConfig
-    from tiny_lm.training.speed import measure_speed
+    from tiny_lm.training.planning.run_time import measure_speed
 
     model_config = load_model_config(_NAME)
     training_config = TrainingConfig.from_yaml(_NAME, {"seed": seed})

@@ -131,7 +131,7 @@ def _load(files: list[str], settings: list[str] | None) -> Configs:
 
 def _started_from(files: list[str], resumed: Run | None) -> tuple[list[str], list[str]]:
     """Return names of the config files and where they lie; of a run that is resumed, those that it began with."""
-    from tiny_lm.training.which_run import config_origin
+    from tiny_lm.training.auto_resume import config_origin
 
     names = [Path(file).stem for file in files]
     origins = [config_origin(kind, file) for kind, file in zip(("models", "training", "data"), files, strict=True)]
@@ -148,8 +148,8 @@ def _choose_run(
     configs: Configs, resume: str | None, started_from: tuple[list[str], list[str]]
 ) -> tuple[Run, Path | None]:
     """Return the run folder to write and the checkpoint to go on from, if the run has one."""
+    from tiny_lm.training.auto_resume import describe_near_misses, find_run
     from tiny_lm.training.resume import find_checkpoint
-    from tiny_lm.training.which_run import describe_near_misses, find_run
 
     config, names = configs[1], started_from[0]
     run = _run_of(resume)
@@ -180,7 +180,7 @@ def _console(speaks: bool) -> "Console":
 def _is_main_process(config: "TrainingConfig") -> bool:
     """Whether this process writes the run folder, of those that train together."""
     from tiny_lm.hardware.device import fastest_device
-    from tiny_lm.training.parallel import choose_processes
+    from tiny_lm.training.distributed import choose_processes
 
     return choose_processes(config, fastest_device()).is_main
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tiny_lm.data.bin import TokenStream, read_in_order
+from tiny_lm.data.bin.stream import TokenStream, read_in_order
 
 _PIECE = 2**20  # tokens of the stream that are hashed at a time: a few dozen MB in all
 _FIRST_POWER = 3  # most stories hold a copy of 8 tokens, and shorter windows are found nearly everywhere

@@ -11,8 +11,9 @@ import torch
 
 from tiny_lm.config import parse_overrides
 from tiny_lm.data import BinDataConfig
-from tiny_lm.data.bin import BinTokenDataset, TokenStream, hold_streams, open_stream
-from tiny_lm.data.order import OrderedBatches
+from tiny_lm.data.bin.dataset import BinTokenDataset
+from tiny_lm.data.bin.sampler import OrderedBatches
+from tiny_lm.data.bin.stream import TokenStream, hold_streams, open_stream
 from tiny_lm.errors import UserError
 from tiny_lm.evaluation.quality import Progress, Quality, invented_words, length_of, overlap, variety
 from tiny_lm.evaluation.stories import story_beginnings, tell_stories

@@ -6,7 +6,7 @@ from statistics import fmean, median
 
 import numpy as np
 
-from tiny_lm.data.bin import TokenStream, read_in_order
+from tiny_lm.data.bin.stream import TokenStream, read_in_order
 from tiny_lm.evaluation.copies import Copy, copied_tokens, longest_copies, pieces_of
 from tiny_lm.evaluation.words import absent_words, distinct, repeated, words_of
 from tiny_lm.inference.request import Generated

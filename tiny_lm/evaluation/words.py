@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from tiny_lm.data.bin import TokenStream, read_in_order
+from tiny_lm.data.bin.stream import TokenStream, read_in_order
 from tiny_lm.tokenizer import Tokenizer
 
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")

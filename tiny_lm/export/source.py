@@ -10,7 +10,7 @@ import torch
 
 from tiny_lm.console import shell_command
 from tiny_lm.data import BinDataConfig
-from tiny_lm.data.bin import open_stream, read_in_order
+from tiny_lm.data.bin.stream import open_stream, read_in_order
 from tiny_lm.dataset.stories import generate_stories
 from tiny_lm.errors import UserError
 from tiny_lm.model import ModelConfig, Transformer, load_model_config

@@ -1,6 +1,8 @@
 """How much memory there is to take."""
 
 import os
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -42,3 +44,24 @@ def _cgroup_rests() -> Iterator[int]:
             statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             taken = int((folder / used).read_text()) - int(statistics["inactive_file"])  # files give their cache back
             yield int((folder / limit).read_text()) - taken
+
+
+def peak_memory() -> dict[str, float]:
+    """Return the most memory that this process, and its tensors on a GPU, have taken so far, in MiB."""
+    peaks: dict[str, float] = {}
+    if sys.platform != "win32":  # the standard library does not tell there
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        unit = 2**20 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB elsewhere
+        peaks["process_peak_memory_mb"] = peak / unit
+    if torch.cuda.is_available():
+        peaks["gpu_peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return peaks
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory did not suffice; on a CPU and on MPS torch has no class for it."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and re.search(r"out of memory|allocate memory", str(error)) is not None
+    )

@@ -17,27 +17,31 @@ from rich.console import Console
 from tiny_lm.config import Config
 from tiny_lm.console import make_console
 from tiny_lm.data import BinDataConfig
-from tiny_lm.data.bin import hold_streams
-from tiny_lm.data.module import BinTokenDataModule
+from tiny_lm.data.bin.data_module import BinTokenDataModule
+from tiny_lm.data.bin.stream import hold_streams
 from tiny_lm.errors import UserError
 from tiny_lm.hardware.device import Device, describe_device, fastest_device
 from tiny_lm.hardware.flops import peak_flops
+from tiny_lm.hardware.memory import is_out_of_memory, peak_memory
 from tiny_lm.model import ModelConfig, flops_per_token, num_parameters
 from tiny_lm.runs import Run, environment, number_in
 from tiny_lm.tokenizer import Tokenizer, load_tokenizer
 from tiny_lm.tokenizer.chat_template import read_chat_template
+from tiny_lm.tracking.loggers import build_loggers, check_trackers
 from tiny_lm.training.acceleration import choose_compile, keep_freed_memory, prefers_blocked_attention
-from tiny_lm.training.beginning import begin_with
-from tiny_lm.training.callbacks import MetricsWriter, Validation
-from tiny_lm.training.checkpoints import AtomicCheckpointIO, CheckpointWriter, GracefulStop
+from tiny_lm.training.callbacks.base import Event
+from tiny_lm.training.callbacks.checkpoints import CheckpointWriter, GracefulStop
+from tiny_lm.training.callbacks.ema import WeightAverage
+from tiny_lm.training.callbacks.gpu import GpuStatsMonitor
+from tiny_lm.training.callbacks.loss_spikes import LossGuard
+from tiny_lm.training.callbacks.metrics import MetricsWriter
+from tiny_lm.training.callbacks.progress import OptimizerStepProgressBar
+from tiny_lm.training.callbacks.samples import SampleStories
+from tiny_lm.training.callbacks.tokens import TokensMonitor
+from tiny_lm.training.callbacks.validation import Validation
+from tiny_lm.training.checkpoint_io import AtomicCheckpointIO
 from tiny_lm.training.config import TrainingConfig
-from tiny_lm.training.ema import WeightAverage
-from tiny_lm.training.guard import LossGuard
-from tiny_lm.training.loss import LossFunction, compiled_loss, next_token_loss
-from tiny_lm.training.memory import is_out_of_memory
-from tiny_lm.training.module import CausalLMModule
-from tiny_lm.training.monitors import Event, GpuStatsMonitor, OptimizerStepProgressBar, TokensMonitor, peak_memory
-from tiny_lm.training.parallel import (
+from tiny_lm.training.distributed import (
     Agreement,
     Processes,
     choose_processes,
@@ -46,10 +50,11 @@ from tiny_lm.training.parallel import (
     share_batch,
     tell_share,
 )
+from tiny_lm.training.initial_weights import begin_with
+from tiny_lm.training.lm_module import CausalLMModule
+from tiny_lm.training.loss import LossFunction, compiled_loss, next_token_loss
 from tiny_lm.training.precision import choose_precision, describe_choice
 from tiny_lm.training.resume import check_resume, forget_after
-from tiny_lm.training.samples import SampleStories
-from tiny_lm.training.trackers import build_loggers, check_trackers
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from tiny_lm.files import remove_leftovers
 from tiny_lm.model import load_model_config
 from tiny_lm.model.checkpoint import CHECKPOINT_KEY, read_checkpoint
 from tiny_lm.runs import Run
-from tiny_lm.training.checkpoints import link
+from tiny_lm.tracking.jsonl_logger import JsonlLogger
+from tiny_lm.training.callbacks.samples import drop_samples_after
+from tiny_lm.training.checkpoint_io import link
 from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.optim import Schedule, build_optimizer, learning_rate_at
-from tiny_lm.training.samples import drop_samples_after
-from tiny_lm.training.trackers import JsonlLogger
 
 # --- which checkpoint ------------------------------------------------------------------------------------------------
 

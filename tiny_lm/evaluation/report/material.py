@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from tiny_lm.config import parse_overrides, read_yaml
 from tiny_lm.data import BinDataConfig
-from tiny_lm.data.bin import TokenStream, open_stream
+from tiny_lm.data.bin.stream import TokenStream, open_stream
 from tiny_lm.data.metadata import FileStatistics, StreamMetadata
 from tiny_lm.errors import UserError
 from tiny_lm.evaluation.report.results import Evaluation, read_evaluation

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 
 from tiny_lm.data import BinDataConfig
-from tiny_lm.data.bin import BinTokenDataset, TokenStream
+from tiny_lm.data.bin.dataset import BinTokenDataset
+from tiny_lm.data.bin.stream import TokenStream
 from tiny_lm.tokenizer import Tokenizer
 
 _READ = 2**17

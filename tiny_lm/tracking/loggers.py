@@ -2,15 +2,11 @@
 
 import importlib.util
 import json
-import math
 import os
-import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_only
@@ -19,64 +15,9 @@ from pytorch_lightning.loggers.logger import Logger
 from rich.console import Console
 
 from tiny_lm.errors import UserError
-from tiny_lm.files import atomic_path
-from tiny_lm.locks import open_append
-from tiny_lm.runs import Run, parse_event
-
-
-class JsonlLogger(Logger):
-    """Appends each logged event as one JSON object to a file: always with ``step`` and ``timestamp`` (Unix seconds)."""
-
-    def __init__(self, path: Path) -> None:
-        """Log to ``path``, which is created with its folder."""
-        super().__init__()
-        self._path = path
-
-    @property
-    def name(self) -> str:
-        """Name of the tracker."""
-        return "jsonl"
-
-    @property
-    def version(self) -> int:
-        """A run has one log."""
-        return 0
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Append one event.
-
-        Raises:
-            UserError: the disk is full.
-        """
-        # JSON has no NaN or infinity.
-        values = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with os.fdopen(open_append(self._path), "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values, "timestamp": round(time.time(), 3)}) + "\n")
-        except OSError as error:
-            raise UserError(f"{self._path}: could not be written ({error.strerror or error})") from error
-
-    @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: the run folder holds the resolved configs."""
-
-    @rank_zero_only
-    def drop_after(self, step: int) -> None:
-        """Forget events after ``step``, which a resumed run is about to log again."""
-        if not self._path.exists():
-            return
-        with (
-            atomic_path(self._path) as temporary,
-            self._path.open("rb") as before,
-            temporary.open("wb") as after,
-        ):
-            for line in before:
-                event = parse_event(line)
-                if event is not None and event["step"] <= step:
-                    after.write(line.rstrip(b"\n") + b"\n")
-
+from tiny_lm.runs import Run
+from tiny_lm.tracking.jsonl_logger import JsonlLogger
+from tiny_lm.tracking.trackio_logger import TrackioLogger
 
 # --- trackers of other projects --------------------------------------------------------------------------------------
 
@@ -171,67 +112,6 @@ class Guarded(Logger):
                 f"warning: the tracker {self._name} failed and is left out from now on "
                 f"({type(error).__name__}: {message})",
                 markup=False,
-            )
-
-
-class TrackioLogger(Logger):
-    """Logs to trackio, on this machine unless trackio's own environment variables name a Space or a server.
-
-    The project is ``TRACKIO_PROJECT``, or ``tiny-lm``. A run of the same name is gone on with.
-    """
-
-    def __init__(self, run_name: str) -> None:
-        """Log to the run of this name, which is started with the first configs or metrics."""
-        super().__init__()
-        self._run_name = run_name
-        self._run: Any = None
-
-    @property
-    def name(self) -> str:
-        """Name of the tracker."""
-        return "trackio"
-
-    @property
-    def version(self) -> str:
-        """Name of the run."""
-        return self._run_name
-
-    @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Start the run with the configs, a column for each key."""
-        sections = vars(params) if isinstance(params, Namespace) else params
-        flat = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
-        self._open(flat)
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Log one event."""
-        if self._run is None:
-            self._open({})
-        self._run.log(metrics, step=step)
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Write what is still queued and end the run."""
-        if self._run is not None:
-            import trackio
-
-            with redirect_stdout(sys.stderr):
-                trackio.finish()  # type: ignore[no-untyped-call]  # it gives it no types
-
-    def _open(self, config: dict[str, Any]) -> None:
-        os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-        import trackio
-
-        with redirect_stdout(sys.stderr):  # where it greets; standard output is for results
-            self._run = trackio.init(
-                os.environ.get("TRACKIO_PROJECT") or "tiny-lm",
-                name=self._run_name,
-                config=config,
-                resume="allow",
-                embed=False,
-                auto_log_gpu=False,  # GpuStatsMonitor does
-                auto_log_cpu=False,
             )
 
 

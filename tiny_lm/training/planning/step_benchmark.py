@@ -18,7 +18,7 @@ from tiny_lm.model import ModelConfig
 from tiny_lm.training.acceleration import keep_freed_memory, prefers_blocked_attention
 from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.fit import quiet_lightning
-from tiny_lm.training.module import CausalLMModule
+from tiny_lm.training.lm_module import CausalLMModule
 from tiny_lm.training.precision import choose_precision
 
 _REPEATS = 5

@@ -7,9 +7,10 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader
 
-from tiny_lm.data.bin import IGNORE_INDEX, BinTokenDataset, TokenStream, open_stream
-from tiny_lm.data.config import BinDataConfig
-from tiny_lm.data.order import OrderedBatches, ShuffledBatches
+from tiny_lm.data.bin.config import BinDataConfig
+from tiny_lm.data.bin.dataset import IGNORE_INDEX, BinTokenDataset
+from tiny_lm.data.bin.sampler import OrderedBatches, ShuffledBatches
+from tiny_lm.data.bin.stream import TokenStream, open_stream
 from tiny_lm.errors import UserError
 
 _Loader = DataLoader[tuple[torch.Tensor, torch.Tensor]]

@@ -1,63 +1,20 @@
 """Checkpoints: when they are written, how, and how a run is asked to stop with one."""
 
-import os
-import shutil
 import signal
-from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.plugins.io import TorchCheckpointIO
 from rich.console import Console
 
 from tiny_lm.errors import UserError
-from tiny_lm.files import atomic_path
-from tiny_lm.model.checkpoint import check_whole, read_checkpoint
 from tiny_lm.runs import Run
 from tiny_lm.signals import TERMINATING_SIGNALS
-from tiny_lm.training.callbacks import Validation
-from tiny_lm.training.guard import LossGuard
-from tiny_lm.training.monitors import StepCallback, TokensMonitor
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints whole or not at all and reads them without executing anything."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write ``checkpoint`` through a temporary file, which gets its name when it has been read back whole.
-
-        Raises:
-            UserError: it could not be written, or what stands there is not what was written.
-        """
-        with atomic_path(Path(path)) as temporary:
-            _save(checkpoint, temporary)
-            try:
-                check_whole(temporary)
-            except UserError as error:
-                raise UserError(
-                    f"{path}: was not read back as it was written: is the disk failing? ({error})"
-                ) from None
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint into memory."""
-        return read_checkpoint(Path(path), mmap=False)  # it is about to be replaced by the next one
-
-
-def _save(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write ``checkpoint``; where the disk refuses, its own error is raised.
-
-    torch closes its archive then too, fails at that, and raises what it found wrong there.
-    """
-    try:
-        with path.open("wb") as file:
-            torch.save(checkpoint, file)
-    except RuntimeError as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__context__
-        raise cause or error from None
+from tiny_lm.training.callbacks.base import StepCallback
+from tiny_lm.training.callbacks.loss_spikes import LossGuard
+from tiny_lm.training.callbacks.tokens import TokensMonitor
+from tiny_lm.training.callbacks.validation import Validation
+from tiny_lm.training.checkpoint_io import link
 
 
 class CheckpointWriter(StepCallback):
@@ -126,19 +83,6 @@ class CheckpointWriter(StepCallback):
     def _prune(self) -> None:
         for _, old in self._run.saved_steps()[: -self._keep]:
             old.unlink()
-
-
-def link(source: Path, target: Path) -> None:
-    """Give ``source`` the second name ``target``, atomically."""
-    if target.is_file() and target.samefile(source):
-        return
-    with atomic_path(target) as temporary:
-        # A killed process of this number may have left one: to copy into it would be to overwrite another checkpoint.
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(source, temporary)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(source, temporary)
 
 
 class GracefulStop(Callback):

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 from tiny_lm.model import ModelConfig, build_model
 from tiny_lm.model.checkpoint import CHECKPOINT_KEY
 from tiny_lm.training.config import TrainingConfig
+from tiny_lm.training.distributed import clip_gradients, gather_random_states
 from tiny_lm.training.loss import LossFunction, next_token_loss
 from tiny_lm.training.optim import Schedule, build_optimizer
-from tiny_lm.training.parallel import clip_gradients, gather_random_states
 from tiny_lm.training.resume import let_config_prevail
 
 

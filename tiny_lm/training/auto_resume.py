@@ -17,7 +17,7 @@ from typing import Any
 from tiny_lm.config import Config, find_config, read_yaml, shipped_configs
 from tiny_lm.console import shell_command
 from tiny_lm.data import BinDataConfig
-from tiny_lm.data.bin import open_stream
+from tiny_lm.data.bin.stream import open_stream
 from tiny_lm.errors import UserError
 from tiny_lm.runs import Run, last_saved, list_runs
 

@@ -10,48 +10,15 @@ from contextlib import nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
-from rich.console import Console
 
-from tiny_lm.data.bin import TokenStream
+from tiny_lm.data.bin.stream import TokenStream
 from tiny_lm.inference.scoring import LossStats, evaluate_loss
+from tiny_lm.training.callbacks.base import Event, StepCallback
+from tiny_lm.training.callbacks.ema import WeightAverage
+from tiny_lm.training.callbacks.samples import SampleStories
+from tiny_lm.training.callbacks.tokens import TokensMonitor
 from tiny_lm.training.config import TrainingConfig
-from tiny_lm.training.ema import WeightAverage
-from tiny_lm.training.monitors import Event, StepCallback, TokensMonitor
-from tiny_lm.training.parallel import sum_over_ranks
-from tiny_lm.training.samples import SampleStories
-
-
-class MetricsWriter(StepCallback):
-    """Hands what the other callbacks noted in ``event`` to every tracker, as one event for each step that has any.
-
-    Lightning's own ``log`` would gather the metrics again at every batch.
-    """
-
-    def __init__(self, event: Event, console: Console) -> None:
-        """Write ``event``, which the callbacks before this one share; print a line for each validation."""
-        self._event = event
-        self._console = console
-
-    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Hand the resolved configs to every tracker, which starts it."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it
-        configs = {"model": module.model.config, "training": module.config, "data": data.config}
-        for logger in trainer.loggers:
-            logger.log_hyperparams({section: config.to_dict() for section, config in configs.items()})
-
-    def on_step_end(self, trainer: pl.Trainer, module: Any, step: int) -> None:
-        """Write the event of this step, if there is one."""
-        if not self._event:
-            return
-        for logger in trainer.loggers:
-            logger.log_metrics(dict(self._event), step)
-        if "val_loss" in self._event:
-            parts = [f"{name} {self._event[key]:.3f}" for key, name in _SHOWN.items()]
-            self._console.print(f"step {step:>6,}  " + "  ".join(parts), highlight=False, soft_wrap=True)
-        self._event.clear()
-
-
-_SHOWN = {"train_loss": "train loss", "val_loss": "val loss", "val_ppl": "perplexity", "val_bpb": "bits per byte"}
+from tiny_lm.training.distributed import sum_over_ranks
 
 
 class Validation(StepCallback):

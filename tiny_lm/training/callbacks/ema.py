@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from tiny_lm.model.checkpoint import AVERAGE_KEY
-from tiny_lm.training.monitors import StepCallback
+from tiny_lm.training.callbacks.base import StepCallback
 
 
 class WeightAverage(StepCallback):

@@ -1,6 +1,6 @@
 """The largest micro-batch that fits into memory, and the fastest: found by trying, with everything that a run holds.
 
-A trial trains two optimizer steps and validates (:func:`~tiny_lm.training.rehearsal.rehearse`). On a GPU the allocator
+A trial trains two optimizer steps and validates (``step_benchmark.py``). On a GPU the allocator
 is given a limit and says cleanly when it is reached. A CPU has no such clean end, since the system would kill some
 process; there the trials run in a child process with a limit of its own, sizes go up one by one, and one that would
 reach the limit by what the smaller ones took is not tried.
@@ -21,10 +21,10 @@ import torch
 
 from tiny_lm.errors import UserError
 from tiny_lm.hardware.device import Device
+from tiny_lm.hardware.memory import is_out_of_memory, peak_memory
 from tiny_lm.training.config import TrainingConfig
-from tiny_lm.training.memory import Setup, estimate_memory, is_out_of_memory
-from tiny_lm.training.monitors import peak_memory
-from tiny_lm.training.rehearsal import StepTimes, rehearse
+from tiny_lm.training.planning.memory import Setup, estimate_memory
+from tiny_lm.training.planning.step_benchmark import StepTimes, rehearse
 
 _MOST_WINDOWS = 1024
 """Where no global batch is given that would bound a micro-batch."""

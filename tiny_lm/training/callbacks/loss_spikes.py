@@ -15,13 +15,13 @@ from rich.console import Console
 from torch import Tensor
 
 from tiny_lm.console import shell_command
-from tiny_lm.data.module import BinTokenDataModule
+from tiny_lm.data.bin.data_module import BinTokenDataModule
 from tiny_lm.errors import UserError
 from tiny_lm.files import write_text
 from tiny_lm.runs import Run
 from tiny_lm.tokenizer import load_tokenizer
+from tiny_lm.training.callbacks.base import StepCallback
 from tiny_lm.training.config import TrainingConfig
-from tiny_lm.training.monitors import StepCallback
 
 _MEMORY = 100  # steps whose losses a new one is compared with
 _ENOUGH = 20  # fewer are no measure of what is usual: a loss is compared with the highest of them

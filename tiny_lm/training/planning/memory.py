@@ -1,7 +1,6 @@
 """How much memory training takes, in closed form: nothing is built and nothing is tried."""
 
 import math
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -131,13 +130,6 @@ def _attention_activations(model: ModelConfig, block_size: int, *, device: Devic
 def _mask_bytes(device: Device, width: int) -> int:
     """Return the bytes of one element of a dropout mask: a boolean on a GPU, the scale itself on a CPU."""
     return width if device == "cpu" else 1
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory did not suffice; on a CPU and on MPS torch has no class for it."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and re.search(r"out of memory|allocate memory", str(error)) is not None
-    )
 
 
 # --- what would lower it ---------------------------------------------------------------------------------------------

@@ -11,14 +11,14 @@ import torch
 from rich.console import Console
 
 from tiny_lm.data import BinDataConfig
-from tiny_lm.data.bin import open_stream
+from tiny_lm.data.bin.stream import open_stream
 from tiny_lm.errors import UserError
 from tiny_lm.files import scratch_folder
 from tiny_lm.model import ModelConfig, flops_per_token
 from tiny_lm.runs import Run
 from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.fit import train
-from tiny_lm.training.rehearsal import StepTimes, rehearse
+from tiny_lm.training.planning.step_benchmark import StepTimes, rehearse
 
 
 @dataclass(frozen=True)

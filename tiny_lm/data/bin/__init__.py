@@ -1,0 +1,1 @@
+"""Token streams in ``.bin`` files, and batches of sequences from them."""

@@ -1,0 +1,1 @@
+"""Lightning callbacks, in the order in which ``fit.py`` lists them."""

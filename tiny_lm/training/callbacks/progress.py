@@ -1,0 +1,56 @@
+"""The progress bar."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tiny_lm.training.callbacks.base import StepCallback
+
+
+class OptimizerStepProgressBar(ProgressBar, StepCallback):
+    """A progress bar that counts optimizer steps, with losses, tokens per second and the time left, in 80 columns."""
+
+    def __init__(self, sources: Sequence[StepCallback], console: Console) -> None:
+        """Show the latest figures of ``sources``."""
+        super().__init__()
+        self._sources = sources
+        self._progress = Progress(
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+
+    def disable(self) -> None:
+        """Show nothing: Lightning asks it of all processes but the first."""
+        self._progress.disable = True
+
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        """Show the bar, at the step where the run stands."""
+        self._progress.start()
+        self._task = self._progress.add_task("", total=trainer.max_steps, completed=trainer.global_step, figures="")
+
+    def on_step_end(self, trainer: pl.Trainer, module: Any, step: int) -> None:
+        """Move the bar."""
+        latest = {key: value for source in self._sources for key, value in source.latest.items()}
+        figures = [text.format(latest[key]) for key, text in _BAR.items() if key in latest]
+        self._progress.update(self._task, completed=step, figures="  ".join(figures))
+
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
+        """Take the bar away."""
+        self._progress.stop()
+
+    def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
+        """Take the bar away."""
+        self._progress.stop()
+
+
+_BAR = {"train_loss": "loss {:.3f}", "val_loss": "val {:.3f}", "tokens_per_sec": "{:,.0f} tok/s"}
