@@ -122,7 +122,7 @@ def test_a_token_tells_what_the_model_thought(open_page: Callable[..., Opened]) 
     note = page.locator("#heat-note")
     text = note.inner_text()
     assert token.inner_text().strip() in text
-    assert re.search(r"(%|1 in [\d,]+) · [\d.]+ bits · its (first guess|guess number \d+)", text)
+    assert re.search(r"(%|1 in [\d,]+) · [\d.]+ bits · (its first choice|rank [\d,]+)", text)
     assert note.locator("li").count() == 5
     page.locator("#heat").focus()
     page.keyboard.press("ArrowRight")

@@ -56,14 +56,14 @@ def test_one_run_and_two(runs: Path, cli: Callable[..., Any]) -> None:
     last = [event for event in read_metrics(runs / "runs" / "bpe" / "metrics.jsonl") if "val_loss" in event][-1]
     assert evaluation["loss"] == pytest.approx(last["val_loss"], rel=1e-6)
     assert [len(evaluation["samples"]), evaluation["quality"]["seed"]] == [3, 3]
-    told = result.stdout.split("--- ")[1:]
-    first, second = (story.split("\n")[1] for story in told)
+    completions = result.stdout.split("--- ")[1:]
+    first, second = (story.split("\n")[1] for story in completions)
     assert first.startswith("A bear")
     assert second.startswith("One day")
     assert "loss.png" in result.stderr
     sliding = cli("eval", "runs/bpe", *QUICK, "--stride", "8")
-    assert "read              sliding: windows of 32 tokens, 8 of them new" in sliding.stdout
-    assert "loss by context   16-32: " in sliding.stdout  # only the first window has targets nearer to its beginning
+    assert "method            sliding: sequences of 32 tokens, 8 of them new" in sliding.stdout
+    assert "loss by context   16-32: " in sliding.stdout  # only the first sequence has targets nearer to its beginning
     # Both together: one table, one picture, and what may be compared.
     result = cli("eval", "runs/bpe", "runs/char", *QUICK)
     assert result.code == 0, result.stderr
@@ -127,17 +127,17 @@ def judge_url() -> Iterator[str]:
 def test_a_judge_and_everything_a_user_may_get_wrong(runs: Path, cli: Callable[..., Any], judge_url: str) -> None:
     result = cli("eval", "runs/bpe", *QUICK, "--judge", judge_url, "--judge-model", "big")
     assert result.code == 0, result.stderr
-    assert "grammar 3.0  creativity 2.0  consistency 4.0  plot 1.0  (of 10; 3 of 3 stories, by big)" in result.stdout
+    assert "grammar 3.0  creativity 2.0  consistency 4.0  plot 1.0  (of 10; 3 of 3 samples, by big)" in result.stdout
     evaluation = json.loads((runs / "runs" / "bpe" / "evaluation.json").read_text())
     assert evaluation["judge"]["grades"]["plot"] == 1.0
     assert len((runs / "runs" / "bpe" / evaluation["judge"]["answers"]).read_text().splitlines()) == 3
 
-    # A judge that tells stories itself: what was measured is told all the same, of both runs.
+    # A judge that writes a story itself: the results of both runs are printed all the same.
     result = cli("eval", "runs/bpe", "runs/char", *QUICK, "--judge", judge_url, "--judge-model", "storyteller")
     assert result.code == 2
     assert [line.split()[0] for line in result.stdout.splitlines()] == ["run", "runs/bpe", "runs/char"]
     last = result.stderr.splitlines()[-1]
-    assert "graded none of 3 stories (the answer holds no JSON object with marks; it begins 'Once upon a time," in last
+    assert "graded none of 3 samples (the answer has no JSON object with grades; it begins 'Once upon a time," in last
     assert last.endswith("see runs/bpe/judge.jsonl")
     assert json.loads((runs / "runs" / "bpe" / "evaluation.json").read_text())["judge"] is None
 
@@ -149,7 +149,7 @@ def test_a_judge_and_everything_a_user_may_get_wrong(runs: Path, cli: Callable[.
         ("eval", "runs/absent"): "no such run folder",
         ("eval", "runs/bpe", "runs/new"): "has no checkpoint yet",
         ("eval", "runs/bpe", "--strid", "8"): "--stride",
-        ("eval", "runs/bpe", "--stride", "33"): "--stride must be between 1 and the window of 32",
+        ("eval", "runs/bpe", "--stride", "33"): "--stride must be between 1 and block_size=32",
         ("eval", "runs/bpe", "--temperature", "-1"): "temperature must be",
         ("eval", "runs/bpe", "--top-p", "0"): "top-p must be",
         ("eval", "runs/bpe", "--set", "data.val_path=gone.bin"): "gone.bin: no such token stream",

@@ -32,7 +32,7 @@ def test_a_failed_report_is_a_warning(workplace: Path, capsys: pytest.CaptureFix
     lines = capsys.readouterr().err.splitlines()
     written = (workplace / "report.html").exists()
     assert len(lines) == (0 if written else 1)
-    assert written or lines[0].startswith("warning: no report was written: ")
+    assert written or lines[0].startswith("warning: the report could not be written: ")
 
 
 def test_a_fault_of_the_page_does_not_stop_a_run(
@@ -44,4 +44,4 @@ def test_a_fault_of_the_page_does_not_stop_a_run(
     monkeypatch.setattr("tiny_lm.evaluation.report.write_report", fail)
     write_report_beside(Run(workplace))
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: no report was written: ZeroDivisionError: on the page (")
+    assert line.startswith("warning: the report could not be written: ZeroDivisionError: on the page (")

@@ -14,14 +14,14 @@ from tiny_lm.data.bin.stream import open_stream, read_in_order
 from tiny_lm.errors import UserError
 from tiny_lm.evaluation.evaluate import (
     EvaluationOptions,
-    Subject,
-    buckets,
+    LoadedRun,
+    bucket_positions,
     evaluate_run,
+    load_run,
     measure_loss,
-    open_subject,
 )
-from tiny_lm.evaluation.quality import overlap
-from tiny_lm.evaluation.stories import story_beginnings
+from tiny_lm.evaluation.generation import evaluation_prompts
+from tiny_lm.evaluation.quality import measure_overlap
 from tiny_lm.inference.request import Generated
 from tiny_lm.inference.scoring import LossStats, token_losses
 from tiny_lm.runs import Run
@@ -32,12 +32,12 @@ OPTIONS = EvaluationOptions(samples=5, max_new_tokens=40)
 
 
 @pytest.fixture(scope="module")
-def subject(trained: Run) -> Subject:
-    return open_subject(trained.folder, OPTIONS)
+def loaded(trained: Run) -> LoadedRun:
+    return load_run(trained.folder, OPTIONS)
 
 
-def test_blocked_loss_is_the_one_that_training_saw(subject: Subject, trained: Run, silent: Silent) -> None:
-    last = open_subject(trained.last_checkpoint, OPTIONS)
+def test_blocked_loss_is_the_one_that_training_saw(loaded: LoadedRun, trained: Run, silent: Silent) -> None:
+    last = load_run(trained.last_checkpoint, OPTIONS)
     reading, positions = measure_loss(last, None, silent)
     metrics = trained.read_record()["metrics"]
     nats, tokens = math.fsum(part.nats for part in positions), sum(part.tokens for part in positions)
@@ -47,19 +47,19 @@ def test_blocked_loss_is_the_one_that_training_saw(subject: Subject, trained: Ru
 
 
 @pytest.mark.parametrize("stride", [1, 5, 31])
-def test_sliding_predicts_each_token_once_with_enough_context(subject: Subject, stride: int, silent: Silent) -> None:
+def test_sliding_predicts_each_token_once_with_enough_context(loaded: LoadedRun, stride: int, silent: Silent) -> None:
     """Against the definition, at the beginning of the stream: windows cut and scored one by one."""
-    reading, _ = measure_loss(subject, stride, silent)
-    assert (reading.method, reading.tokens) == ("sliding", subject.val.tokens - 1)
-    tokens = torch.from_numpy(next(read_in_order(subject.val, 500)).astype("int64"))
-    dataset = BinTokenDataset(subject.val, subject.config, every_token=True, overlap=32 - stride)
+    reading, _ = measure_loss(loaded, stride, silent)
+    assert (reading.method, reading.tokens) == ("sliding", loaded.val.tokens - 1)
+    tokens = torch.from_numpy(next(read_in_order(loaded.val, 500)).astype("int64"))
+    dataset = BinTokenDataset(loaded.val, loaded.config, every_token=True, overlap=32 - stride)
     done = 0  # targets that were predicted
     for number in range(12):
         begin = number * stride
         with torch.no_grad():
-            logits = subject.generator.model(tokens[begin : begin + 32][None])
+            logits = loaded.generator.model(tokens[begin : begin + 32][None])
             x, y = dataset[number]
-            found = token_losses(subject.generator.model(x[None]), y[None]).sum()
+            found = token_losses(loaded.generator.model(x[None]), y[None]).sum()
         expected = token_losses(logits[:, done - begin :], tokens[done + 1 : begin + 33][None]).sum()
         assert float(found) == pytest.approx(float(expected), rel=1e-5)
         assert int((y != -100).sum()) == begin + 32 - done
@@ -86,48 +86,48 @@ def test_overlapping_windows_hold_each_target_once(
 
 def test_buckets_hold_every_position_and_grow() -> None:
     for window in (1, 2, 3, 4, 31, 32, 256, 300):
-        parts = buckets([LossStats(2.0 * place, 2) for place in range(1, window + 1)])
+        parts = bucket_positions([LossStats(2.0 * place, 2) for place in range(1, window + 1)])
         assert [part.first for part in parts] == [1, *(part.last + 1 for part in parts[:-1])]
         assert parts[-1].last == window
         assert sum(part.tokens for part in parts) == 2 * window
         assert all(part.loss == (part.first + part.last) / 2 for part in parts)
-    assert [(part.first, part.last) for part in buckets([LossStats(1.0, 1)] * 32)] == [
+    assert [(part.first, part.last) for part in bucket_positions([LossStats(1.0, 1)] * 32)] == [
         (1, 1), (2, 3), (4, 7), (8, 15), (16, 32)
     ]  # fmt: skip
 
 
-def test_an_evaluation_repeats_and_is_written_whole(subject: Subject, trained: Run, silent: Silent) -> None:
-    first, second = (evaluate_run(subject, OPTIONS, silent).to_dict() for _ in range(2))
+def test_an_evaluation_repeats_and_is_written_whole(loaded: LoadedRun, trained: Run, silent: Silent) -> None:
+    first, second = (evaluate_run(loaded, OPTIONS, silent).to_dict() for _ in range(2))
     assert {**first, "created": ""} == {**second, "created": ""}
-    other = evaluate_run(subject, EvaluationOptions(samples=5, max_new_tokens=40, seed=1), silent)
+    other = evaluate_run(loaded, EvaluationOptions(samples=5, max_new_tokens=40, seed=1), silent)
     assert [story.text for story in other.samples] != [story["text"] for story in first["samples"]]
     path = other.save(trained)
     assert json.loads(path.read_text(encoding="utf-8")) == json.loads(json.dumps(other.to_dict()))
     assert other.quality.length.max <= 40
     assert other.bits_per_byte == pytest.approx(
-        other.loss / math.log(2) * subject.val.tokens / other.stream.bytes, rel=1e-9
+        other.loss / math.log(2) * loaded.val.tokens / other.stream.bytes, rel=1e-9
     )
 
 
-def test_memorised_text_shows(subject: Subject, stories: list[str], silent: Silent) -> None:
-    tokenizer = subject.generator.tokenizer
+def test_memorised_text_shows(loaded: LoadedRun, stories: list[str], silent: Silent) -> None:
+    tokenizer = loaded.generator.tokenizer
     known = tokenizer.encode(stories[3])[5:65]
-    told = [
+    samples = [
         Generated("", tokenizer.decode(known), known, "stop", []),
         Generated("", "x", tokenizer.encode("xxxxxxxx"), "stop", []),
     ]
-    figures, copies = overlap(told, subject.train, subject.val, tokenizer, silent)
-    assert (figures.longest, copies[0].length, figures.text) == (60, 60, tokenizer.decode(known))
-    assert copies[1].length < 8
-    assert figures.share == pytest.approx(60 / (60 + len(told[1].ids)))
-    assert figures.validation is not None
-    assert figures.validation.stories == 2
+    stats, matches = measure_overlap(samples, loaded.train, loaded.val, tokenizer, silent)
+    assert (stats.longest, matches[0].length, stats.text) == (60, 60, tokenizer.decode(known))
+    assert matches[1].length < 8
+    assert stats.share == pytest.approx(60 / (60 + len(samples[1].ids)))
+    assert stats.validation is not None
+    assert stats.validation.stories == 2
 
 
-def test_there_are_many_different_beginnings() -> None:
-    beginnings = story_beginnings()
-    assert len(set(beginnings)) == 24
-    assert all(text == text.strip() and len(text.split()) > 5 for text in beginnings)
+def test_evaluation_prompts_are_24_different_ones() -> None:
+    prompts = evaluation_prompts()
+    assert len(set(prompts)) == 24
+    assert all(text == text.strip() and len(text.split()) > 5 for text in prompts)
 
 
 @pytest.mark.parametrize(
@@ -152,9 +152,9 @@ def test_what_is_missing_is_named(
     elif spoil:
         shutil.rmtree(copy / spoil)
     with pytest.raises(UserError, match=message):
-        open_subject(copy, EvaluationOptions(settings=settings))
+        load_run(copy, EvaluationOptions(settings=settings))
 
 
-def test_a_stride_beyond_the_window_is_refused(trained: Run) -> None:
-    with pytest.raises(UserError, match="--stride must be between 1 and the window of 32"):
-        open_subject(trained.folder, EvaluationOptions(stride=33))
+def test_stride_beyond_block_size_is_rejected(trained: Run) -> None:
+    with pytest.raises(UserError, match="--stride must be between 1 and block_size=32"):
+        load_run(trained.folder, EvaluationOptions(stride=33))

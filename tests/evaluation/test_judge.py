@@ -103,9 +103,9 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_stories_are_graded_and_raw_answers_kept(serve: Callable[..., Server], tmp_path: Path) -> None:
     second = {**GOOD, "grammar": 6}
     server = serve(completion(json.dumps(GOOD)), completion(f"Let me think.\n```json\n{json.dumps(second)}\n```"))
-    verdict = judge(server, key="secret").grade(STORIES, tmp_path / "judge.jsonl")
-    assert verdict.grades == {"grammar": 7.0, "creativity": 5.0, "consistency": 7.0, "plot": 4.0}
-    assert (verdict.graded, verdict.stories, verdict.model) == (2, 2, "big")
+    result = judge(server, key="secret").grade(STORIES, tmp_path / "judge.jsonl")
+    assert result.grades == {"grammar": 7.0, "creativity": 5.0, "consistency": 7.0, "plot": 4.0}
+    assert (result.graded, result.stories, result.model) == (2, 2, "big")
     path, headers, body = server.requests[0]
     assert path == "/v1/chat/completions"
     assert headers["Authorization"] == "Bearer secret"
@@ -121,16 +121,16 @@ def test_a_busy_or_failing_server_is_asked_again(serve: Callable[..., Server], t
     waits: list[float] = []
     busy, broken = completion("", 429, retry_after="7"), completion("", 503)
     server = serve(busy, broken, broken, completion(json.dumps(GOOD)))
-    verdict = judge(server, waits).grade(STORIES, tmp_path / "judge.jsonl")
-    assert (waits, verdict.graded) == ([7.0, 2.0, 4.0], 2)
+    result = judge(server, waits).grade(STORIES, tmp_path / "judge.jsonl")
+    assert (waits, result.graded) == ([7.0, 2.0, 4.0], 2)
     assert [line["attempts"] for line in lines(tmp_path / "judge.jsonl")] == [4, 1]
 
 
 def test_an_answer_without_marks_is_asked_for_once_more(serve: Callable[..., Server], tmp_path: Path) -> None:
     bad = [completion("A lovely story!"), completion(json.dumps({**GOOD, "plot": 11}))]
     server = serve(*bad, completion(json.dumps(GOOD)))
-    verdict = judge(server).grade(STORIES, tmp_path / "judge.jsonl")
-    assert (verdict.graded, len(server.requests)) == (1, 3)
+    result = judge(server).grade(STORIES, tmp_path / "judge.jsonl")
+    assert (result.graded, len(server.requests)) == (1, 3)
     kept = lines(tmp_path / "judge.jsonl")
     assert kept[0]["answer"] == "A lovely story!"
     assert [line["story"] for line in kept] == [0, 0, 1]
@@ -165,8 +165,8 @@ def test_a_server_that_gives_no_marks_is_told_in_one_line(
 
 def test_an_answer_that_drips_ends_at_the_time_limit(serve: Callable[..., Server], tmp_path: Path) -> None:
     server = serve(30.0, completion(json.dumps(GOOD)))
-    verdict = judge(server, timeout=0.3).grade(STORIES, tmp_path / "judge.jsonl")
-    assert verdict.graded == 2
+    result = judge(server, timeout=0.3).grade(STORIES, tmp_path / "judge.jsonl")
+    assert result.graded == 2
     assert lines(tmp_path / "judge.jsonl")[0]["attempts"] == 2
 
 
@@ -179,9 +179,9 @@ def test_a_wrong_key_ends_it_at_once(serve: Callable[..., Server], tmp_path: Pat
 
 def test_a_server_that_is_not_there_is_noticed_before_the_work(serve: Callable[..., Server]) -> None:
     server = serve(completion(""))
-    judge(server).check_answers()  # it knows no /models, but it is there
+    judge(server).check_reachable()  # it knows no /models, but it is there
     with pytest.raises(UserError, match="does not answer"):
-        Judge.from_options("http://127.0.0.1:9", "big", None).check_answers()
+        Judge.from_options("http://127.0.0.1:9", "big", None).check_reachable()
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ import pytest
 import torch
 from report_runs import small_model
 
-from tiny_lm.evaluation.report.attention import describe_habit, map_attention, measure_spread, recording
-from tiny_lm.evaluation.report.charts import Line, Scale, draw, envelope
+from tiny_lm.evaluation.report.attention import describe_habit, map_attention, measure_spread, record_attention
+from tiny_lm.evaluation.report.charts import Line, Scale, build_chart, envelope
 from tiny_lm.evaluation.report.curves import training_charts
-from tiny_lm.evaluation.report.samples import Moment, ToldStory, choose_moments, read_moments
+from tiny_lm.evaluation.report.samples import SampledStep, TrainingSample, choose_steps, read_sampled_steps
 from tiny_lm.evaluation.report.surprise import measure_tokens
 from tiny_lm.model import build_model
 from tiny_lm.pages import shared_style
@@ -31,25 +31,25 @@ def test_recorded_attention_is_what_the_model_does(family: str) -> None:
     with torch.no_grad():
         plain = model(ids)
         before = [block.attn.attend for block in model.blocks]
-        with recording(model) as kept:
-            recorded = model(ids)
-    torch.testing.assert_close(recorded, plain)
+        with record_attention(model) as recorded:
+            found = model(ids)
+    torch.testing.assert_close(found, plain)
     assert [block.attn.attend for block in model.blocks] == before
-    assert [weights.shape for weights in kept] == [(2, 4, 20, 20)] * 2
-    torch.testing.assert_close(kept[0].sum(dim=-1), torch.ones(2, 4, 20))
-    assert all(float(weights.triu(1).abs().max()) == 0 for weights in kept)
+    assert [weights.shape for weights in recorded] == [(2, 4, 20, 20)] * 2
+    torch.testing.assert_close(recorded[0].sum(dim=-1), torch.ones(2, 4, 20))
+    assert all(float(weights.triu(1).abs().max()) == 0 for weights in recorded)
     # The weights times the values, projected, are the output of the layer.
     attn, ((x, *_), output) = model.blocks[1].attn, seen[0]
     values = attn.W_v(x).view(2, 20, -1, attn.head_size).transpose(1, 2)
     values = values.repeat_interleave(4 // values.shape[1], dim=1)
     with torch.no_grad():
-        torch.testing.assert_close(attn.out_proj((kept[1] @ values).transpose(1, 2).flatten(2)), output)
+        torch.testing.assert_close(attn.out_proj((recorded[1] @ values).transpose(1, 2).flatten(2)), output)
 
 
 def test_the_model_attends_as_before_after_an_error() -> None:
     model = build_model(small_model())
     before = [block.attn.attend for block in model.blocks]
-    with pytest.raises(ValueError, match="do not fit"), recording(model):
+    with pytest.raises(ValueError, match="do not fit"), record_attention(model):
         model(torch.zeros(1, 999, dtype=torch.long))
     assert [block.attn.attend for block in model.blocks] == before
 
@@ -106,21 +106,21 @@ def test_surprise_is_the_cross_entropy(tokenizer: Tokenizer) -> None:
 def test_samples_are_read_back_as_they_were_told(prompt: str, text: str) -> None:
     quote = _quote(prompt, text)
     content = f"# Sample stories\n\nheader\n\n## Step 40\n\nval loss 2.5000, 1,234 tokens seen\n\n{quote}\n"
-    (moment,) = read_moments(content)
-    assert (moment.step, moment.loss, moment.tokens) == (40, 2.5, 1234)
-    (story,) = moment.stories
-    assert (story.beginning + story.continuation).rstrip("\n") == text.rstrip("\n")
+    (sampled,) = read_sampled_steps(content)
+    assert (sampled.step, sampled.loss, sampled.tokens) == (40, 2.5, 1234)
+    (sample,) = sampled.samples
+    assert (sample.prompt + sample.completion).rstrip("\n") == text.rstrip("\n")
     if "\n" not in prompt and prompt == prompt.strip() != "":
-        assert story.beginning == prompt
+        assert sample.prompt == prompt
 
 
 def test_moments_of_training_are_chosen_by_their_loss() -> None:
     losses = [8.0, 4.0, 2.5, 2.2, 2.1, 2.0]
-    moments = [Moment(10 * n, loss, None, [ToldStory("", "x")]) for n, loss in enumerate(losses)]
-    assert [moment.step for _, moment in choose_moments(moments)] == [0, 10, 50]
-    assert [name for name, _ in choose_moments(moments[:2])] == ["beginning", "end"]
-    assert [name for name, _ in choose_moments(moments[:1])] == ["end"]
-    assert choose_moments([]) == []
+    moments = [SampledStep(10 * n, loss, None, [TrainingSample("", "x")]) for n, loss in enumerate(losses)]
+    assert [moment.step for _, moment in choose_steps(moments)] == [0, 10, 50]
+    assert [name for name, _ in choose_steps(moments[:2])] == ["start", "end"]
+    assert [name for name, _ in choose_steps(moments[:1])] == ["end"]
+    assert choose_steps([]) == []
 
 
 @pytest.mark.parametrize(
@@ -133,33 +133,35 @@ def test_axes_have_a_few_round_marks(low: float, high: float, log: bool) -> None
     ticks = scale.ticks()
     assert 2 <= len(ticks) <= 9
     assert ticks == sorted(set(ticks))
-    assert all(-1e-9 <= scale.place(tick) <= 1 + 1e-9 for tick in ticks)
+    assert all(-1e-9 <= scale.position(tick) <= 1 + 1e-9 for tick in ticks)
 
 
 def test_a_chart_leaves_out_points_of_a_damaged_file() -> None:
     for log in (False, True):
-        chart = draw("x", "X", "", [Line("x", [(1, 2.0), (2, 1e308), (3, -1e308), (4, 1e-300), (5, 3.0)])], log=log)
+        chart = build_chart(
+            "x", "X", "", [Line("x", [(1, 2.0), (2, 1e308), (3, -1e308), (4, 1e-300), (5, 3.0)])], log=log
+        )
         assert chart and all(0 <= place <= 100 for place, _ in chart.y_ticks)
-    assert draw("x", "X", "", [Line("x", [(1, 1.7e308)])]) is None
+    assert build_chart("x", "X", "", [Line("x", [(1, 1.7e308)])]) is None
 
 
 def test_a_chart_keeps_its_points_inside() -> None:
     curve = [(step, 5.0 / step) for step in range(1, 60)]
     for log in (False, True):
-        chart = draw("x", "X", "", [Line("x", curve)], log=log)
+        chart = build_chart("x", "X", "", [Line("x", curve)], log=log)
         assert chart
         numbers = [float(text) for text in re.findall(r"[\d.]+", chart.lines[0].path)]
         assert min(numbers) >= 0
         assert max(numbers) <= 1000
         assert chart.summary == "x from 5 at optimizer step 1 to 0.08475 at 59"
-    assert draw("x", "X", "", [Line("x", [])]) is None
-    flat = draw("x", "X", "", [Line("x", [(3, 0.0)])])
+    assert build_chart("x", "X", "", [Line("x", [])]) is None
+    flat = build_chart("x", "X", "", [Line("x", [(3, 0.0)])])
     assert flat and len(flat.lines[0].marks) == 1
 
 
 def test_steps_are_written_so_that_they_do_not_touch() -> None:
     def labels(last: int) -> list[str]:
-        chart = draw("x", "X", "", [Line("x", [(1, 0.0), (last, 1.0)])])
+        chart = build_chart("x", "X", "", [Line("x", [(1, 0.0), (last, 1.0)])])
         assert chart
         return [label for _, label in chart.x_ticks]
 
@@ -171,7 +173,7 @@ def test_steps_are_written_so_that_they_do_not_touch() -> None:
 def test_the_ends_of_epochs_are_marked_where_they_are_few() -> None:
     events = [{"step": step, "train_loss": 5.0 - step / 200} for step in range(10, 501, 10)]
     loss = training_charts(events, 220.0)[0]
-    assert [name for _, name in loss.events] == ["text read once", "twice"]
+    assert [name for _, name in loss.events] == ["epoch 1", "epoch 2"]
     places = {step: left for step, _, left, _ in loss.data["lines"][0]["points"]}  # type: ignore[index]  # JSON values
     assert [left for left, _ in loss.events] == pytest.approx([places[220], places[440]], abs=0.01)
     for none in (None, 500.0, 600.0, 50.0, -0.001):  # a negative one would never end

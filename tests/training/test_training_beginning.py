@@ -14,7 +14,7 @@ from tiny_lm.data import BinDataConfig
 from tiny_lm.data.bin.data_module import BinTokenDataModule
 from tiny_lm.data.tokenize import tokenize_corpus
 from tiny_lm.errors import UserError
-from tiny_lm.evaluation.report.material import gather
+from tiny_lm.evaluation.report.artifacts import load_artifacts
 from tiny_lm.evaluation.report.overview import recipe_rows
 from tiny_lm.export.huggingface import write_huggingface
 from tiny_lm.export.importing import import_model
@@ -67,7 +67,7 @@ def test_a_run_goes_on_from_a_hugging_face_folder(
     assert curve[1] == pytest.approx(expected, abs=1e-5)
     assert sum(curve[step] for step in range(141, 151)) / 10 < sum(curve[step] for step in range(1, 11)) / 10 - 0.15
     assert run.read_record()["init_from"] == {"path": str(folder)}
-    assert ("First weights", str(folder)) in recipe_rows(gather(run))
+    assert ("Initial weights", str(folder)) in recipe_rows(load_artifacts(run))
     checkpoint = read_checkpoint(run.last_checkpoint)
     assert checkpoint["global_step"] == 150
     assert len(checkpoint["optimizer_states"]) == 1

@@ -104,7 +104,7 @@ def test_any_byte_changed_in_the_pickle_is_damage_that_falls_back(copy: Run) -> 
 AS_NOBODY = """
 import os, sys
 from pathlib import Path
-import torch, tiny_lm.training.resume, tiny_lm.evaluation.report.material as material
+import torch, tiny_lm.training.resume, tiny_lm.evaluation.report.artifacts as artifacts
 from rich.console import Console
 from tiny_lm.errors import UserError
 from tiny_lm.runs import Run, read_metrics

@@ -1,7 +1,7 @@
-"""Everything that ``tiny-lm eval`` measures of a run, and ``evaluation.json``, where it is kept."""
+"""Everything that ``tiny-lm eval`` measures of a run."""
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import cycle, islice
 from pathlib import Path
@@ -15,9 +15,9 @@ from tiny_lm.data.bin.dataset import BinTokenDataset
 from tiny_lm.data.bin.sampler import OrderedBatches
 from tiny_lm.data.bin.stream import TokenStream, hold_streams, open_stream
 from tiny_lm.errors import UserError
-from tiny_lm.evaluation.quality import Progress, Quality, invented_words, length_of, overlap, variety
-from tiny_lm.evaluation.stories import story_beginnings, tell_stories
-from tiny_lm.files import write_json
+from tiny_lm.evaluation.generation import evaluation_prompts, generate_samples
+from tiny_lm.evaluation.quality import OnProgress, find_invented_words, length_stats, measure_overlap, ngram_diversity
+from tiny_lm.evaluation.results import EvaluatedSample, EvaluatedStream, Evaluation, PositionLoss, SampleQuality
 from tiny_lm.hardware.device import fastest_device
 from tiny_lm.inference import Sampling, TextGenerator
 from tiny_lm.inference.request import Generated
@@ -26,20 +26,20 @@ from tiny_lm.model.checkpoint import load_checkpoint_model
 from tiny_lm.runs import Run, open_run
 from tiny_lm.tokenizer import load_tokenizer
 
-_MOST_LOGITS = 2**26  # numbers of one batch of logits, 256 MB of them
+_MAX_LOGITS = 2**26  # elements in one batch of logits: 256 MB
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What to measure, and how the stories are told.
+    """What to measure and how to sample.
 
     Attributes:
-        stride: tokens from one window to the next; None: windows stand side by side, as in training.
-        samples: stories to tell; the beginnings repeat, with other random numbers, where there are fewer.
-        max_new_tokens: most tokens of a story.
+        stride: tokens from one sequence to the next; None: adjacent sequences, as in training.
+        samples: samples to generate; with more samples than prompts, prompts repeat with other seeds.
+        max_new_tokens: maximum length of a completion.
         temperature: divides the logits.
-        top_p: draw from the likeliest tokens that together have this probability.
-        seed: of the first story.
+        top_p: sample from the smallest set of tokens with this total probability.
+        seed: seed of the first sample.
         settings: overrides of the run's configs, such as ``data.val_path=...`` for a stream that was moved.
     """
 
@@ -53,89 +53,13 @@ class EvaluationOptions:
 
     @property
     def sampling(self) -> Sampling:
-        """How tokens are drawn."""
+        """The sampling parameters."""
         return Sampling(self.temperature, top_p=self.top_p)
 
 
 @dataclass(frozen=True)
-class StreamReading:
-    """Which validation stream was read, and how."""
-
-    path: str
-    tokens: int
-    """Targets that were predicted, each once."""
-    bytes: int
-    """UTF-8 bytes of the text."""
-    method: str
-    """``blocked``: windows side by side. ``sliding``: all but a file's first window predict ``stride`` tokens each, and
-    read ``window - stride`` tokens before them as context."""
-    window: int
-    stride: int
-    precision: str
-
-
-@dataclass(frozen=True)
-class PositionLoss:
-    """Mean loss of the targets that follow ``first`` to ``last`` tokens of context in their window."""
-
-    first: int
-    last: int
-    tokens: int
-    loss: float
-
-
-@dataclass(frozen=True)
-class Story:
-    """A generated story."""
-
-    prompt: str
-    text: str
-    """What follows the prompt."""
-    ended: bool
-    tokens: int
-    longest_copy: int
-    """Tokens of the longest part that stands word for word in the training stream."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The content of ``evaluation.json``."""
-
-    run: str
-    checkpoint: str
-    step: int
-    created: str
-    stream: StreamReading
-    loss: float
-    """Mean over the whole validation stream, in nats per token."""
-    perplexity: float
-    bits_per_byte: float
-    position_loss: tuple[PositionLoss, ...]
-    quality: Quality
-    samples: tuple[Story, ...]
-    judge: dict[str, Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the evaluation as JSON values."""
-        return asdict(self)
-
-    def with_judge(self, judge: dict[str, Any]) -> "Evaluation":
-        """Return the same evaluation with a judge's figures."""
-        return replace(self, judge=judge)
-
-    def save(self, run: Run) -> Path:
-        """Write ``evaluation.json`` into the run folder, whole or not at all.
-
-        Raises:
-            UserError: it cannot be written.
-        """
-        write_json(run.evaluation, self.to_dict())
-        return run.evaluation
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A run with all that its evaluation reads, checked against each other."""
+class LoadedRun:
+    """A run with everything its evaluation reads, checked for consistency."""
 
     run: Run
     checkpoint: Path
@@ -146,8 +70,8 @@ class Subject:
     val: TokenStream
 
 
-def open_subject(path: str | Path, options: EvaluationOptions) -> Subject:
-    """Open a run folder, or a checkpoint in one, and the streams it was trained on.
+def load_run(path: str | Path, options: EvaluationOptions) -> LoadedRun:
+    """Load a run, or one of its checkpoints, and open the streams it was trained on.
 
     Raises:
         UserError: something is missing, damaged, or does not belong to the run.
@@ -159,166 +83,170 @@ def open_subject(path: str | Path, options: EvaluationOptions) -> Subject:
     overrides = parse_overrides(list(options.settings), ["data"])["data"]
     config = BinDataConfig.from_yaml(str(run.configs / "data.yaml"), overrides)
     if options.stride is not None and not 1 <= options.stride <= config.block_size:
-        raise UserError(f"--stride must be between 1 and the window of {config.block_size} (it is {options.stride})")
-    loaded = load_checkpoint_model(checkpoint)
+        raise UserError(f"--stride must be between 1 and block_size={config.block_size} (got {options.stride})")
+    checkpoint_model = load_checkpoint_model(checkpoint)
     train, val = open_stream(config.train_path, config), open_stream(config.val_path, config)
     for name, stream in ((config.train_path, train), (config.val_path, val)):
-        if stream.metadata.tokenizer_hash != loaded.tokenizer_hash:
+        if stream.metadata.tokenizer_hash != checkpoint_model.tokenizer_hash:
             raise UserError(f"{name}: was not written by the tokenizer that {checkpoint} was trained with")
     tokenizer = load_tokenizer(run.tokenizer)
-    if tokenizer.hash != loaded.tokenizer_hash:
+    if tokenizer.hash != checkpoint_model.tokenizer_hash:
         raise UserError(f"{run.tokenizer}: is not the tokenizer that {checkpoint} was trained with")
-    generator = TextGenerator(loaded.model.to(fastest_device()), tokenizer)
-    return Subject(run, checkpoint, loaded.step, generator, config, train, val)
+    generator = TextGenerator(checkpoint_model.model.to(fastest_device()), tokenizer)
+    return LoadedRun(run, checkpoint, checkpoint_model.step, generator, config, train, val)
 
 
-def evaluate_run(subject: Subject, options: EvaluationOptions, progress: Progress) -> Evaluation:
-    """Measure a run: loss over the whole validation stream, and the quality of the stories it tells.
+def evaluate_run(loaded: LoadedRun, options: EvaluationOptions, on_progress: OnProgress) -> Evaluation:
+    """Measure a run's loss over the whole validation stream and the quality of its samples.
 
-    The same options give the same figures. Nothing is written.
+    The same options give the same results. Nothing is written.
 
     Args:
-        subject: the run, as :func:`open_subject` returns it.
+        loaded: the run, as :func:`load_run` returns it.
         options: what to measure.
-        progress: told of each step.
+        on_progress: called after each step.
 
     Raises:
-        UserError: a number of the options is out of its range, or a stream is being written or was written again.
+        UserError: an option is out of range, or a stream is being written or was rewritten.
     """
-    with hold_streams(subject.train, subject.val):
-        return _evaluate(subject, options, progress)
+    with hold_streams(loaded.train, loaded.val):
+        return _evaluate(loaded, options, on_progress)
 
 
-def _evaluate(subject: Subject, options: EvaluationOptions, progress: Progress) -> Evaluation:
-    reading, positions = measure_loss(subject, options.stride, progress)
+def _evaluate(loaded: LoadedRun, options: EvaluationOptions, on_progress: OnProgress) -> Evaluation:
+    stream, positions = measure_loss(loaded, options.stride, on_progress)
     total = sum_losses(positions)
-    prompts = _encodable(story_beginnings(), subject.generator)
-
-    def tell(stories: int) -> None:
-        progress("telling stories", stories, options.samples)
-
-    told = tell_stories(
-        subject.generator,
+    prompts = _encodable(evaluation_prompts(), loaded.generator)
+    samples = generate_samples(
+        loaded.generator,
         list(islice(cycle(prompts), options.samples)),
         options.sampling,
         max_new_tokens=options.max_new_tokens,
         seed=options.seed,
-        progress=tell,
+        on_progress=lambda count: on_progress("generating samples", count, options.samples),
     )
-    quality, samples = _count(subject, told, min(len(prompts), options.samples), options, progress)
+    quality, evaluated = _measure_quality(loaded, samples, min(len(prompts), options.samples), options, on_progress)
     return Evaluation(
-        run=str(subject.run.folder),
-        checkpoint=str(subject.checkpoint),
-        step=subject.step,
+        run=str(loaded.run.folder),
+        checkpoint=str(loaded.checkpoint),
+        step=loaded.step,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        stream=reading,
+        stream=stream,
         loss=total.loss,
         perplexity=total.perplexity,
-        bits_per_byte=total.bits_per_byte(subject.val.bytes_per_token),
-        position_loss=buckets(positions),
+        bits_per_byte=total.bits_per_byte(loaded.val.bytes_per_token),
+        position_loss=bucket_positions(positions),
         quality=quality,
-        samples=samples,
+        samples=evaluated,
     )
 
 
 def _encodable(prompts: list[str], generator: TextGenerator) -> list[str]:
-    """Return the prompts whose characters the tokenizer knows, or the empty one where there are none."""
+    """Return the prompts that the tokenizer can represent; ``[""]`` if there are none."""
 
-    def is_known(prompt: str) -> bool:
+    def round_trips(prompt: str) -> bool:
         try:
             return generator.tokenizer.decode(generator.tokenizer.encode(prompt)) == prompt
         except UserError:
             return False
 
-    return [prompt for prompt in prompts if is_known(prompt)] or [""]
+    return [prompt for prompt in prompts if round_trips(prompt)] or [""]
 
 
-def measure_loss(subject: Subject, stride: int | None, progress: Progress) -> tuple[StreamReading, list[LossStats]]:
+def measure_loss(
+    loaded: LoadedRun, stride: int | None, on_progress: OnProgress
+) -> tuple[EvaluatedStream, list[LossStats]]:
     """Predict each token of the validation stream once.
 
-    Without a stride the windows are those of training's own validation, in its precision, and so is the loss. Other
+    Without a stride, sequences and precision are those of training's own validation, and so is the loss. The other
     arguments are those of :func:`evaluate_run`.
 
     Returns:
-        what was read, and the surprise at each position of a window.
+        a description of what was read, and the loss at each position of a sequence.
     """
-    config, model = subject.config, subject.generator.model
-    window = config.block_size
-    overlap_ = window - (stride or window)
-    dataset = BinTokenDataset(subject.val, config, every_token=True, overlap=overlap_)
-    batch_size = max(1, min(config.batch_size, _MOST_LOGITS // (window * model.config.vocab_size)))
+    config, model = loaded.config, loaded.generator.model
+    block_size = config.block_size
+    overlap = block_size - (stride or block_size)
+    dataset = BinTokenDataset(loaded.val, config, every_token=True, overlap=overlap)
+    batch_size = max(1, min(config.batch_size, _MAX_LOGITS // (block_size * model.config.vocab_size)))
     device = model.token_emb.weight.device
-    autocast, precision = _precision_of(subject.run, device)
+    autocast, precision = _training_precision(loaded.run, device)
 
     def batches() -> Any:
-        for windows in OrderedBatches(len(dataset), batch_size):
-            yield dataset[windows]
-            progress("measuring the loss", len(windows), len(dataset))
+        for indices in OrderedBatches(len(dataset), batch_size):
+            yield dataset[indices]
+            on_progress("measuring the loss", len(indices), len(dataset))
 
     with autocast:
         positions = loss_by_position(model, batches(), device=device)
-    reading = StreamReading(
+    stream = EvaluatedStream(
         path=config.val_path,
         tokens=sum_losses(positions).tokens,
-        bytes=round(subject.val.bytes_per_token * subject.val.tokens),
-        method="sliding" if overlap_ else "blocked",
-        window=window,
-        stride=window - overlap_,
+        bytes=round(loaded.val.bytes_per_token * loaded.val.tokens),
+        method="sliding" if overlap else "blocked",
+        window=block_size,
+        stride=block_size - overlap,
         precision=precision,
     )
-    return reading, positions
+    return stream, positions
 
 
-def _precision_of(run: Run, device: torch.device) -> tuple[AbstractContextManager[Any], str]:
-    """Return how to compute as the run's training did where it ran on the same kind of device, else in float32."""
+def _training_precision(run: Run, device: torch.device) -> tuple[AbstractContextManager[Any], str]:
+    """Return the training precision if the run was trained on the same kind of device, else float32."""
     record = run.read_record()
     same_kind = str(record.get("device", "")).startswith("CPU") == (device.type == "cpu")
     precision = str(record.get("precision", ""))
-    types = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
-    if same_kind and precision in types:
-        return torch.autocast(device.type, types[precision]), precision
+    dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    if same_kind and precision in dtypes:
+        return torch.autocast(device.type, dtypes[precision]), precision
     return nullcontext(), "32-true"
 
 
-def buckets(positions: list[LossStats]) -> tuple[PositionLoss, ...]:
-    """Gather the positions 1, 2-3, 4-7, 8-15, ... of a window; one without targets is left out.
+def bucket_positions(positions: list[LossStats]) -> tuple[PositionLoss, ...]:
+    """Merge positions 1, 2-3, 4-7, 8-15, ... of a sequence; buckets without targets are omitted.
 
-    The last one takes what is left, as long as that is less than half of the next one.
+    The last bucket also takes the remainder if that is less than half of the next one.
     """
-    found, first, width = [], 1, 1
+    buckets, first, width = [], 1, 1
     while first <= len(positions):
         last = first + width - 1
         if last + width >= len(positions):
             last = len(positions)
         part = sum_losses(positions[first - 1 : last])
         if part.tokens:
-            found.append(PositionLoss(first, last, part.tokens, part.loss))
+            buckets.append(PositionLoss(first=first, last=last, tokens=part.tokens, loss=part.loss))
         first, width = last + 1, 2 * width
-    return tuple(found)
+    return tuple(buckets)
 
 
-def _count(
-    subject: Subject, told: list[Generated], prompts: int, options: EvaluationOptions, progress: Progress
-) -> tuple[Quality, tuple[Story, ...]]:
-    tokenizer = subject.generator.tokenizer
-    distinct, repeated = variety(told)
-    copied, copies = overlap(told, subject.train, subject.val, tokenizer, progress)
-    quality = Quality(
+def _measure_quality(
+    loaded: LoadedRun, samples: list[Generated], prompts: int, options: EvaluationOptions, on_progress: OnProgress
+) -> tuple[SampleQuality, tuple[EvaluatedSample, ...]]:
+    tokenizer = loaded.generator.tokenizer
+    distinct, repeated = ngram_diversity(samples)
+    overlap, matches = measure_overlap(samples, loaded.train, loaded.val, tokenizer, on_progress)
+    quality = SampleQuality(
         prompts=prompts,
-        samples=len(told),
+        samples=len(samples),
         temperature=options.temperature,
         top_p=options.top_p,
         max_new_tokens=options.max_new_tokens,
         seed=options.seed,
         distinct=distinct,
         repeated=repeated,
-        ended=sum(story.finish_reason == "stop" for story in told) / len(told),
-        length=length_of(told),
-        copied=copied,
-        invented_words=invented_words(told, subject.train, tokenizer, progress),
+        ended=sum(sample.finish_reason == "stop" for sample in samples) / len(samples),
+        length=length_stats(samples),
+        copied=overlap,
+        invented_words=find_invented_words(samples, loaded.train, tokenizer, on_progress),
     )
-    samples = tuple(
-        Story(story.prompt, story.text, story.finish_reason == "stop", len(story.ids), copy.length)
-        for story, copy in zip(told, copies, strict=True)
+    evaluated = tuple(
+        EvaluatedSample(
+            prompt=sample.prompt,
+            text=sample.text,
+            ended=sample.finish_reason == "stop",
+            tokens=len(sample.ids),
+            longest_copy=match.length,
+        )
+        for sample, match in zip(samples, matches, strict=True)
     )
-    return quality, samples
+    return quality, evaluated

@@ -1,4 +1,4 @@
-"""Benchmarks of the Language Model Evaluation Harness (lm-eval) on a run or an export."""
+"""Run benchmarks of the Language Model Evaluation Harness (lm-eval) on a run or an export."""
 
 import importlib.util
 import logging
@@ -20,19 +20,18 @@ def run_harness(
     limit: int | None = None,
     batch_size: int = 16,
 ) -> dict[str, Any]:
-    """Run tasks of the harness on a run and return its results, as ``lm_eval.simple_evaluate`` does.
+    """Run harness tasks on a run and return the results of ``lm_eval.simple_evaluate``.
 
     Args:
-        run: a run folder, a checkpoint inside one, or a folder that ``tiny-lm export huggingface`` wrote.
-        tasks: their names.
-        include_path: a folder of further tasks; the harness's own ones are not searched then.
-        num_fewshot: examples before each question; None: as the task says.
-        limit: only so many questions of each task.
-        batch_size: texts that are scored at a time.
+        run: a run folder, a checkpoint inside one, or a folder written by ``tiny-lm export huggingface``.
+        tasks: task names.
+        include_path: folder of your own tasks; the harness's own are then not searched.
+        num_fewshot: examples before each question; None: the task's default.
+        limit: maximum number of questions per task.
+        batch_size: texts scored together.
 
     Raises:
-        UserError: lm-eval is not installed, a task is unknown, its questions are not to be had, or the run cannot be
-            loaded.
+        UserError: lm-eval is not installed, a task is unknown, or its questions or the run cannot be read.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("the harness needs lm-eval: pip install 'tiny-lm[eval]'")
@@ -40,7 +39,7 @@ def run_harness(
         raise UserError(f"--include-path {include_path}: no such folder")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of libraries among themselves: nothing that the user could mend
+        warnings.simplefilter("ignore")  # between libraries: nothing the user could fix
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
 
@@ -49,11 +48,11 @@ def run_harness(
         manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
         for task in tasks:
             if not manager.match_tasks([task]):
-                close = get_close_matches(task, manager.all_tasks, n=1)  # of many thousands
+                close = get_close_matches(task, manager.all_tasks, n=1)  # among thousands of names
                 raise UserError(f"--tasks {task}: no such task{f'; did you mean {close[0]!r}?' if close else ''}")
         model = HarnessModel(str(run), batch_size=batch_size)
         try:
-            found: dict[str, Any] = simple_evaluate(
+            results: dict[str, Any] = simple_evaluate(
                 model=model,
                 tasks=list(tasks),
                 num_fewshot=num_fewshot,
@@ -61,7 +60,7 @@ def run_harness(
                 task_manager=manager,
                 bootstrap_iters=1000,
             )
-        except OSError as error:  # no network, no such data set, no such file
-            told = " ".join(str(error).split())[:300]
-            raise UserError(f"--tasks {','.join(tasks)}: their questions could not be read ({told})") from error
-    return found
+        except OSError as error:  # no network, data set or file
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"--tasks {','.join(tasks)}: their questions could not be read ({reason})") from error
+    return results

@@ -1,6 +1,6 @@
-"""A run or an export as a model of the Language Model Evaluation Harness; importing this registers it as ``tiny-lm``.
+"""A run or an export as a model of the Language Model Evaluation Harness; registered as ``tiny-lm`` on import.
 
-The harness has no way to find models of other packages by itself, so import this module before it is called::
+The harness cannot discover models of other packages, so import this module first::
 
     import lm_eval
     import tiny_lm.evaluation.harness_model
@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-import lm_eval.models  # noqa: F401 (the harness registers its own models only while it knows of no other)
+import lm_eval.models  # noqa: F401 (the harness registers its own models only if no other is registered yet)
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -24,26 +24,26 @@ from tiny_lm.inference.request import Request
 from tiny_lm.inference.scoring import token_losses
 
 _Pair = tuple[list[int], list[int]]
-"""Ids to read, and the ids that follow them and are scored."""
+"""Ids of the context, and of the continuation to score."""
 
 
 @register_model("tiny-lm")
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness ships no type information
-    """Scores and continues text for the harness, each context behind a bos token, as training documents begin."""
+    """Scores and generates text for the harness. Each context begins with bos, as training documents do."""
 
     def __init__(
         self, run: str, batch_size: int | str = 16, max_batch_size: int | None = None, device: str | None = None
     ) -> None:
-        """Load the best checkpoint of a run, or an export.
+        """Load a run's best checkpoint, or an export.
 
         Args:
-            run: a run folder, a checkpoint inside one, or a folder in Hugging Face's layout.
-            batch_size: texts that are scored at a time; the harness's ``auto`` is 16.
-            max_batch_size: taken, since the harness gives it; ``batch_size`` decides.
-            device: where to run; by default a GPU if there is one.
+            run: a run folder, a checkpoint inside one, or a folder in Hugging Face layout.
+            batch_size: texts scored together; the harness's ``auto`` means 16.
+            max_batch_size: accepted because the harness passes it, but ignored.
+            device: a GPU by default, if there is one.
 
         Raises:
-            UserError: there is no such run, or it has no checkpoint.
+            UserError: the run does not exist or has no checkpoint.
         """
         super().__init__()
         self.generator = TextGenerator.from_path(run, device=device)
@@ -58,25 +58,25 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness ships no ty
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands before a text without context: eos where documents begin without bos."""
+        """The token before a text without context: bos, or eos if the tokenizer has no bos."""
         tokenizer = self.generator.tokenizer
         return tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Encode text, behind a bos token unless that is turned off."""
+        """Encode text with a leading bos token unless that is turned off."""
         return self.generator.tokenizer.encode(string, bos=add_special_tokens is not False)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Return for each continuation the sum of its log-probabilities, and whether greedy decoding would yield it."""
+        """Return each continuation's log-likelihood and whether greedy decoding would produce it."""
         scores = self._score([(context, continuation) for _, context, continuation in requests])
         for (arguments, _, _), score in zip(requests, scores, strict=True):
             self.cache_hook.add_partial("loglikelihood", arguments, score)
         return scores
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-probability of each whole text, in windows as long as the context."""
+        """Return the log-likelihood of each whole text, scored in sequences of the context length."""
         totals = []
         for request in requests:
             windows = get_rolling_token_windows(
@@ -91,7 +91,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness ships no ty
         return totals
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continue each context up to one of its stop strings, the eos token, or ``max_gen_toks`` tokens."""
+        """Complete each context up to one of its stop strings, the eos token, or ``max_gen_toks`` tokens."""
         texts = []
         for request in requests:
             context, options = request.args
@@ -100,16 +100,18 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness ships no ty
             sampling = Sampling(temperature, options.get("top_k"), options.get("top_p", 1.0))
             limit = int(options.get("max_gen_toks", self.max_length // 2))
             stop = tuple(filter(None, until))
-            (told,) = self.generator.generate_batch([context], Request(limit, sampling=sampling, stop=stop), seed=0)
-            self.cache_hook.add_partial("generate_until", request.args, told.text)
-            texts.append(told.text)
+            (completion,) = self.generator.generate_batch(
+                [context], Request(limit, sampling=sampling, stop=stop), seed=0
+            )
+            self.cache_hook.add_partial("generate_until", request.args, completion.text)
+            texts.append(completion.text)
         return texts
 
     @torch.no_grad()
     def _score(self, pairs: Sequence[_Pair]) -> list[tuple[float, bool]]:
-        """Score the continuation of each pair; of a pair longer than the context its end."""
+        """Score the continuation of each pair; a pair longer than the context is truncated on the left."""
         results: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        # The longest ones first, beside others of their length: little padding, and too large a batch shows at once.
+        # Longest first, batched with similar lengths: little padding, and too large a batch fails at once.
         order = sorted(range(len(pairs)), key=lambda number: -sum(map(len, pairs[number])))
         for batch in _batches(order, self._batch_size):
             kept = [(pairs[number][0] + pairs[number][1])[-self.max_length - 1 :] for number in batch]

@@ -1,5 +1,5 @@
 "use strict";
-// Tokens of a text that tell, under the pointer and the arrow keys, what the model thought before they came.
+// Tokens that show the model's predictions on hover and with the arrow keys.
 const surprise = (() => {
   const shown = (text) => text.replaceAll("\n", "↵") || "∅";
   const quoted = (text) => "“" + shown(text).replace(/^ /, "·") + "”";
@@ -13,7 +13,7 @@ const surprise = (() => {
   const arrows = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -1, ArrowDown: 1};
   const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 
-  // A token has its text, its probability p, bits, rank (0: beyond those that are told) and others: pairs [text, p].
+  // A token has its text, its probability p, bits, rank (0: not among the alternatives) and others: pairs [text, p].
   const describe = (token) => {
     const list = make("ol");
     for (const [text, p] of token.others) {
@@ -22,12 +22,12 @@ const surprise = (() => {
       item.append(bar, make("span", shown(text).replace(/^ /, "·")), make("span", percent(p)));
       list.append(item);
     }
-    const rank = token.rank === 0 ? "none of its first " + token.others.length : token.rank === 1 ? "its first guess" : "its guess number " + token.rank.toLocaleString("en");
-    return [make("p", quoted(token.text), "token"), make("p", percent(token.p) + " · " + token.bits.toFixed(1) + " bits · " + rank, "odds"), make("p", "It would have said:", "resting"), list];
+    const rank = token.rank === 0 ? "not in its top " + token.others.length : token.rank === 1 ? "its first choice" : "rank " + token.rank.toLocaleString("en");
+    return [make("p", quoted(token.text), "token"), make("p", percent(token.p) + " · " + token.bits.toFixed(1) + " bits · " + rank, "odds"), make("p", "It predicted:", "resting"), list];
   };
 
-  // Lets the spans ".t" of `text`, numbered by data-i, explain themselves in `note`; `at` gives the token of a number.
-  // Returns the function that shows one of them.
+  // Shows the predictions for the spans ".t" of `text`, numbered by data-i, in `note`; `at` returns the token of an index.
+  // Returns a function that selects a token by its index.
   const explain = (text, note, at) => {
     let current = -1;
     const show = (index) => {

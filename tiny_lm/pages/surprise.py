@@ -1,4 +1,4 @@
-"""How surprised a model is by a token: what the pages show of it."""
+"""The surprise of a token, as the pages show it."""
 
 import math
 from dataclasses import dataclass
@@ -7,24 +7,24 @@ from typing import Any
 from tiny_lm.pages.text import visible
 
 LEVELS = (0.5, 1.0, 2.0, 3.0, 4.5, 6.5, 9.0)
-"""Bits at which the colour of a token changes."""
+"""Bits at which a token's color changes."""
 
 
 @dataclass(frozen=True)
 class TokenSurprise:
-    """One token of a text, and what the model thought before it came."""
+    """One token of a text and what the model predicted in its position."""
 
     text: str
     bits: float
     """Surprise: ``-log2`` of the token's probability."""
     rank: int
-    """1: the model's first guess; 0: beyond the alternatives, where no more is known."""
+    """1: the likeliest token; 0: unknown, not among the alternatives."""
     alternatives: list[tuple[str, float]]
     """The likeliest tokens with their probabilities."""
 
     @classmethod
     def of(cls, text: str, logprob: float, rank: int, alternatives: list[tuple[str, float]]) -> "TokenSurprise":
-        """Return the surprise of a token with a log-probability in nats."""
+        """Build from the token's log-probability in nats."""
         return cls(text, -logprob / math.log(2), rank, alternatives)
 
     @property
@@ -34,11 +34,11 @@ class TokenSurprise:
 
     @property
     def level(self) -> int:
-        """Number of its colour: how many of ``LEVELS`` it reaches."""
+        """Index of its color: how many of ``LEVELS`` it reaches."""
         return sum(self.bits >= level for level in LEVELS)
 
     def data(self) -> dict[str, Any]:
-        """Return what the script of a page reads."""
+        """Return the token as the page's script reads it."""
         return {
             "text": visible(self.text),
             "bits": round(self.bits, 2),

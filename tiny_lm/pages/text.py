@@ -1,4 +1,4 @@
-"""Text and numbers as a page shows them: whatever a story, a name or a prompt holds."""
+"""Formatting of text and numbers for pages."""
 
 import math
 import sys
@@ -9,12 +9,12 @@ __all__ = ["duration", "fixed", "number", "percent", "short", "spoken", "visible
 
 
 def _is_finite(value: float) -> bool:
-    """Return whether a page can show a number; a damaged file may hold an integer that no float can."""
+    """Return whether a number fits into a float; a damaged file may contain larger integers."""
     return abs(value) <= sys.float_info.max
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Return a number in ``digits`` digits or, from 1,000 on, without fractions."""
+    """Format a number with ``digits`` significant digits or, from 1,000 on, as an integer."""
     if value is None or not _is_finite(value):
         return "–"
     if abs(value) >= 1000:
@@ -26,12 +26,12 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def fixed(value: float | None, places: int) -> str:
-    """Return a number with so many places."""
+    """Format a number with a fixed number of decimal places."""
     return "–" if value is None or not _is_finite(value) else f"{value:,.{places}f}"
 
 
 def short(value: float | None) -> str:
-    """Return a count in three digits and its unit: 6.79M."""
+    """Format a count with three digits and a unit: 6.79M."""
     if value is None or not _is_finite(value):
         return "–"
     for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
@@ -42,7 +42,7 @@ def short(value: float | None) -> str:
 
 
 def spoken(value: float | None) -> str:
-    """Return a count as one says it: 6.8 million."""
+    """Format a count in words: 6.8 million."""
     if value is None or not _is_finite(value):
         return "–"
     for word, size in (("billion", 1e9), ("million", 1e6)):
@@ -52,7 +52,7 @@ def spoken(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Return a time in its two largest units: 4 min 12 s."""
+    """Format a duration in its two largest units: 4 min 12 s."""
     if seconds is None or not _is_finite(seconds):
         return "–"
     whole = round(seconds)
@@ -71,7 +71,7 @@ def duration(seconds: float | None) -> str:
 
 
 def percent(share: float | None, places: int = 0) -> str:
-    """Return a share in per cent; a small one is not 0."""
+    """Format a share in percent; small values are not rounded to 0."""
     if share is None or not _is_finite(share):
         return "–"
     smallest = 10.0**-places

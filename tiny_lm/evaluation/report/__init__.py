@@ -1,4 +1,4 @@
-"""``report.html``: one self-contained page that shows what a run did and what its model became."""
+"""``report.html``: one self-contained page about a run and its model."""
 
 from tiny_lm.evaluation.report.page import write_report
 

@@ -1,4 +1,4 @@
-"""What the heads of a model look at: its attention weights, recorded while it reads a text."""
+"""Attention maps: the attention weights of all heads, recorded during a forward pass."""
 
 import base64
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,12 @@ from torch import Tensor
 from tiny_lm.model import Transformer, reference_attention
 from tiny_lm.model.transformer import Block
 
-_MOST_TOKENS = 48
-_MOST_BYTES = 400_000
-"""Of all maps of a model together; more heads see less of the text."""
+_MAX_TOKENS = 48
+_MAX_BYTES = 400_000
+"""Size of all maps together: with more heads, fewer tokens are shown."""
 
-_CLEAR = 0.4
-"""Mean share of a head's attention that names the head."""
+_MIN_SHARE = 0.4
+"""Mean share of a head's attention from which the head is described by its target."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class HeadMap:
     layer: int
     head: int
     habit: str
-    """Where it looks most, measured."""
+    """Where it attends most."""
     spread: float
-    """Over how many tokens its weights spread."""
+    """Effective number of tokens that its weights cover."""
     data: str
-    """Base64 of the lower triangle, row by row, a byte for each weight: ``255 * sqrt(weight)``."""
+    """Base64 of the lower triangle in row-major order, one byte per weight: ``255 * sqrt(weight)``."""
 
 
 @dataclass(frozen=True)
@@ -44,56 +44,56 @@ class AttentionMaps:
 
     @property
     def clearest(self) -> int:
-        """Index of the head that looks at the fewest tokens, but not always at the first: worth a first look."""
+        """Index of the head with the least spread that is not fixed on the first token: the one to show first."""
         return min(
             range(len(self.maps)), key=lambda i: (self.maps[i].habit.startswith("first token"), self.maps[i].spread)
         )
 
 
 @contextmanager
-def recording(model: Transformer) -> Iterator[list[Tensor]]:
-    """While the block runs, keep the attention weights [B, H, T, S] of each layer that reads, in its order.
+def record_attention(model: Transformer) -> Iterator[list[Tensor]]:
+    """Record the attention weights [B, H, T, S] of each layer in call order while the block runs.
 
-    Each layer attends through the readable reference meanwhile, which computes the same: once with the values and once
-    with the unit matrix in their place, which yields the weights themselves.
+    Each layer then uses the reference implementation, which computes the same: once with the values, and once with the
+    identity matrix in their place, which yields the weights.
     """
-    kept: list[Tensor] = []
+    recorded: list[Tensor] = []
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
-        units = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)  # [B, G, S, S]
-        kept.append(reference_attention(q, k, units, mask))
+        identity = torch.eye(k.shape[2], dtype=q.dtype, device=q.device).expand(*k.shape[:2], -1, -1)  # [B, G, S, S]
+        recorded.append(reference_attention(q, k, identity, mask))
         return reference_attention(q, k, v, mask, dropout_p)
 
     blocks = [block for block in model.blocks if isinstance(block, Block)]
-    before = [block.attn.attend for block in blocks]
+    original = [block.attn.attend for block in blocks]
     try:
         for block in blocks:
             block.attn.attend = attend
-        yield kept
+        yield recorded
     finally:
-        for block, own in zip(blocks, before, strict=True):
-            block.attn.attend = own
+        for block, attend_ in zip(blocks, original, strict=True):
+            block.attn.attend = attend_
 
 
 @torch.inference_mode()
 def map_attention(model: Transformer, ids: Sequence[int]) -> AttentionMaps:
-    """Return what each head of ``model`` looks at in the beginning of a text.
+    """Return the attention maps of all heads of ``model`` on the beginning of a text.
 
     Args:
         model: in evaluation mode.
-        ids: the text; so much of it is taken as the maps of all heads have room for.
+        ids: the text; truncated so that the maps of all heads fit into the page.
     """
     heads = model.config.n_layers * model.config.n_heads
-    length = min(len(ids), _MOST_TOKENS, model.config.context_length)
-    while length > 8 and heads * length * (length + 1) // 2 > _MOST_BYTES:
+    length = min(len(ids), _MAX_TOKENS, model.config.context_length)
+    while length > 8 and heads * length * (length + 1) // 2 > _MAX_BYTES:
         length -= 1
     shown = list(ids[:length])
-    with recording(model) as kept:
+    with record_attention(model) as recorded:
         model(torch.tensor([shown]))
     rows, columns = torch.tril_indices(length, length)
     maps = [
         HeadMap(layer, head, describe_habit(weights), measure_spread(weights), _pack(weights[rows, columns]))
-        for layer, of_layer in enumerate(kept, start=1)
+        for layer, of_layer in enumerate(recorded, start=1)
         for head, weights in enumerate(of_layer[0].float(), start=1)
     ]
     return AttentionMaps(shown, model.config.n_layers, model.config.n_heads, maps)
@@ -104,7 +104,7 @@ def _pack(weights: Tensor) -> str:
 
 
 def describe_habit(weights: Tensor) -> str:
-    """Say where a head looks most, from its weights [T, T], over all tokens but the first two."""
+    """Describe where a head attends most, from its weights [T, T] over all tokens but the first two."""
     length = len(weights)
     if length < 3:
         return ""
@@ -115,9 +115,9 @@ def describe_habit(weights: Tensor) -> str:
         "first token": weights[rows, 0],
     }
     name, share = max(((name, float(values.mean())) for name, values in shares.items()), key=lambda item: item[1])
-    return f"{name} {share:.0%}" if share >= _CLEAR else f"about {measure_spread(weights):.0f} tokens"
+    return f"{name} {share:.0%}" if share >= _MIN_SHARE else f"about {measure_spread(weights):.0f} tokens"
 
 
 def measure_spread(weights: Tensor) -> float:
-    """Return over how many tokens a head's weights [T, T] spread: the mean of ``exp`` of their entropy."""
+    """Return the effective number of attended tokens: the mean of ``exp`` of the entropy of the weights [T, T]."""
     return float(torch.special.entr(weights).sum(dim=-1).exp().mean())

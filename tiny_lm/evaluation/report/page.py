@@ -1,4 +1,4 @@
-"""The page: every section's view, put into the templates that lie beside this file."""
+"""The page: all sections rendered with the templates in ``templates/``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,26 +9,26 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from tiny_lm.errors import UserError
+from tiny_lm.evaluation.report.artifacts import RunArtifacts, load_artifacts
 from tiny_lm.evaluation.report.attention import AttentionMaps, map_attention
-from tiny_lm.evaluation.report.charts import Chart, Line, draw
+from tiny_lm.evaluation.report.charts import Chart, Line, build_chart
 from tiny_lm.evaluation.report.compare import compare_bits, find_profile
 from tiny_lm.evaluation.report.curves import training_charts
-from tiny_lm.evaluation.report.material import Material, gather
 from tiny_lm.evaluation.report.overview import (
     command_line,
     cost_rows,
     data_rows,
-    figures,
     git_line,
     headline,
+    key_metrics,
     machine_rows,
     recipe_rows,
     view_model,
 )
-from tiny_lm.evaluation.report.results import Evaluation
-from tiny_lm.evaluation.report.samples import choose_moments, read_moments
+from tiny_lm.evaluation.report.samples import choose_steps, read_sampled_steps
 from tiny_lm.evaluation.report.surprise import measure_tokens
 from tiny_lm.evaluation.report.vocabulary import view_tokenizer
+from tiny_lm.evaluation.results import Evaluation
 from tiny_lm.files import write_text
 from tiny_lm.pages import shared_script, shared_style, text
 from tiny_lm.pages.surprise import LEVELS, TokenSurprise
@@ -41,24 +41,25 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
-class ReadStory:
-    """What the model made of one story: None where there was none to read."""
+class AnalyzedText:
+    """One text with the model's surprise and attention on it."""
 
     title: str
+    """Names the text, for readers."""
     tokens: list[TokenSurprise] | None
     attention: AttentionMaps
     attention_tokens: list[str]
 
     @property
     def mean_bits(self) -> float:
-        """Mean surprise at a token."""
+        """Mean surprise per token."""
         return fmean(token.bits for token in self.tokens or [])
 
 
 def write_report(run: Run, settings: Sequence[str] = ()) -> Path:
-    """Write ``report.html`` into the folder of a run, in training or at its end, and return its path.
+    """Write ``report.html`` into a run folder, during or after training, and return its path.
 
-    What the folder lacks is left out of the page, which says so.
+    Where the folder lacks something, the page says so.
 
     Args:
         run: the run folder.
@@ -67,13 +68,13 @@ def write_report(run: Run, settings: Sequence[str] = ()) -> Path:
     Raises:
         UserError: ``run.json`` is damaged, a setting is unknown, or the page cannot be written.
     """
-    write_text(run.report, _render(gather(run, settings)))
+    write_text(run.report, _render(load_artifacts(run, settings)))
     return run.report
 
 
 @cache
 def _environment() -> "Environment":
-    """Return what reads the templates and keeps them compiled."""
+    """Return the Jinja environment; it caches compiled templates."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -82,7 +83,9 @@ def _environment() -> "Environment":
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: text.visible(value) if type(value) is str else value,  # markup of our own stays
+        finalize=lambda value: (
+            text.visible(value) if type(value) is str else value
+        ),  # our own markup is of another type
     )
     environment.filters.update(
         number=text.number, fixed=text.fixed, short=text.short, percent=text.percent, visible=text.visible
@@ -91,100 +94,103 @@ def _environment() -> "Environment":
     return environment
 
 
-def _render(material: Material) -> str:
-    own = {
+def _render(artifacts: RunArtifacts) -> str:
+    assets = {
         "style": shared_style() + (_TEMPLATES / "report.css").read_text("utf-8"),
         "script": shared_script() + (_TEMPLATES / "report.js").read_text("utf-8"),
     }
-    return _environment().get_template("report.html").render(**_views(material), **own)
+    return _environment().get_template("report.html").render(**_views(artifacts), **assets)
 
 
-def _views(material: Material) -> dict[str, Any]:
-    """Return what the templates name."""
-    model = view_model(material)
-    moments = read_moments(material.samples)
-    story = _read_story(material)
-    charts = training_charts(material.events, _epoch(material))
-    position = _position_chart(material.evaluation)
+def _views(artifacts: RunArtifacts) -> dict[str, Any]:
+    """Return the variables of the templates."""
+    model = view_model(artifacts)
+    steps = read_sampled_steps(artifacts.samples)
+    analyzed = _analyze_text(artifacts)
+    charts = training_charts(artifacts.events, _epoch(artifacts))
+    position = _position_chart(artifacts.evaluation)
     return {
-        "title": material.run.name,
+        "title": artifacts.run.name,
         "written": f"{datetime.now(timezone.utc):%d %B %Y, %H:%M} UTC",
-        "status": material.text("status"),
-        "headline": headline(material, model),
-        "figures": figures(material, model),
-        "validated": material.number("metrics", "val_loss") is not None,
+        "status": artifacts.text("status"),
+        "headline": headline(artifacts, model),
+        "key_metrics": key_metrics(artifacts, model),
+        "validated": artifacts.number("metrics", "val_loss") is not None,
         "model": model,
-        "data_rows": data_rows(material),
-        "recipe_rows": recipe_rows(material),
+        "data_rows": data_rows(artifacts),
+        "recipe_rows": recipe_rows(artifacts),
         "charts": charts,
-        "profile": find_profile(material),
-        "bars": compare_bits(material),
-        "moments": choose_moments(moments),
-        "moments_in_all": len(moments),
-        "story": story,
+        "profile": find_profile(artifacts),
+        "bars": compare_bits(artifacts),
+        "sampled_steps": choose_steps(steps),
+        "num_sampled_steps": len(steps),
+        "analyzed": analyzed,
         "levels": LEVELS,
-        "evaluation": material.evaluation,
+        "evaluation": artifacts.evaluation,
         "position_chart": position,
-        "tokenizer": view_tokenizer(material),
-        "cost_rows": cost_rows(material),
-        "machine_rows": machine_rows(material),
-        "git": git_line(material),
-        "command": command_line(material),
-        "configs": material.config_texts,
-        "checkpoint": material.checkpoint.name if material.checkpoint else "",
-        "step": material.model.step if material.model else None,
-        "missing": material.missing,
-        "data": _page_data([*charts, *([position] if position else [])], story),
+        "tokenizer": view_tokenizer(artifacts),
+        "cost_rows": cost_rows(artifacts),
+        "machine_rows": machine_rows(artifacts),
+        "git": git_line(artifacts),
+        "command": command_line(artifacts),
+        "configs": artifacts.config_texts,
+        "checkpoint": artifacts.checkpoint.name if artifacts.checkpoint else "",
+        "step": artifacts.model.step if artifacts.model else None,
+        "missing": artifacts.missing,
+        "data": _page_data([*charts, *([position] if position else [])], analyzed),
     }
 
 
-def _epoch(material: Material) -> float | None:
-    """Return the optimizer steps in which the training text is read once."""
-    tokens, step = material.number("train_tokens"), material.number("tokens_per_step")
+def _epoch(artifacts: RunArtifacts) -> float | None:
+    """Return the number of optimizer steps per epoch."""
+    tokens, step = artifacts.number("train_tokens"), artifacts.number("tokens_per_step")
     return tokens / step if tokens and step else None
 
 
-def _read_story(material: Material) -> ReadStory | None:
-    """Let the model read a validation story or, where the stream is gone, the last one that it told itself."""
-    if material.model is None or material.tokenizer is None:
+def _analyze_text(artifacts: RunArtifacts) -> AnalyzedText | None:
+    """Run the model on a validation document or, if the stream is gone, on its last sample."""
+    if artifacts.model is None or artifacts.tokenizer is None:
         return None
-    network, tokenizer = material.model.model, material.tokenizer
-    found = material.streams.story if material.streams else None
-    if found is not None:
-        ids, title = found.ids, f"validation story {found.number}" + ("" if found.is_whole else " (its beginning)")
-        tokens = measure_tokens(network, tokenizer, ids)
+    model, tokenizer = artifacts.model.model, artifacts.tokenizer
+    document = artifacts.streams.document if artifacts.streams else None
+    if document is not None:
+        ids = document.ids
+        title = f"validation document {document.number}" + ("" if document.is_whole else " (its beginning)")
+        tokens = measure_tokens(model, tokenizer, ids)
     else:
-        moments = read_moments(material.samples)
-        if not moments:
+        steps = read_sampled_steps(artifacts.samples)
+        if not steps:
             return None
-        told = moments[-1].stories[0]
+        sample = steps[-1].samples[0]
         try:
-            ids = tokenizer.encode(told.beginning + told.continuation, bos=True)[: material.model.config.context_length]
+            ids = tokenizer.encode(sample.prompt + sample.completion, bos=True)[: artifacts.model.config.context_length]
         except UserError:
             return None
-        title, tokens = "a story of its own", None
-    maps = map_attention(network, ids)
-    return ReadStory(title, tokens, maps, [tokenizer.token_text(i) for i in maps.ids])
+        title, tokens = "the model's own sample", None
+    maps = map_attention(model, ids)
+    return AnalyzedText(title, tokens, maps, [tokenizer.token_text(i) for i in maps.ids])
 
 
 def _position_chart(evaluation: Evaluation | None) -> Chart | None:
-    """Draw the loss over the place in the context, each range at its middle."""
+    """Chart the loss by position in the context, each bucket at its middle."""
     if evaluation is None:
         return None
     curve = [((part.first + part.last) // 2, part.loss) for part in evaluation.position_loss if part.tokens]
     line = Line("loss", curve, "val", marks=len(curve) <= 40)
-    return draw("position", "Loss by place in the context", "nats per token", [line], x_name="position", log_x=True)
+    return build_chart(
+        "position", "Loss by position in the context", "nats per token", [line], x_name="position", log_x=True
+    )
 
 
-def _page_data(charts: list[Chart], story: ReadStory | None) -> dict[str, Any]:
-    """Return what the script of the page reads: points of the charts, surprise, attention."""
+def _page_data(charts: list[Chart], analyzed: AnalyzedText | None) -> dict[str, Any]:
+    """Return the data of the page's script: chart points, surprise and attention."""
     data: dict[str, Any] = {"charts": {chart.key: chart.data for chart in charts}, "tokens": [], "attention": None}
-    if story is None:
+    if analyzed is None:
         return data
-    data["tokens"] = [token.data() for token in story.tokens or []]
+    data["tokens"] = [token.data() for token in analyzed.tokens or []]
     data["attention"] = {
-        "tokens": [text.visible(token) for token in story.attention_tokens],
-        "clearest": story.attention.clearest,
-        "maps": [[head.layer, head.head, head.habit, head.data] for head in story.attention.maps],
+        "tokens": [text.visible(token) for token in analyzed.attention_tokens],
+        "clearest": analyzed.attention.clearest,
+        "maps": [[head.layer, head.head, head.habit, head.data] for head in analyzed.attention.maps],
     }
     return data

@@ -1,4 +1,4 @@
-"""How surprised a model is by each token of a text, and what it would have said instead."""
+"""The surprise of each token of a text, and the likeliest alternatives."""
 
 from collections.abc import Sequence
 
@@ -13,27 +13,28 @@ _ALTERNATIVES = 5
 
 @torch.inference_mode()
 def measure_tokens(model: Transformer, tokenizer: Tokenizer, ids: Sequence[int]) -> list[TokenSurprise]:
-    """Return the surprise ``-log2 p`` of each token but the first, which nothing foretells.
+    """Return the surprise ``-log2 p`` of each token but the first, which is not predicted.
 
     Args:
         model: in evaluation mode.
-        tokenizer: its tokenizer.
-        ids: a text of 2 tokens up to the context of the model.
+        tokenizer: the model's tokenizer.
+        ids: a text of 2 tokens up to the context length.
     """
     logits = model(torch.tensor([ids]))[0, :-1].float()  # [T-1, V]
-    log_probabilities = logits.log_softmax(dim=-1)
+    logprobs = logits.log_softmax(dim=-1)
     targets = torch.tensor(ids[1:])
-    own = log_probabilities.gather(1, targets[:, None])  # [T-1, 1]
-    ranks = (log_probabilities > own).sum(dim=-1) + 1
-    best = log_probabilities.topk(min(_ALTERNATIVES, logits.shape[-1]), dim=-1)
+    target_logprobs = logprobs.gather(1, targets[:, None])  # [T-1, 1]
+    ranks = (logprobs > target_logprobs).sum(dim=-1) + 1
+    best = logprobs.topk(min(_ALTERNATIVES, logits.shape[-1]), dim=-1)
     tokens = []
-    for place, token in enumerate(targets.tolist()):
-        alternatives = zip(best.indices[place].tolist(), best.values[place].exp().tolist(), strict=True)
-        told = [(_token_text(tokenizer, other), share) for other, share in alternatives]
-        tokens.append(TokenSurprise.of(tokenizer.token_text(token), float(own[place]), int(ranks[place]), told))
+    for index, token in enumerate(targets.tolist()):
+        likeliest = zip(best.indices[index].tolist(), best.values[index].exp().tolist(), strict=True)
+        alternatives = [(_token_text(tokenizer, other), p) for other, p in likeliest]
+        text = tokenizer.token_text(token)
+        tokens.append(TokenSurprise.of(text, float(target_logprobs[index]), int(ranks[index]), alternatives))
     return tokens
 
 
 def _token_text(tokenizer: Tokenizer, token: int) -> str:
-    """Return a token as text; a model may have more ids than its tokenizer."""
+    """Return a token's text; a model may have more ids than its tokenizer."""
     return tokenizer.token_text(token) if token < tokenizer.vocab_size else f"[{token}]"

@@ -2,7 +2,7 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const {make, quoted, clamp, arrows} = surprise;
 
-  // --- charts: read values off -----------------------------------------------------------------------------------
+  // --- charts: show values ---------------------------------------------------------------------------------------
   const svg = "http://www.w3.org/2000/svg";
   for (const figure of document.querySelectorAll("[data-chart]")) {
     const chart = data.charts[figure.dataset.chart];
@@ -17,16 +17,16 @@
       const step = steps[at], left = lefts.get(step) + "%";
       const line = document.createElementNS(svg, "line");
       for (const [key, value] of Object.entries({x1: left, x2: left, y1: "0", y2: "100%"})) line.setAttribute(key, value);
-      const marks = chart.lines.map((drawn) => {
-        const [, , across, top] = nearest(drawn.points, step), mark = document.createElementNS(svg, "circle");
-        const place = {cx: across + "%", cy: top + "%", r: "4", class: "mark " + drawn.style};
-        for (const [key, value] of Object.entries(place)) mark.setAttribute(key, value);
+      const marks = chart.lines.map((series) => {
+        const [, , across, top] = nearest(series.points, step), mark = document.createElementNS(svg, "circle");
+        const position = {cx: across + "%", cy: top + "%", r: "4", class: "mark " + series.style};
+        for (const [key, value] of Object.entries(position)) mark.setAttribute(key, value);
         return mark;
       });
       cursor.replaceChildren(line, ...marks);
-      readout.textContent = chart.x + " " + step.toLocaleString("en") + chart.lines.map((drawn) => {
-        const [x, value] = nearest(drawn.points, step);
-        return " · " + drawn.name + " " + value.toLocaleString("en", {maximumSignificantDigits: 4}) + (x === step ? "" : " (at " + x.toLocaleString("en") + ")");
+      readout.textContent = chart.x + " " + step.toLocaleString("en") + chart.lines.map((series) => {
+        const [x, value] = nearest(series.points, step);
+        return " · " + series.name + " " + value.toLocaleString("en", {maximumSignificantDigits: 4}) + (x === step ? "" : " (at " + x.toLocaleString("en") + ")");
       }).join("");
     };
     const rest = () => { cursor.replaceChildren(); readout.replaceChildren(make("span", resting, "resting")); };
@@ -44,7 +44,7 @@
     });
   }
 
-  // --- surprise: what the model thought ---------------------------------------------------------------------------
+  // --- surprise: the model's predictions -------------------------------------------------------------------------
   const heat = document.getElementById("heat");
   if (heat) {
     const show = surprise.explain(heat, document.getElementById("heat-note"), (index) => data.tokens[index]);

@@ -1,4 +1,4 @@
-"""What a report is made from: all that lies in a run folder, and for each part that does not, a line that says so."""
+"""Everything a report is built from: the contents of a run folder, and a message for each missing part."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +11,8 @@ from tiny_lm.data import BinDataConfig
 from tiny_lm.data.bin.stream import TokenStream, open_stream
 from tiny_lm.data.metadata import FileStatistics, StreamMetadata
 from tiny_lm.errors import UserError
-from tiny_lm.evaluation.report.results import Evaluation, read_evaluation
-from tiny_lm.evaluation.report.story import Story, decode_text, pick_story
+from tiny_lm.evaluation.report.document import Document, decode_beginning, pick_document
+from tiny_lm.evaluation.results import Evaluation, read_evaluation
 from tiny_lm.model.checkpoint import CheckpointModel, load_checkpoint_model
 from tiny_lm.reading import read_text
 from tiny_lm.runs import Run, number_in, read_metrics
@@ -27,20 +27,20 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Streams:
-    """The token streams that a run was trained on and validated with, as far as they are still there."""
+    """The token streams that a run was trained on and validated with, as far as they still exist."""
 
     validation: TokenStream
     train_statistics: FileStatistics | None
     val_statistics: FileStatistics | None
     text: str
     """The beginning of the validation text."""
-    story: Story | None
-    """A document of it that the model can read at once."""
+    document: Document | None
+    """A validation document that fits into the model's context."""
 
 
 @dataclass(frozen=True)
-class Material:
-    """All parts of a run that a report shows; None, or nothing, for those that are not there."""
+class RunArtifacts:
+    """All parts of a run that a report shows; None or empty if missing."""
 
     run: Run
     record: dict[str, Any]
@@ -55,36 +55,36 @@ class Material:
     streams: Streams | None
     evaluation: Evaluation | None
     missing: dict[str, str] = field(default_factory=dict)
-    """Why a part is not there, by its name."""
+    """Why a part is missing, by its name."""
 
     def number(self, *keys: str) -> float | None:
-        """Return a number of ``run.json`` by its keys, outer ones first; None where there is none."""
+        """Return the number under nested keys of ``run.json``, or None."""
         return number_in(self.record, *keys)
 
     def text(self, *keys: str) -> str:
-        """Return a text of ``run.json`` by its keys; nothing where there is none."""
+        """Return the string under nested keys of ``run.json``, or an empty one."""
         value: Any = self.record
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         return value if isinstance(value, str) else ""
 
 
-def gather(run: Run, settings: Sequence[str] = ()) -> Material:
-    """Read a run folder, whatever it lacks.
+def load_artifacts(run: Run, settings: Sequence[str] = ()) -> RunArtifacts:
+    """Load what a run folder has; missing parts are recorded, not raised.
 
     Args:
         run: the run folder.
-        settings: overrides of its data config, by which its streams are looked for.
+        settings: overrides of its data config, such as the paths of its streams.
 
     Raises:
-        UserError: ``run.json`` is damaged: then it is no run folder; or a setting is none of the data config.
+        UserError: ``run.json`` is damaged (then it is not a run folder), or the data config has no such key.
     """
     overrides = parse_overrides(list(settings), ["data"])["data"]
     missing: dict[str, str] = {}
 
-    def attempt(part: str, read: Callable[[], _T]) -> _T | None:
+    def attempt(part: str, load: Callable[[], _T]) -> _T | None:
         try:
-            return read()
+            return load()
         except (UserError, OSError) as error:
             missing[part] = " ".join(str(error).split())
             return None
@@ -92,17 +92,17 @@ def gather(run: Run, settings: Sequence[str] = ()) -> Material:
     record = run.read_record()
     files = {section: run.configs / f"{section}.yaml" for section in SECTIONS}
     if overrides:
-        BinDataConfig.from_yaml(files["data"], overrides)  # a mistake in them is told, not written onto the page
+        BinDataConfig.from_yaml(files["data"], overrides)  # a mistake in them is an error, not a line on the page
     configs = {section: attempt(f"{section} config", partial(read_yaml, file)) for section, file in files.items()}
     texts = {section: attempt(f"{section} config", partial(_read, file)) for section, file in files.items()}
     tokenizer = attempt("tokenizer", lambda: load_tokenizer(run.tokenizer))
     checkpoint = attempt("model", run.model_checkpoint)
     model = attempt("model", lambda: _load(checkpoint, tokenizer)) if checkpoint and tokenizer else None
     if checkpoint and not tokenizer:
-        missing["model"] = "without its tokenizer it cannot read"
+        missing["model"] = "its tokenizer is missing"
     context = model.config.context_length if model else None
     streams = attempt("streams", lambda: _open_streams(files["data"], overrides, tokenizer, context))
-    return Material(
+    return RunArtifacts(
         run=run,
         record=record,
         events=attempt("metrics", lambda: read_metrics(run.metrics)) or [],
@@ -125,7 +125,7 @@ def _read(file: Path) -> str:
 def _load(checkpoint: Path, tokenizer: Tokenizer) -> CheckpointModel:
     model = load_checkpoint_model(checkpoint)
     if model.tokenizer_hash != tokenizer.hash:
-        raise UserError(f"{checkpoint}: was trained with another tokenizer than the one beside it")
+        raise UserError(f"{checkpoint}: was not trained with the tokenizer in the run folder")
     return model
 
 
@@ -135,16 +135,16 @@ def _open_streams(
     config = BinDataConfig.from_yaml(config_file, overrides)
     stream = open_stream(config.val_path, config)
     if tokenizer is None or stream.metadata.tokenizer_hash != tokenizer.hash:
-        raise UserError(f"{config.val_path}: was written by another tokenizer since")
+        raise UserError(f"{config.val_path}: was rewritten with another tokenizer")
     return Streams(
         validation=stream,
         train_statistics=_statistics(Path(config.train_path)),
         val_statistics=_statistics(Path(config.val_path)),
-        text=decode_text(stream, config, tokenizer),
-        story=pick_story(stream, config, tokenizer, context) if context else None,
+        text=decode_beginning(stream, config, tokenizer),
+        document=pick_document(stream, config, tokenizer, context) if context else None,
     )
 
 
 def _statistics(file: Path) -> FileStatistics | None:
-    """Return what the metadata beside a stream say of it; None for a glob of several."""
+    """Return a stream file's entry in its metadata; None for a glob of several files."""
     return StreamMetadata.read(file.parent).files.get(file.name) if file.is_file() else None
