@@ -38,14 +38,14 @@ Generate = Callable[[int, float], None]
 
 
 def ours(run: Path, *, compile_it: bool = False) -> Generate:
-    from tiny_lm.inference import Request, Sampling, TextGenerator
+    from tiny_lm.inference import GenerationConfig, TextGenerator
 
     generator = TextGenerator.from_run(run)
     if compile_it:
         generator.compile()
 
     def generate(batch: int, temperature: float) -> None:
-        request = Request(TOKENS, TOKENS, Sampling(temperature))
+        request = GenerationConfig(max_new_tokens=TOKENS, min_new_tokens=TOKENS, temperature=temperature)
         texts = generator.generate_batch([PROMPT] * batch, request, seed=list(range(batch)))
         assert all(len(text.ids) == TOKENS for text in texts)
 

@@ -20,11 +20,11 @@ from playwright.sync_api import Browser, Page, expect
 from report_runs import train_small
 
 from tiny_lm.data import BinDataConfig
-from tiny_lm.inference import Request, Sampling, TextGenerator
+from tiny_lm.inference import GenerationConfig, TextGenerator
 from tiny_lm.model import build_model, model_config_from_dict
 from tiny_lm.runs import Run
+from tiny_lm.serving.demo.backend import DemoBackend
 from tiny_lm.serving.demo.server import build_app
-from tiny_lm.serving.demo.stories import Storytellers
 from tiny_lm.tokenizer import Tokenizer
 
 Scheme = Literal["light", "dark"]
@@ -187,7 +187,7 @@ def test_two_stories_at_every_width_and_nobody_else_is_asked(
 
 
 def test_a_typed_beginning_streams_to_the_story_of_its_seed(open_page: Callable[..., Opened], served: Served) -> None:
-    request = Request(500, sampling=Sampling(0.7, 20, 0.9))
+    request = GenerationConfig(max_new_tokens=500, temperature=0.7, top_k=20, top_p=0.9)
     prompt = 'One day, <b>Pip</b> & "Mia"'
     generator = TextGenerator.from_run(served.runs[0])
     told = generator.generate_batch([prompt] * 20, request, seed=range(20))
@@ -248,12 +248,12 @@ def test_too_long_a_beginning_is_refused_in_words(open_page: Callable[..., Opene
 
 
 @pytest.fixture
-def slow(tokenizer: Tokenizer) -> Iterator[tuple[str, Storytellers]]:
+def slow(tokenizer: Tokenizer) -> Iterator[tuple[str, DemoBackend]]:
     """A demo, in this process, of a model that needs seconds for a story."""
     size = {"vocab_size": tokenizer.vocab_size, "context_length": 64, "d_model": 768, "n_layers": 12, "n_heads": 12}
     torch.manual_seed(0)
     model = build_model(model_config_from_dict(size, source="test"))  # knows nothing, so it does not end by itself
-    tellers = Storytellers({"slow": TextGenerator(model, tokenizer)})
+    tellers = DemoBackend({"slow": TextGenerator(model, tokenizer)})
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
         server = uvicorn.Server(uvicorn.Config(build_app(tellers, port), log_level="warning", ws="none"))
@@ -266,7 +266,7 @@ def slow(tokenizer: Tokenizer) -> Iterator[tuple[str, Storytellers]]:
 
 
 @pytest.mark.filterwarnings("ignore:.future.no_silent_downcasting:DeprecationWarning")  # of Gradio's own use of pandas
-def test_stop_and_leaving_free_the_model(open_page: Callable[..., Opened], slow: tuple[str, Storytellers]) -> None:
+def test_stop_and_leaving_free_the_model(open_page: Callable[..., Opened], slow: tuple[str, DemoBackend]) -> None:
     address, tellers = slow
     opened = open_page(address=address)
     page = opened.page

@@ -22,7 +22,7 @@ from tiny_lm.evaluation.evaluate import (
 )
 from tiny_lm.evaluation.generation import evaluation_prompts
 from tiny_lm.evaluation.quality import measure_overlap
-from tiny_lm.inference.request import Generated
+from tiny_lm.inference.request import Completion
 from tiny_lm.inference.scoring import LossStats, token_losses
 from tiny_lm.runs import Run
 
@@ -113,8 +113,8 @@ def test_memorised_text_shows(loaded: LoadedRun, stories: list[str], silent: Sil
     tokenizer = loaded.generator.tokenizer
     known = tokenizer.encode(stories[3])[5:65]
     samples = [
-        Generated("", tokenizer.decode(known), known, "stop", []),
-        Generated("", "x", tokenizer.encode("xxxxxxxx"), "stop", []),
+        Completion("", tokenizer.decode(known), known, "stop", []),
+        Completion("", "x", tokenizer.encode("xxxxxxxx"), "stop", []),
     ]
     stats, matches = measure_overlap(samples, loaded.train, loaded.val, tokenizer, silent)
     assert (stats.longest, matches[0].length, stats.text) == (60, 60, tokenizer.decode(known))

@@ -219,7 +219,7 @@ def _read_files_to_push(path: Path) -> None:
 
 
 def _read_hosts(path: Path) -> None:
-    from tiny_lm.serving.guard import host_name, hosts_of
+    from tiny_lm.serving.middleware import host_name, hosts_of
 
     for line in path.read_bytes().decode("latin-1").split("\n"):
         if host_name(line) is not None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from tiny_lm.inference import Request, Sampling, TextGenerator
+from tiny_lm.inference import GenerationConfig, SamplingParams, TextGenerator
 from tiny_lm.model import build_model, model_config_from_dict
 from tiny_lm.tokenizer import Tokenizer
 
@@ -14,7 +14,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama3": {"n_heads": 4, "n_kv_heads": 2},
     "qwen3": {"n_heads": 4, "n_kv_heads": 2},
 }
-GREEDY = Sampling(temperature=0)
+GREEDY = SamplingParams(temperature=0)
 
 
 def make(tokenizer: Tokenizer, family: str = "gpt2", **values: Any) -> TextGenerator:
@@ -35,5 +35,7 @@ def never_drawn(generator: TextGenerator) -> torch.Tensor:
 
 def generated_ids(generator: TextGenerator, prompt: str, count: int) -> list[int]:
     """The ids of the prompt and of ``count`` tokens after it, the likeliest ones but for eos."""
-    [generated] = generator.generate_batch([prompt], Request(count, count, GREEDY))
+    [generated] = generator.generate_batch(
+        [prompt], GenerationConfig(max_new_tokens=count, min_new_tokens=count, temperature=0)
+    )
     return generator.tokenizer.encode(prompt, bos=True) + generated.ids

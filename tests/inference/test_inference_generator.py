@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from generators import FAMILIES, GREEDY, generated_ids, make, never_drawn
 
 from tiny_lm.data import BinDataConfig
 from tiny_lm.errors import UserError
-from tiny_lm.inference import Request, Sampling, TextGenerator
+from tiny_lm.inference import GenerationConfig, SamplingParams, TextGenerator
 from tiny_lm.model import KVCache, Transformer, model_config_from_dict
 from tiny_lm.runs import Run
 from tiny_lm.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
@@ -69,7 +70,7 @@ def test_memory_is_taken_for_the_longest_text_only(
         return new_cache(model, batch_size, max_length)
 
     monkeypatch.setattr(Transformer, "new_cache", spied)
-    generator.generate_batch(prompts, Request(new, new))
+    generator.generate_batch(prompts, GenerationConfig(max_new_tokens=new, min_new_tokens=new))
     assert lengths == [held]
 
 
@@ -77,13 +78,13 @@ SPECIALS = {"pad": "<pad>", "eos": "<eos>", "bos": "<bos>", "unk": "<unk>"}
 PROMPTS = ["", "One day", "Once upon a time, there was a bear and a fox", "The bear", "One day"]
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.0, top_p=0.9, repetition_penalty=1.2)])
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.2)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_batch_gives_each_prompt_the_text_that_it_gets_alone(
-    family: str, sampling: Sampling, tokenizer: Tokenizer
+    family: str, sampling: SamplingParams, tokenizer: Tokenizer
 ) -> None:
     generator = make(tokenizer, family)
-    request = Request(90, sampling=sampling)  # the windows of all slide, each at its own step
+    request = GenerationConfig(max_new_tokens=90, **asdict(sampling))  # the windows of all slide, each at its own step
     seeds = [5, 6, 7, 8, 6]
     together = generator.generate_batch(PROMPTS, request, seed=seeds)
     alone = [generator.generate_batch([p], request, seed=s)[0] for p, s in zip(PROMPTS, seeds, strict=True)]
@@ -96,27 +97,51 @@ def test_a_batch_gives_each_prompt_the_text_that_it_gets_alone(
 def test_rows_that_end_give_their_places_back_and_leave_the_others_alone(tokenizer: Tokenizer) -> None:
     generator = make(tokenizer)
     prompts = [f"{word} went home" for word in ["one", "two", "three", "four", "five", "six", "seven", "eight"]]
-    longest = generator.generate_batch(prompts, Request(50, sampling=GREEDY))
+    longest = generator.generate_batch(prompts, GenerationConfig(max_new_tokens=50, temperature=0))
     letters = sorted({text.text[10:12] for text in longest})
-    stopped = generator.generate_batch(prompts, Request(50, sampling=GREEDY, stop=tuple(letters[:6])))
+    stopped = generator.generate_batch(
+        prompts, GenerationConfig(max_new_tokens=50, temperature=0, stop=tuple(letters[:6]))
+    )
     assert {text.finish_reason for text in stopped} == {"stop", "length"}
     for whole, cut in zip(longest, stopped, strict=True):
         assert whole.text.startswith(cut.text)
         assert cut.finish_reason == "stop" or cut.text == whole.text
 
 
+def test_options_are_keywords_or_a_config_and_an_unknown_one_names_the_nearest(tokenizer: Tokenizer) -> None:
+    generator = make(tokenizer)
+    config = GenerationConfig(max_new_tokens=9, temperature=1.0, top_p=0.9, stop="z", repetition_penalty=1.2)
+    options = {"temperature": 1.0, "top_p": 0.9, "stop": "z", "repetition_penalty": 1.2}
+    [expected] = generator.generate_batch(["One day"], config, seed=3)
+    assert generator.generate_batch(["One day"], max_new_tokens=9, seed=3, **options) == [expected]
+    assert generator.generate_batch(["One day"], config, max_new_tokens=2, seed=3)[0].ids == expected.ids[:2]
+    assert "".join(generator.stream("One day", max_new_tokens=9, seed=3, **options)) == expected.text
+    assert generator.generate("One day", 9, seed=3, **options) == "One day" + expected.text
+    for method in (generator.generate, generator.stream):
+        with pytest.raises(TypeError, match="unknown option 'max_tokens'; did you mean 'max_new_tokens'"):
+            method("One day", max_tokens=9)
+    with pytest.raises(TypeError, match="unknown option 'temprature'; did you mean 'temperature'"):
+        generator.generate_batch(["One day"], temprature=0)
+
+
 def test_many_prompts_are_continued_some_at_a_time(tokenizer: Tokenizer) -> None:
     generator = make(tokenizer)
-    texts = generator.generate_batch(["One day"] * 150, Request(4), seed=list(range(150)))
-    assert texts[149] == generator.generate_batch(["One day"], Request(4), seed=149)[0]
-    assert generator.generate_batch([], Request(4)) == []
+    texts = generator.generate_batch(["One day"] * 150, GenerationConfig(max_new_tokens=4), seed=list(range(150)))
+    assert texts[149] == generator.generate_batch(["One day"], GenerationConfig(max_new_tokens=4), seed=149)[0]
+    assert generator.generate_batch([], GenerationConfig(max_new_tokens=4)) == []
 
 
 def test_penalties_keep_tokens_from_coming_again(tokenizer: Tokenizer) -> None:
     generator = make(tokenizer)
     plain, repeated, present = (
-        generator.generate_batch(["One day"], Request(60, 60, sampling))[0].ids
-        for sampling in (GREEDY, Sampling(0, repetition_penalty=100.0), Sampling(0, presence_penalty=100.0))
+        generator.generate_batch(
+            ["One day"], GenerationConfig(max_new_tokens=60, min_new_tokens=60, **asdict(sampling))
+        )[0].ids
+        for sampling in (
+            GREEDY,
+            SamplingParams(temperature=0, repetition_penalty=100.0),
+            SamplingParams(temperature=0, presence_penalty=100.0),
+        )
     )
     assert len(set(plain)) < 60 == len(set(repeated)) == len(set(present))
     assert not set(repeated) & set(tokenizer.encode("One day"))
@@ -124,7 +149,9 @@ def test_penalties_keep_tokens_from_coming_again(tokenizer: Tokenizer) -> None:
 
 def test_logprobs_are_those_of_the_model_alone(tokenizer: Tokenizer) -> None:
     generator = make(tokenizer)
-    request = Request(12, 12, Sampling(2.0, top_k=5, frequency_penalty=1.0), logprobs=3)
+    request = GenerationConfig(
+        max_new_tokens=12, min_new_tokens=12, temperature=2.0, top_k=5, frequency_penalty=1.0, logprobs=3
+    )
     [text] = generator.generate_batch(["One day"], request, seed=1)
     ids = tokenizer.encode("One day", bos=True)
     with torch.no_grad():
@@ -141,15 +168,17 @@ def test_a_stop_token_ends_the_text_and_an_unknown_one_is_refused(stories: list[
     )
     tokenizer = train_tokenizer(config, stories)
     generator = make(tokenizer)
-    told = generator.generate_batch(["One day"] * 32, Request(400, sampling=Sampling(3.0)), seed=list(range(32)))
+    told = generator.generate_batch(
+        ["One day"] * 32, GenerationConfig(max_new_tokens=400, temperature=3.0), seed=list(range(32))
+    )
     turn = tokenizer.special_tokens["turn"]
     seed, spoken = next((seed, text) for seed, text in enumerate(told) if turn in text.ids)
     ended = generator.generate_batch(
-        ["One day"], Request(400, stop_tokens=("<|im_end|>",), sampling=Sampling(3.0)), seed=seed
+        ["One day"], GenerationConfig(max_new_tokens=400, stop_tokens=("<|im_end|>",), temperature=3.0), seed=seed
     )
     assert ended[0].ids == spoken.ids[: spoken.ids.index(turn)] and ended[0].finish_reason == "stop"
     with pytest.raises(UserError, match=r"'<\|end\|>' is no special token of this model; it has .*<\|im_end\|>"):
-        generator.generate_batch(["One day"], Request(stop_tokens=("<|end|>",)))
+        generator.generate_batch(["One day"], GenerationConfig(stop_tokens=("<|end|>",)))
 
 
 @pytest.mark.parametrize("length", [20, 64, 65, 200])
@@ -194,14 +223,14 @@ def test_same_seed_same_text(tokenizer: Tokenizer) -> None:
 
 def test_the_stream_adds_up_to_the_text(tokenizer: Tokenizer) -> None:
     generator = make(tokenizer)
-    pieces = list(generator.stream("One day", Request(60, sampling=Sampling(1.0)), seed=3))
+    pieces = list(generator.stream("One day", GenerationConfig(max_new_tokens=60, temperature=1.0), seed=3))
     assert "One day" + "".join(pieces) == generator.generate("One day", 60, temperature=1.0, seed=3)
     assert len(pieces) > 10
 
 
 def test_control_tokens_and_rows_beyond_the_tokenizer_are_never_drawn(tokenizer: Tokenizer) -> None:
     generator = make(tokenizer, vocab_size=tokenizer.vocab_size + 100)
-    [generated] = generator.generate_batch([""], Request(300, sampling=Sampling(temperature=50.0)), seed=0)
+    [generated] = generator.generate_batch([""], GenerationConfig(max_new_tokens=300, temperature=50.0), seed=0)
     assert max(generated.ids) < tokenizer.vocab_size
     assert not {tokenizer.bos_id, tokenizer.pad_id, tokenizer.unk_id, tokenizer.eos_id} & set(generated.ids)
 
@@ -216,7 +245,9 @@ def test_generation_ends_at_eos_but_not_before_the_minimum(tokenizer: Tokenizer)
         generator.model.token_emb.weight[tokenizer.eos_id] = 10.0
     changed = TextGenerator(generator.model, tokenizer)
     assert changed.generate("One day", 20, temperature=0) == "One day"
-    [generated] = changed.generate_batch(["One day"], Request(20, 5, GREEDY))
+    [generated] = changed.generate_batch(
+        ["One day"], GenerationConfig(max_new_tokens=20, min_new_tokens=5, temperature=0)
+    )
     assert len(generated.ids) == 5 and generated.finish_reason == "stop"
 
 
@@ -227,15 +258,15 @@ def test_bad_requests_are_one_line(tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="the prompt is empty"):
         generator.generate("", 5, add_bos=False)
     with pytest.raises(UserError, match="the prompt is empty"):
-        generator.stream("", Request(add_bos=False))  # refused at the call, not at the first piece
+        generator.stream("", GenerationConfig(add_bos=False))  # refused at the call, not at the first piece
     with pytest.raises(UserError, match=r"the prompt has \d+ tokens and the context 64: shorten it"):
-        generator.generate_batch(["One day " * 100], Request(5, strict=True))
+        generator.generate_batch(["One day " * 100], GenerationConfig(max_new_tokens=5, strict=True))
     with pytest.raises(UserError, match="there are 1 seeds for 2 prompts"):
         generator.generate_batch(["x", "y"], seed=[1])
     with pytest.raises(UserError, match="a stop string must have 1 to 256 characters"):
-        Request(stop=("",))
+        GenerationConfig(stop=("",))
     with pytest.raises(UserError, match="logprobs must be between 0 and 100"):
-        Request(logprobs=101)
+        GenerationConfig(logprobs=101)
     with pytest.raises(UserError, match="too short to be scored"):
         generator.score("")
     with pytest.raises(UserError, match="lone surrogate"):

@@ -5,7 +5,7 @@ import torch
 from families import FAMILIES, family_config, family_model
 
 from tiny_lm.errors import UserError
-from tiny_lm.inference.packing import pack
+from tiny_lm.inference.backends.onednn import pack
 from tiny_lm.model import build_model
 from tiny_lm.model.checkpoint import CHECKPOINT_KEY, load_checkpoint_model
 from tiny_lm.training.config import TrainingConfig

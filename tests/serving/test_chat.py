@@ -10,7 +10,7 @@ import pytest
 from served import Serve
 
 from tiny_lm.errors import UserError
-from tiny_lm.inference import Request, Sampling, TextGenerator
+from tiny_lm.inference import GenerationConfig, TextGenerator
 from tiny_lm.serving.chat import ChatTemplate, Message, load_chat_template, story_beginning
 from tiny_lm.serving.models import find_models
 from tiny_lm.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
@@ -88,7 +88,7 @@ def test_a_server_chats_by_the_template_of_a_run(serve: Serve, run_folder: Path,
     template = "{{ bos_token }}{% for message in messages %}({{ message.role }}) {{ message.content }}. {% endfor %}"
     (folder / "tokenizer" / "chat_template.jinja").write_text(template)
     served = serve(folder)
-    request = Request(12, sampling=Sampling(temperature=0))
+    request = GenerationConfig(max_new_tokens=12, temperature=0)
     [expected] = TextGenerator.from_run(run_folder).generate_batch(["(system) Be kind. (user) One day. "], request)
     with openai.OpenAI(base_url=f"{served.url}/v1", api_key="unused", max_retries=0) as client:
         answer = client.chat.completions.create(

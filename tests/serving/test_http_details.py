@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from served import Serve, Served, wait_for
 
-from tiny_lm.serving.guard import host_name
+from tiny_lm.serving.middleware import host_name
 
 SEPARATED = "One\u2028day\u2029a\x85cat\x0b\x0c\x1c"
 

@@ -8,7 +8,7 @@ import ollama
 import pytest
 from served import Served
 
-from tiny_lm.inference import Request, Sampling, TextGenerator
+from tiny_lm.inference import GenerationConfig, TextGenerator
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def test_the_client_finds_the_server_and_its_models(server: Served, client: olla
 
 def test_a_generation_is_what_the_generator_tells(client: ollama.Client, generator: TextGenerator) -> None:
     options = {"num_predict": 20, "temperature": 0.7, "top_k": 30, "top_p": 0.8, "seed": 4, "repeat_penalty": 1.3}
-    sampling = Sampling(0.7, 30, 0.8, repetition_penalty=1.3)
-    [expected] = generator.generate_batch(["One day"], Request(20, sampling=sampling), seed=4)
+    config = GenerationConfig(max_new_tokens=20, temperature=0.7, top_k=30, top_p=0.8, repetition_penalty=1.3)
+    [expected] = generator.generate_batch(["One day"], config, seed=4)
     whole = client.generate("fox:latest", "One day", options=options)
     assert whole.response == expected.text
     assert (whole.done, whole.done_reason) == (True, expected.finish_reason)
@@ -50,15 +50,15 @@ def test_a_generation_is_what_the_generator_tells(client: ollama.Client, generat
 def test_the_defaults_are_ollamas_and_raw_changes_nothing_without_a_template(
     client: ollama.Client, generator: TextGenerator
 ) -> None:
-    sampling = Sampling(0.8, 40, 0.9, repetition_penalty=1.1)
-    [expected] = generator.generate_batch(["One day"], Request(64, sampling=sampling), seed=1)
+    config = GenerationConfig(max_new_tokens=64, temperature=0.8, top_k=40, top_p=0.9, repetition_penalty=1.1)
+    [expected] = generator.generate_batch(["One day"], config, seed=1)
     for raw in (False, True):
         assert client.generate("fox", "One day", raw=raw, options={"seed": 1}).response == expected.text
 
 
 def test_a_chat_goes_on_with_the_story(client: ollama.Client, generator: TextGenerator) -> None:
     messages = [{"role": "user", "content": "One day"}, {"role": "assistant", "content": " he"}]
-    [expected] = generator.generate_batch(["One day he"], Request(20, sampling=Sampling(temperature=0)))
+    [expected] = generator.generate_batch(["One day he"], GenerationConfig(max_new_tokens=20, temperature=0))
     options = {"temperature": 0, "num_predict": 20, "repeat_penalty": 1.0, "num_ctx": 2048}
     answer = client.chat("fox", messages, options=options)
     assert answer.message.role == "assistant" and answer.message.content == expected.text
@@ -72,7 +72,7 @@ def test_a_chat_goes_on_with_the_story(client: ollama.Client, generator: TextGen
 
 def test_what_means_nothing_here_is_passed_over(client: ollama.Client, generator: TextGenerator) -> None:
     [expected] = generator.generate_batch(
-        ["One day"], Request(9, sampling=Sampling(0.0, 40, 0.9, repetition_penalty=1.1))
+        ["One day"], GenerationConfig(max_new_tokens=9, temperature=0.0, top_k=40, top_p=0.9, repetition_penalty=1.1)
     )
     options = {"num_predict": 9, "temperature": 0, "num_ctx": 4096, "mirostat": 1, "num_thread": 3}
     told = client.generate("fox", "One day", options=options, keep_alive="5m", raw=True, format="", context=[])

@@ -10,7 +10,7 @@ import openai
 import pytest
 from served import Served
 
-from tiny_lm.inference import Request, Sampling, TextGenerator
+from tiny_lm.inference import GenerationConfig, TextGenerator
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24}
 
@@ -22,7 +22,7 @@ def client(server: Served) -> Iterator[openai.OpenAI]:
 
 
 def told(generator: TextGenerator, prompt: str, tokens: int, seed: int | None = None, **sampling: Any) -> str:
-    request = Request(tokens, sampling=Sampling(**{"temperature": 1.0, **sampling}))
+    request = GenerationConfig(max_new_tokens=tokens, **{"temperature": 1.0, **sampling})
     return generator.generate_batch([prompt], request, seed=seed)[0].text
 
 
@@ -105,7 +105,7 @@ def test_stop_strings_end_a_text_before_them(client: openai.OpenAI, generator: T
 
 
 def test_logprobs_are_the_generators(client: openai.OpenAI, generator: TextGenerator) -> None:
-    request = Request(12, sampling=Sampling(temperature=0), logprobs=3)
+    request = GenerationConfig(max_new_tokens=12, temperature=0, logprobs=3)
     [expected] = generator.generate_batch(["One day"], request)
     [choice] = client.completions.create(
         model="fox", prompt="One day", max_tokens=12, temperature=0, logprobs=3
@@ -133,7 +133,7 @@ def test_a_chat_goes_on_with_the_messages_as_a_story(client: openai.OpenAI, gene
         temperature=0, max_completion_tokens=20, logprobs=True, top_logprobs=2,
     )  # fmt: skip
     story = "Once upon a time there was a fox. It"
-    request = Request(20, sampling=Sampling(temperature=0), logprobs=2)
+    request = GenerationConfig(max_new_tokens=20, temperature=0, logprobs=2)
     [expected] = generator.generate_batch([story], request)
     [choice] = answer.choices
     assert (choice.message.role, choice.message.content) == ("assistant", expected.text)

@@ -14,8 +14,8 @@ from tiny_lm.errors import UserError
 from tiny_lm.evaluation.harness import run_harness
 from tiny_lm.export.huggingface import write_huggingface
 from tiny_lm.export.source import load_source
-from tiny_lm.inference import Request, Sampling, TextGenerator
-from tiny_lm.serving.batching import ModelLoop
+from tiny_lm.inference import GenerationConfig, TextGenerator
+from tiny_lm.serving.scheduler import Scheduler
 
 TASKS = Path(__file__).parent.parent / "fixtures" / "harness_tasks"
 TEXT = "Once upon a time there was a fox. Der Bär 🦊"
@@ -133,16 +133,16 @@ def test_long_prompts_are_scored_in_parts_while_others_go_on(generator: TextGene
     with pytest.raises(UserError, match="is no token id"):
         generator.new_score([512])
 
-    loop = ModelLoop(generator, slots=2, prompt_tokens=8)
-    greedy = Request(60, 60, Sampling(0.0))
+    loop = Scheduler(generator, slots=2, prompt_tokens=8)
+    greedy = GenerationConfig(max_new_tokens=60, min_new_tokens=60, temperature=0.0)
     other = loop.submit("One day", greedy)
     score = generator.new_score(ids)
-    read = loop.submit(ids, Request(0), score=score)
+    read = loop.submit(ids, GenerationConfig(max_new_tokens=0), score=score)
     waits = loop.submit("One day", greedy)  # until the prompt has been read
     loop.start()
     assert read.result().ids == [] and other.completion_tokens < 60
     assert other.result() == waits.result() == generator.generate_batch(["One day"], greedy)[0]
-    left = loop.submit(ids, Request(5), score=generator.new_score(ids))
+    left = loop.submit(ids, GenerationConfig(max_new_tokens=5), score=generator.new_score(ids))
     left.cancel()
     loop.stop(grace=60)
     assert loop.stats.running == 0 and loop.stats.finished + loop.stats.cancelled == 4

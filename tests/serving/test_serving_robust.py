@@ -20,8 +20,8 @@ from tiny_lm.inference import TextGenerator
 from tiny_lm.inference.batch import TextBatch
 from tiny_lm.inference.request import GrowingText
 from tiny_lm.serving.app import create_app
-from tiny_lm.serving.batching import ModelLoop
 from tiny_lm.serving.models import ServedModel
+from tiny_lm.serving.scheduler import Scheduler
 
 LONG: dict[str, Any] = {"model": "fox", "prompt": "One day", "max_tokens": 90_000, "min_tokens": 90_000}
 SHORT: dict[str, Any] = {"model": "fox", "prompt": "One day", "max_tokens": 8, "temperature": 0}
@@ -289,7 +289,7 @@ def half(generator: TextGenerator) -> Iterator[TestClient]:
             return batch
 
     def served(name: str, generator: TextGenerator) -> ServedModel:
-        return ServedModel(name, generator, ModelLoop(generator, refresh=0), None, 0, "")
+        return ServedModel(name, generator, Scheduler(generator, refresh=0), None, 0, "")
 
     failing = Failing(generator.model, generator.tokenizer)
     with TestClient(create_app([served("fox", generator), served("owl", failing)]), "http://localhost") as client:

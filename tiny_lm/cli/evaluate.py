@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tiny_lm.evaluation.judge import Judge
     from tiny_lm.evaluation.quality import OnProgress
     from tiny_lm.evaluation.results import Evaluation
-    from tiny_lm.inference.request import Generated
+    from tiny_lm.inference.request import Completion
 
 
 _MIN_TOKENS = 200
@@ -135,7 +135,7 @@ def _grade(judge: "Judge", loaded: "LoadedRun", evaluation: "Evaluation", on_pro
     return graded
 
 
-def _complete(loaded: "LoadedRun", prompts: list[str], options: "EvaluationOptions") -> "list[Generated]":
+def _complete(loaded: "LoadedRun", prompts: list[str], options: "EvaluationOptions") -> "list[Completion]":
     from tiny_lm.evaluation.generation import generate_samples
 
     return generate_samples(
@@ -162,7 +162,7 @@ def _events(loaded: "LoadedRun") -> list[dict[str, Any]]:
 # --- printing --------------------------------------------------------------------------------------------------------
 
 
-def _print_json(evaluations: "Sequence[Evaluation]", completions: "Sequence[list[Generated]]") -> None:
+def _print_json(evaluations: "Sequence[Evaluation]", completions: "Sequence[list[Completion]]") -> None:
     """Print one object for one run, a list of them for several."""
     results = [
         {**evaluation.to_dict(), "generated": [{"prompt": each.prompt, "text": each.text} for each in generated]}
@@ -264,7 +264,7 @@ def _compare(loaded_runs: "Sequence[LoadedRun]", evaluations: "Sequence[Evaluati
         console.print("the runs were validated on different texts: their results are only roughly comparable")
 
 
-def _print_completions(evaluations: "Sequence[Evaluation]", completions: "Sequence[list[Generated]]") -> None:
+def _print_completions(evaluations: "Sequence[Evaluation]", completions: "Sequence[list[Completion]]") -> None:
     for evaluation, generated in zip(evaluations, completions, strict=True):
         for number, each in enumerate(generated, start=1):
             print(f"\n--- {number}{f' {evaluation.run}' if len(evaluations) > 1 else ''} ".ljust(80, "-"))

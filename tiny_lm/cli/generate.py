@@ -13,7 +13,7 @@ from tiny_lm.errors import UserError
 from tiny_lm.files import to_json
 
 if TYPE_CHECKING:
-    from tiny_lm.inference import Generated, Request, TextGenerator
+    from tiny_lm.inference import Completion, GenerationConfig, TextGenerator
 
 _MOST_SAMPLES = 1000
 _PROMPT_BYTES = 16 * 2**20
@@ -76,11 +76,22 @@ def generate(
     ] = False,
 ) -> None:
     """Continue a prompt with a trained model."""
-    from tiny_lm.inference import Request, Sampling
+    from tiny_lm.inference import GenerationConfig
 
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty, frequency_penalty)
-    request = Request(
-        max_new_tokens, min_new_tokens, sampling, tuple(stop or ()), tuple(stop_token or ()), add_bos, strict
+    request = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        stop=tuple(stop or ()),
+        stop_tokens=tuple(stop_token or ()),
+        add_bos=add_bos,
+        strict=strict,
     )
     if interactive and (as_json or num_samples > 1):
         raise UserError("--interactive tells one story at a time, as text: leave out --json and --num-samples")
@@ -163,7 +174,7 @@ def _read_prompts(file: Path) -> list[str]:
     return prompts
 
 
-def tell_dropped(generator: "TextGenerator", prompt: str, request: "Request") -> None:
+def tell_dropped(generator: "TextGenerator", prompt: str, request: "GenerationConfig") -> None:
     """Say which part of a prompt does not fit into the context."""
     dropped = "" if request.strict else generator.dropped(prompt, add_bos=request.add_bos)
     if dropped:
@@ -175,7 +186,7 @@ def tell_dropped(generator: "TextGenerator", prompt: str, request: "Request") ->
         )
 
 
-def _write(prompt: str, generator: "TextGenerator", request: "Request", seed: int | None) -> None:
+def _write(prompt: str, generator: "TextGenerator", request: "GenerationConfig", seed: int | None) -> None:
     """Print prompt and continuation, and nothing more, as it is made."""
     pieces = generator.stream(prompt, request, seed=seed)
     print_result(prompt, end="")
@@ -184,7 +195,7 @@ def _write(prompt: str, generator: "TextGenerator", request: "Request", seed: in
     print_result()
 
 
-def _print_all(texts: Sequence["Generated"], seeds: Sequence[int] | None, as_json: bool) -> None:
+def _print_all(texts: Sequence["Completion"], seeds: Sequence[int] | None, as_json: bool) -> None:
     """Print many texts, with a line between them, or as JSON lines."""
     for number, text in enumerate(texts):
         if as_json:

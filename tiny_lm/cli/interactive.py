@@ -15,7 +15,7 @@ from tiny_lm.cli.generate import tell_dropped
 from tiny_lm.console import print_error, print_message, print_result
 from tiny_lm.errors import UserError
 from tiny_lm.files import write_text
-from tiny_lm.inference import Request, Sampling, TextGenerator
+from tiny_lm.inference import GenerationConfig, SamplingParams, TextGenerator
 
 _HELP = """\
 Type the beginning of a story and press Enter; Enter alone leaves the beginning to the model.
@@ -46,7 +46,7 @@ class Session:
         history: the stories so far, each with its beginning.
     """
 
-    def __init__(self, generator: TextGenerator, request: Request, seed: int | None) -> None:
+    def __init__(self, generator: TextGenerator, request: GenerationConfig, seed: int | None) -> None:
         self._generator = generator
         self._request = request
         self._seed = seed
@@ -155,10 +155,8 @@ class Session:
 
     def _settings(self) -> dict[str, Any]:
         """Return what can be changed, by the name of its command."""
-        request = {name: getattr(self._request, name) for name in ("max_new_tokens", "min_new_tokens", "stop")}
-        sampling = {field.name: getattr(self._request.sampling, field.name) for field in fields(Sampling)}
-        found = {name.replace("_", "-"): value for name, value in {**request, **sampling}.items()}
-        return {**found, "seed": self._seed}
+        names = ["max_new_tokens", "min_new_tokens", "stop", *(field.name for field in fields(SamplingParams))]
+        return {**{name.replace("_", "-"): getattr(self._request, name) for name in names}, "seed": self._seed}
 
     def _show_settings(self, _: str) -> None:
         for name in self._settings():
@@ -196,7 +194,7 @@ class Session:
         else:
             value = str(_OFF[name]) if value == "off" and name in _OFF else value
             parsed = _number(value, int if name == "top-k" else float, name)
-            self._request = replace(self._request, sampling=replace(self._request.sampling, **{key: parsed}))
+            self._request = replace(self._request, **{key: parsed})
 
 
 def _number(value: str, kind: type[int] | type[float], name: str) -> Any:

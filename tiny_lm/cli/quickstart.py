@@ -181,10 +181,10 @@ def _report(run: Run, result: "TrainingResult", stream: dict[str, Any], seconds:
 
 def _tell_stories(run: Run, built_in: bool, seed: int) -> None:
     """Print three stories."""
-    from tiny_lm.inference import Request, Sampling, TextGenerator
+    from tiny_lm.inference import GenerationConfig, TextGenerator
 
     generator = TextGenerator.from_run(run.folder)
-    request = Request(300, sampling=Sampling(temperature=0.7, top_p=0.95))
+    request = GenerationConfig(max_new_tokens=300, temperature=0.7, top_p=0.95)
     for number, prompt in enumerate(_PROMPTS if built_in else ("", "", ""), start=1):
         print(f"\n--- {number} " + "-" * 74)
         story = generator.stream(prompt, request, seed=seed + number)

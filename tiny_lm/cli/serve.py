@@ -56,8 +56,8 @@ def serve(
         raise UserError(
             f"the server needs {error.name or 'a library'}, which is not installed: pip install 'tiny-lm[serve]'"
         ) from None
-    from tiny_lm.serving.guard import Gate, hosts_of
     from tiny_lm.serving.limits import Limits
+    from tiny_lm.serving.middleware import Gate, hosts_of
     from tiny_lm.serving.models import check_memory, find_models, load_model
 
     limits = Limits(max_tokens=max_tokens, seconds=timeout, slots=slots, queue=queue)

@@ -19,8 +19,8 @@ from tiny_lm.evaluation.generation import evaluation_prompts, generate_samples
 from tiny_lm.evaluation.quality import OnProgress, find_invented_words, length_stats, measure_overlap, ngram_diversity
 from tiny_lm.evaluation.results import EvaluatedSample, EvaluatedStream, Evaluation, PositionLoss, SampleQuality
 from tiny_lm.hardware.device import fastest_device
-from tiny_lm.inference import Sampling, TextGenerator
-from tiny_lm.inference.request import Generated
+from tiny_lm.inference import SamplingParams, TextGenerator
+from tiny_lm.inference.request import Completion
 from tiny_lm.inference.scoring import LossStats, loss_by_position, sum_losses
 from tiny_lm.model.checkpoint import load_checkpoint_model
 from tiny_lm.runs import Run, open_run
@@ -52,9 +52,9 @@ class EvaluationOptions:
     settings: tuple[str, ...] = ()
 
     @property
-    def sampling(self) -> Sampling:
+    def sampling(self) -> SamplingParams:
         """The sampling parameters."""
-        return Sampling(self.temperature, top_p=self.top_p)
+        return SamplingParams(temperature=self.temperature, top_p=self.top_p)
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def bucket_positions(positions: list[LossStats]) -> tuple[PositionLoss, ...]:
 
 
 def _measure_quality(
-    loaded: LoadedRun, samples: list[Generated], prompts: int, options: EvaluationOptions, on_progress: OnProgress
+    loaded: LoadedRun, samples: list[Completion], prompts: int, options: EvaluationOptions, on_progress: OnProgress
 ) -> tuple[SampleQuality, tuple[EvaluatedSample, ...]]:
     tokenizer = loaded.generator.tokenizer
     distinct, repeated = ngram_diversity(samples)

@@ -1,10 +1,11 @@
 """Samples for an evaluation, generated from a fixed set of prompts."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from tiny_lm.inference import Sampling, TextGenerator
-from tiny_lm.inference.request import Generated, Request
+from tiny_lm.inference import SamplingParams, TextGenerator
+from tiny_lm.inference.request import Completion, GenerationConfig
 
 _BATCH_SIZE = 32
 """Samples generated together; progress is reported after each batch."""
@@ -18,12 +19,12 @@ def evaluation_prompts() -> list[str]:
 def generate_samples(
     generator: TextGenerator,
     prompts: Sequence[str],
-    sampling: Sampling,
+    sampling: SamplingParams,
     *,
     max_new_tokens: int,
     seed: int,
     on_progress: Callable[[int], None] | None = None,
-) -> list[Generated]:
+) -> list[Completion]:
     """Complete each prompt; sample i uses the seed ``seed + i``.
 
     Args:
@@ -37,8 +38,8 @@ def generate_samples(
     Raises:
         UserError: the tokenizer cannot encode a prompt, or a parameter is out of range.
     """
-    request = Request(max_new_tokens, sampling=sampling)
-    samples: list[Generated] = []
+    request = GenerationConfig(max_new_tokens=max_new_tokens, **asdict(sampling))
+    samples: list[Completion] = []
     for start in range(0, len(prompts), _BATCH_SIZE):
         batch = prompts[start : start + _BATCH_SIZE]
         samples += generator.generate_batch(batch, request, seed=[seed + start + row for row in range(len(batch))])

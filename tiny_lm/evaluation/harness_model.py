@@ -19,8 +19,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from tiny_lm.inference import Sampling, TextGenerator
-from tiny_lm.inference.request import Request
+from tiny_lm.inference import TextGenerator
 from tiny_lm.inference.scoring import token_losses
 
 _Pair = tuple[list[int], list[int]]
@@ -97,11 +96,16 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness ships no ty
             context, options = request.args
             until = [options["until"]] if isinstance(options.get("until"), str) else options.get("until") or []
             temperature = float(options.get("temperature", 0.0)) if options.get("do_sample", False) else 0.0
-            sampling = Sampling(temperature, options.get("top_k"), options.get("top_p", 1.0))
             limit = int(options.get("max_gen_toks", self.max_length // 2))
             stop = tuple(filter(None, until))
             (completion,) = self.generator.generate_batch(
-                [context], Request(limit, sampling=sampling, stop=stop), seed=0
+                [context],
+                max_new_tokens=limit,
+                temperature=temperature,
+                top_k=options.get("top_k"),
+                top_p=options.get("top_p", 1.0),
+                stop=stop,
+                seed=0,
             )
             self.cache_hook.add_partial("generate_until", request.args, completion.text)
             texts.append(completion.text)

@@ -10,7 +10,7 @@ from tiny_lm.data.bin.stream import TokenStream, read_in_order
 from tiny_lm.evaluation.overlap import Match, chunks_of, count_matched_tokens, longest_matches
 from tiny_lm.evaluation.results import LONG_OVERLAP, InventedWords, LengthStats, OverlapStats, SampleOverlap
 from tiny_lm.evaluation.words import distinct_share, repeated_share, split_words, words_not_in_stream
-from tiny_lm.inference.request import Generated
+from tiny_lm.inference.request import Completion
 from tiny_lm.tokenizer import Tokenizer
 
 _MAX_EXAMPLES = 20
@@ -19,21 +19,21 @@ OnProgress = Callable[[str, int, int], None]
 """Called with the name of a stage, the number of steps just finished, and their total (0: unknown)."""
 
 
-def ngram_diversity(samples: Sequence[Generated]) -> tuple[dict[str, float], dict[str, float]]:
+def ngram_diversity(samples: Sequence[Completion]) -> tuple[dict[str, float], dict[str, float]]:
     """Return distinct-1 to 4, and the share of repeated 2- to 4-grams, of the words of all samples."""
     texts = [split_words(sample.text) for sample in samples]
     distinct = {str(n): distinct_share(texts, n) for n in range(1, 5)}
     return distinct, {str(n): repeated_share(texts, n) for n in range(2, 5)}
 
 
-def length_stats(samples: Sequence[Generated]) -> LengthStats:
+def length_stats(samples: Sequence[Completion]) -> LengthStats:
     """Return the lengths of the completions in tokens."""
     lengths = [len(sample.ids) for sample in samples]
     return LengthStats(mean=fmean(lengths), median=median(lengths), min=min(lengths), max=max(lengths))
 
 
 def measure_overlap(
-    samples: Sequence[Generated], train: TokenStream, val: TokenStream, tokenizer: Tokenizer, on_progress: OnProgress
+    samples: Sequence[Completion], train: TokenStream, val: TokenStream, tokenizer: Tokenizer, on_progress: OnProgress
 ) -> tuple[SampleOverlap, list[Match]]:
     """Measure the verbatim overlap with the training stream of the samples and of as many validation documents.
 
@@ -83,7 +83,7 @@ def _validation_spans(val: TokenStream, tokenizer: Tokenizer, spans: Sequence[tu
 
 
 def find_invented_words(
-    samples: Sequence[Generated], train: TokenStream, tokenizer: Tokenizer, on_progress: OnProgress
+    samples: Sequence[Completion], train: TokenStream, tokenizer: Tokenizer, on_progress: OnProgress
 ) -> InventedWords:
     """Return the words of the samples that occur neither in the training text nor in the sample's prompt.
 

@@ -18,8 +18,7 @@ from tiny_lm.export.serve_config import model_name
 from tiny_lm.export.source import Source
 from tiny_lm.export.verify import GREEDY_TOKENS, PROMPTS, REPORT_FILE, Check, require, write_report
 from tiny_lm.files import atomic_folder, check_free, write_text
-from tiny_lm.inference.request import Request
-from tiny_lm.inference.sampling import Sampling
+from tiny_lm.inference.request import GenerationConfig
 from tiny_lm.model import num_parameters
 from tiny_lm.model.huggingface import Dtype
 
@@ -134,7 +133,7 @@ def _prove(source: Source, folder: Path) -> list[Check]:
     content = {"max_new_tokens": GREEDY_TOKENS, "temperature": 0, "logprobs": True}
     answers = load_handler(folder).handle([{"body": {"prompt": prompt, **content}} for prompt in PROMPTS], None)
     generator = TextGenerator(source.model, source.tokenizer)
-    request = Request(GREEDY_TOKENS, sampling=Sampling(temperature=0), logprobs=0)
+    request = GenerationConfig(max_new_tokens=GREEDY_TOKENS, temperature=0, logprobs=0)
     expected = generator.generate_batch(PROMPTS, request)
     texts = [made.prompt + made.text for made in expected]
     wrong = sum(answer["text"] != text for answer, text in zip(answers, texts, strict=True))

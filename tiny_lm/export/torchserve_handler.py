@@ -11,15 +11,15 @@ from typing import Any
 
 from tiny_lm import TextGenerator
 from tiny_lm.errors import UserError
-from tiny_lm.inference.request import Request
-from tiny_lm.inference.sampling import Sampling
+from tiny_lm.inference.request import GenerationConfig
+from tiny_lm.inference.sampling import SamplingParams
 
 LONGEST_PROMPT = 20_000
 """Most characters of a prompt."""
 MOST_TOKENS = 2_048
 """Most tokens of one answer."""
 
-_SAMPLING = {field.name for field in fields(Sampling)}
+_SAMPLING = {field.name for field in fields(SamplingParams)}
 _KINDS: Mapping[str, tuple[type, ...]] = {
     "prompt": (str,),
     "max_new_tokens": (int,),
@@ -64,12 +64,11 @@ class TinyLMHandler:
 
     def _answer(self, content: Any) -> dict[str, Any]:
         values = check_content(content)
-        sampling = Sampling(**{name: values[name] for name in values.keys() & _SAMPLING})
-        request = Request(
-            values.get("max_new_tokens", 200),
-            values.get("min_new_tokens", 0),
-            sampling,
+        request = GenerationConfig(
+            max_new_tokens=values.get("max_new_tokens", 200),
+            min_new_tokens=values.get("min_new_tokens", 0),
             stop=tuple(values.get("stop", ())),
+            **{name: values[name] for name in values.keys() & _SAMPLING},
             logprobs=0 if values.get("logprobs") else None,
         )
         (made,) = self._generator.generate_batch([values["prompt"]], request, seed=values.get("seed"))

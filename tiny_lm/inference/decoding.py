@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tiny_lm.errors import UserError
-from tiny_lm.inference.sampling import Sampling, penalize, sample
+from tiny_lm.inference.sampling import SamplingParams, penalize, sample
 from tiny_lm.model import KVCache, Transformer
 
 _RANDOM_NUMBERS = 64
@@ -94,7 +94,7 @@ class Continuation:
 
     prompt: Sequence[int]
     forbidden: Tensor
-    sampling: Sampling = field(default_factory=Sampling)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     seed: int | None = None
     ends: Sequence[int] = ()
     min_new_tokens: int = 0
@@ -191,7 +191,7 @@ class BatchDecoder:
         self._reading.append(row)
         self._biases[row] = torch.where(wanted.forbidden, -torch.inf, 0.0)
         self._biases[row, list(wanted.ends)] = -torch.inf if wanted.min_new_tokens > 0 else 0.0
-        if wanted.sampling.looks_back:
+        if wanted.sampling.uses_penalties:
             if not len(self._seen):
                 self._seen = torch.zeros_like(self._biases, dtype=torch.bool)
                 self._counts = torch.zeros_like(self._biases)
@@ -317,7 +317,7 @@ class BatchDecoder:
 
     def _grouped(self) -> list["_Group"]:
         """Return the places of rows that are sampled alike."""
-        alike: dict[Sampling, list[int]] = {}
+        alike: dict[SamplingParams, list[int]] = {}
         for place, row in enumerate(self._drawing):
             alike.setdefault(self._rows[row].wanted.sampling, []).append(place)
         return [_Group(sampling, places) for sampling, places in alike.items()]
@@ -327,10 +327,10 @@ class BatchDecoder:
         rows = [self._drawing[place] for place in group.places]
         if len(rows) < len(self._drawing):
             logits, uniform = logits[group.places], uniform[group.places]
-        if group.sampling.looks_back:
+        if group.sampling.uses_penalties:
             logits = penalize(logits, self._seen[rows], self._counts[rows], group.sampling)
         tokens = sample(logits, group.sampling, uniform)
-        if group.sampling.looks_back:
+        if group.sampling.uses_penalties:
             self._counts[rows, tokens] += 1
             self._seen[rows, tokens] = True
         ids: list[int] = tokens.tolist()
@@ -357,7 +357,7 @@ class BatchDecoder:
 class _Group:
     """Rows that are sampled alike, by their places among those that draw."""
 
-    sampling: Sampling
+    sampling: SamplingParams
     places: list[int]
 
 

@@ -4,19 +4,21 @@ import math
 import random
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from typing_extensions import Self
 
+from tiny_lm.config import nearest
 from tiny_lm.errors import UserError
 from tiny_lm.hardware.device import choose_device
+from tiny_lm.inference.backends.compiled import CompiledStep
+from tiny_lm.inference.backends.onednn import pack
 from tiny_lm.inference.batch import TextBatch
-from tiny_lm.inference.compiling import CompiledStep
 from tiny_lm.inference.decoding import BatchDecoder, Continuation, DecodeStep, decode_step
-from tiny_lm.inference.packing import pack
-from tiny_lm.inference.request import Generated, GrowingText, Request
-from tiny_lm.inference.sampling import Sampling
+from tiny_lm.inference.request import Completion, GenerationConfig, GrowingText
 from tiny_lm.inference.scoring import PromptScore, Score, token_logprobs
 from tiny_lm.model import ModelConfig, Transformer
 from tiny_lm.model.checkpoint import CheckpointModel, load_checkpoint_model
@@ -156,55 +158,71 @@ class TextGenerator:
         top_k: int | None = None,
         top_p: float = 1.0,
         seed: int | None = None,
-        *,
-        stop: Sequence[str] = (),
-        add_bos: bool = True,
+        **options: Any,
     ) -> str:
-        """Return prompt and continuation; the arguments are those of :class:`Request` and :class:`Sampling`.
-
-        Raises:
-            UserError: as :meth:`generate_batch`.
-        """
-        sampling = Sampling(temperature, top_k, top_p)
-        request = Request(max_new_tokens, min_new_tokens, sampling, stop=tuple(stop), add_bos=add_bos)
-        return prompt + "".join(self.stream(prompt, request, seed=seed))
-
-    def stream(self, prompt: str, request: Request | None = None, *, seed: int | None = None) -> Iterator[str]:
-        """Yield the continuation of ``prompt`` as it is made, in whole characters.
+        """Continue ``prompt`` and return both.
 
         Args:
-            prompt: the beginning of the text; empty for a text from nothing.
-            request: how to go on.
-            seed: the same seed gives the same text; None for another one each time.
+            prompt: empty for a text from nothing.
+            max_new_tokens: generation ends here, if not at the eos token before.
+            min_new_tokens: the eos token is not sampled before this many.
+            temperature: divides the logits; 0 always takes the likeliest token.
+            top_k: sample from the k likeliest tokens only.
+            top_p: sample from the likeliest tokens that together have this probability only.
+            seed: the same seed gives the same text; None for a different one each time.
+            options: other fields of :class:`GenerationConfig`, such as ``stop`` or ``repetition_penalty``.
 
         Raises:
-            UserError: as :meth:`generate_batch`; at the call, not at the first piece.
+            UserError, TypeError: as :meth:`generate_batch`.
         """
-        request = request or Request()
-        return self._continue([self.begin(prompt, request, seed=seed)])
+        options |= {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
+        options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        return prompt + "".join(self.stream(prompt, seed=seed, **options))
+
+    def stream(
+        self, prompt: str, config: GenerationConfig | None = None, *, seed: int | None = None, **options: Any
+    ) -> Iterator[str]:
+        """Yield the completion of ``prompt`` as it is generated, in whole characters.
+
+        The arguments are those of :meth:`generate_batch`, for one prompt.
+
+        Raises:
+            UserError, TypeError: as :meth:`generate_batch`; at the call, not at the first chunk.
+        """
+        return self._run([self.new_sequence(prompt, _with_options(config, options), seed=seed)])
 
     def generate_batch(
-        self, prompts: Sequence[str], request: Request | None = None, *, seed: int | Sequence[int] | None = None
-    ) -> list[Generated]:
-        """Continue several prompts at once; each gets the text that it would get alone.
+        self,
+        prompts: Sequence[str],
+        config: GenerationConfig | None = None,
+        *,
+        seed: int | Sequence[int] | None = None,
+        **options: Any,
+    ) -> list[Completion]:
+        """Continue several prompts at once; each gets the completion that it would get alone.
 
         Args:
             prompts: of any lengths.
-            request: how to go on.
-            seed: one for all, so that equal prompts get equal texts; or one for each; None for others each time.
+            config: how to generate; None for the defaults.
+            seed: one for all, so that equal prompts get equal completions; or one for each; None for different ones
+                each time.
+            options: fields of :class:`GenerationConfig`, such as ``max_new_tokens`` and ``temperature``; they override
+                those of ``config``.
 
         Raises:
-            UserError: a prompt has no token to begin with, or is longer than the context and ``request.strict``; a
-                stop token is none of the tokenizer's; or there is another number of seeds than of prompts.
+            UserError: an option is out of range; a prompt has no token, or is longer than the context and ``strict``
+                is set; a stop token is not a special token of the tokenizer; or the number of seeds is not that of
+                prompts.
+            TypeError: an option is unknown.
         """
-        request = request or Request()
+        config = _with_options(config, options)
         seeds = [seed] * len(prompts) if seed is None or isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
             raise UserError(f"there are {len(seeds)} seeds for {len(prompts)} prompts")
-        texts = [self.begin(prompt, request, seed=own) for prompt, own in zip(prompts, seeds, strict=True)]
-        for _ in self._continue(texts):
+        sequences = [self.new_sequence(prompt, config, seed=own) for prompt, own in zip(prompts, seeds, strict=True)]
+        for _ in self._run(sequences):
             pass
-        return [text.result() for text in texts]
+        return [sequence.completion() for sequence in sequences]
 
     def score(self, text: str, *, add_bos: bool = True, eos: bool = False) -> Score:
         """Return how likely the model finds ``text``.
@@ -246,7 +264,7 @@ class TextGenerator:
             raise UserError(f"a theme has 1 to 200 characters (it has {len(theme)})")
         if not 1 <= candidates <= _ROWS:
             raise UserError(f"candidates must be between 1 and {_ROWS} (it is {candidates})")
-        request = Request(max_length, sampling=Sampling(temperature=0.7, top_p=0.95))
+        request = GenerationConfig(max_new_tokens=max_length, temperature=0.7, top_p=0.95)
         source = random.Random(seed)
         prompts = [opening.format(theme=theme) for opening in _OPENINGS for _ in range(candidates)]
         told = self.generate_batch(prompts, request, seed=[source.randrange(2**31) for _ in prompts])
@@ -263,7 +281,9 @@ class TextGenerator:
         ids = self.tokenizer.encode(prompt, bos=add_bos)
         return self.tokenizer.decode(ids[: max(len(ids) - self.model.config.context_length, 0)])
 
-    def begin(self, prompt: str | Sequence[int], request: Request, *, seed: int | None = None) -> GrowingText:
+    def new_sequence(
+        self, prompt: str | Sequence[int], request: GenerationConfig, *, seed: int | None = None
+    ) -> GrowingText:
         """Check a prompt, and make it a text that a batch can take in.
 
         Args:
@@ -306,12 +326,12 @@ class TextGenerator:
         return PromptScore(self._packed, prompt, top=top)
 
     def new_batch(self, rows: int, *, length: int | None = None, prompt_tokens: int | None = None) -> TextBatch:
-        """Return a place where texts that :meth:`begin` made are continued; the arguments are those of BatchDecoder."""
+        """Return a batch for what :meth:`new_sequence` makes; the arguments are those of BatchDecoder."""
         if isinstance(self._step, CompiledStep):
             length = None  # it was compiled for a cache of the whole context
         return TextBatch(BatchDecoder(self._packed, rows, length=length, prompt_tokens=prompt_tokens, step=self._step))
 
-    def _continue(self, texts: Sequence[GrowingText]) -> Iterator[str]:
+    def _run(self, texts: Sequence[GrowingText]) -> Iterator[str]:
         """Continue texts to their ends, as many at once as there are rows, and yield piece after piece of all."""
         waiting = deque(text for text in texts if text.finish_reason is None)
         batch = self.new_batch(min(len(waiting), _ROWS), length=max((text.longest for text in waiting), default=1))
@@ -320,7 +340,7 @@ class TextGenerator:
                 batch.join(waiting.popleft())
             yield from (piece for _, piece in batch.step() if piece)
 
-    def _end_tokens(self, request: Request) -> list[int]:
+    def _end_tokens(self, request: GenerationConfig) -> list[int]:
         """Return the tokens that end a text.
 
         Raises:
@@ -331,3 +351,17 @@ class TextGenerator:
             if text not in known:
                 raise UserError(f"{text!r} is no special token of this model; it has {', '.join(sorted(known))}")
         return [self.tokenizer.eos_id, *(known[text] for text in request.stop_tokens)]
+
+
+def _with_options(config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:
+    """Return ``config`` with its fields replaced by ``options``.
+
+    Raises:
+        UserError: a value is out of range.
+        TypeError: there is no such field.
+    """
+    known = [field.name for field in fields(GenerationConfig)]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"unknown option {name!r}{nearest(name, known)}")
+    return replace(config or GenerationConfig(), **options)

@@ -1,11 +1,13 @@
 """What is asked of a generator, what it gives, and a text in the making."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Literal
 
 from tiny_lm.errors import UserError
 from tiny_lm.inference.decoding import Continuation, Drawn
-from tiny_lm.inference.sampling import Sampling
+from tiny_lm.inference.sampling import SamplingParams
 from tiny_lm.inference.stopping import StopStrings
 from tiny_lm.tokenizer import Tokenizer
 
@@ -15,14 +17,13 @@ MAX_LOGPROBS = 100
 FinishReason = Literal["stop", "length"]
 
 
-@dataclass(frozen=True)
-class Request:
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig(SamplingParams):
     """What to generate, besides the prompt.
 
     Attributes:
         max_new_tokens: most tokens to generate; generation also ends at the eos token.
         min_new_tokens: the eos token is not drawn before this many.
-        sampling: temperature, truncation and penalties.
         stop: strings before the first of which the text ends, wherever token borders fall.
         stop_tokens: texts of special tokens, such as ``<|im_end|>``, that end it as eos does.
         add_bos: begin with the beginning-of-text token, as each document of the training stream does.
@@ -32,14 +33,17 @@ class Request:
 
     max_new_tokens: int = 200
     min_new_tokens: int = 0
-    sampling: Sampling = field(default_factory=Sampling)
-    stop: tuple[str, ...] = ()
-    stop_tokens: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
+    stop_tokens: Sequence[str] = ()
     add_bos: bool = True
     strict: bool = False
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("stop", "stop_tokens"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
         if not 0 <= self.max_new_tokens <= MAX_NEW_TOKENS:
             raise UserError(f"max-new-tokens must be between 0 and {MAX_NEW_TOKENS:,} (it is {self.max_new_tokens})")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
@@ -48,9 +52,14 @@ class Request:
             raise UserError(f"logprobs must be between 0 and {MAX_LOGPROBS} (it is {self.logprobs})")
         StopStrings(self.stop)
 
+    @cached_property
+    def sampling(self) -> SamplingParams:
+        """The sampling parameters alone: sequences with equal ones are sampled together."""
+        return SamplingParams(**{field.name: getattr(self, field.name) for field in fields(SamplingParams)})
+
 
 @dataclass(frozen=True)
-class Generated:
+class Completion:
     """A continued prompt."""
 
     prompt: str
@@ -77,7 +86,7 @@ class GrowingText:
         finish_reason: None while it goes on.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: str, wanted: Continuation, request: Request) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: str, wanted: Continuation, request: GenerationConfig) -> None:
         self.prompt, self.wanted = prompt, wanted
         self.pieces: list[str] = []
         self.drawn: list[Drawn] = []
@@ -115,7 +124,7 @@ class GrowingText:
         self.pieces.append(piece)
         return piece
 
-    def result(self) -> Generated:
+    def completion(self) -> Completion:
         """Return the text, which has ended."""
         assert self.finish_reason is not None
-        return Generated(self.prompt, "".join(self.pieces), self._ids, self.finish_reason, self.drawn)
+        return Completion(self.prompt, "".join(self.pieces), self._ids, self.finish_reason, self.drawn)

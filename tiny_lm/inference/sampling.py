@@ -17,8 +17,8 @@ _BELOW_ONE = 1 - 2.0**-23
 """Any normal float32 becomes smaller by this factor."""
 
 
-@dataclass(frozen=True)
-class Sampling:
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
     """How the next token is drawn: penalties first, then temperature, top-k, top-p and min-p.
 
     Attributes:
@@ -58,12 +58,12 @@ class Sampling:
                 raise UserError(f"{name}-penalty must be between -100 and 100 (it is {value})")
 
     @property
-    def looks_back(self) -> bool:
+    def uses_penalties(self) -> bool:
         """Whether a penalty needs to know which tokens stand in the text."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
-def penalize(logits: Tensor, seen: Tensor, counts: Tensor, sampling: Sampling) -> Tensor:
+def penalize(logits: Tensor, seen: Tensor, counts: Tensor, sampling: SamplingParams) -> Tensor:
     """Return the logits ``[B, V]`` after the penalties.
 
     Args:
@@ -78,7 +78,7 @@ def penalize(logits: Tensor, seen: Tensor, counts: Tensor, sampling: Sampling) -
     return logits - sampling.frequency_penalty * counts - sampling.presence_penalty * (counts > 0)
 
 
-def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+def sample(logits: Tensor, sampling: SamplingParams, uniform: Tensor) -> Tensor:
     """Draw one token for each row.
 
     Args:

@@ -11,14 +11,16 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 
 from tiny_lm import __version__
-from tiny_lm.serving import errors, ollama_schema, openai_schema
+from tiny_lm.serving import errors
 from tiny_lm.serving.api_page import add_api_page
-from tiny_lm.serving.catalogue import Catalogue
-from tiny_lm.serving.guard import LOOPBACK_HOSTS, Gate, Guard
 from tiny_lm.serving.limits import Limits
+from tiny_lm.serving.middleware import LOOPBACK_HOSTS, Gate, Guard
 from tiny_lm.serving.models import ServedModel
-from tiny_lm.serving.ollama import ollama_router
-from tiny_lm.serving.openai import openai_router
+from tiny_lm.serving.ollama import schema as ollama_schema
+from tiny_lm.serving.ollama.routes import ollama_router
+from tiny_lm.serving.openai import schema as openai_schema
+from tiny_lm.serving.openai.routes import openai_router
+from tiny_lm.serving.registry import ModelRegistry
 
 _DESCRIPTION = "Stories from small language models, by the API of OpenAI and the part of Ollama's that its clients use."
 
@@ -41,14 +43,14 @@ def create_app(
         gate: by which the server that runs the application refuses requests when it stops.
     """
     limits, gate = limits or Limits(), gate or Gate()
-    catalogue = Catalogue(models, limits)
+    registry = ModelRegistry(models, limits)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        for model in catalogue.models:
+        for model in registry.models:
             model.loop.start()
         yield
-        for model in catalogue.models:
+        for model in registry.models:
             await asyncio.to_thread(model.loop.stop, grace=0)
             if model.template is not None:
                 await asyncio.to_thread(model.template.close)
@@ -63,14 +65,16 @@ def create_app(
         redirect_slashes=False,
     )
     secured = [] if key is None else [Security(HTTPBearer(auto_error=False, description="the server's API key"))]
-    app.include_router(openai_router(catalogue), dependencies=secured, responses=_errors(openai_schema.ErrorBody))
-    app.include_router(ollama_router(catalogue), dependencies=secured, responses=_errors(ollama_schema.ErrorBody))
+    app.include_router(openai_router(registry), dependencies=secured, responses=_errors(openai_schema.ErrorResponse))
+    app.include_router(
+        ollama_router(registry), dependencies=secured, responses=_errors(ollama_schema.OllamaErrorResponse)
+    )
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health", tags=["Server"], responses={503: {"model": FailedHealth, "description": "A model has failed."}})
     async def health(response: Response) -> Health | FailedHealth:
         """Tell that the server takes requests, or which models have failed."""
-        failed = [model.name for model in catalogue.models if model.loop.failed]
+        failed = [model.name for model in registry.models if model.loop.failed]
         if failed:
             response.status_code = 503
             return FailedHealth(status="failed", failed=failed)
@@ -79,7 +83,7 @@ def create_app(
     @app.get("/metrics", tags=["Server"], response_class=PlainTextResponse, dependencies=secured)
     async def metrics() -> Response:
         """Tell figures for Prometheus."""
-        return Response(catalogue.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(registry.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def root() -> PlainTextResponse:
@@ -91,7 +95,7 @@ def create_app(
     app.add_middleware(
         Guard,
         gate=gate,
-        metrics=catalogue.metrics,
+        metrics=registry.metrics,
         hosts=hosts,
         key=key,
         body_bytes=limits.body_bytes,

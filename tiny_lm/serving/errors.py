@@ -10,8 +10,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 
 from tiny_lm.errors import UserError
-from tiny_lm.serving.batching import LoopDiedError, LoopStoppedError, QueueFull
-from tiny_lm.serving.generation import ClientGoneError, StoppedError, TimeIsUpError
+from tiny_lm.serving.generation import ClientDisconnectedError, RequestTimeoutError, StoppedError
+from tiny_lm.serving.scheduler import QueueFull, SchedulerFailedError, SchedulerStoppedError
 from tiny_lm.serving.template_process import TemplateFailedError
 
 RETRY_SECONDS = 2
@@ -62,11 +62,11 @@ def describe(error: Exception) -> ApiError:
     """Tell what ended a text, for a client that has its beginning already."""
     if isinstance(error, ApiError):
         return error
-    if isinstance(error, TimeIsUpError):
+    if isinstance(error, RequestTimeoutError):
         return ApiError(504, "the request took longer than this server allows", code="timeout")
-    if isinstance(error, (StoppedError, LoopStoppedError)):
+    if isinstance(error, (StoppedError, SchedulerStoppedError)):
         return ApiError(503, "the server is stopping", code="stopping")
-    if isinstance(error, LoopDiedError):
+    if isinstance(error, SchedulerFailedError):
         return ApiError(503, "this model has failed; the server's log says why", code="model_failed")
     if isinstance(error, QueueFull):
         return ApiError(429, "too many requests are waiting: try again in a moment", code="queue_full")
@@ -101,13 +101,13 @@ def install(app: FastAPI) -> None:
     async def tell_nobody(request: HttpRequest, error: Exception) -> Response:
         return Response(status_code=499)  # as nginx notes a client that went away
 
-    app.add_exception_handler(ClientGoneError, tell_nobody)
+    app.add_exception_handler(ClientDisconnectedError, tell_nobody)
     for kind in (
         ApiError,
-        TimeIsUpError,
+        RequestTimeoutError,
         StoppedError,
-        LoopStoppedError,
-        LoopDiedError,
+        SchedulerStoppedError,
+        SchedulerFailedError,
         QueueFull,
         TemplateFailedError,
         UserError,

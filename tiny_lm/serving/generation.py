@@ -9,16 +9,16 @@ from tiny_lm.errors import UserError
 from tiny_lm.inference.decoding import Drawn
 from tiny_lm.inference.request import FinishReason
 from tiny_lm.inference.scoring import ReadToken
-from tiny_lm.serving.batching import Piece, Ticket
 from tiny_lm.serving.chat import Message, story_beginning
 from tiny_lm.serving.models import ServedModel
+from tiny_lm.serving.scheduler import RequestHandle, StreamChunk
 
 
-class TimeIsUpError(Exception):
+class RequestTimeoutError(Exception):
     """A request took longer than it may."""
 
 
-class ClientGoneError(Exception):
+class ClientDisconnectedError(Exception):
     """Nobody waits for the answer any more."""
 
 
@@ -36,7 +36,7 @@ class Choice:
     end: Drawn | None = None
     prompt: tuple[ReadToken, ...] = ()
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: StreamChunk) -> None:
         """Put the next piece behind."""
         self.text += piece.text
         self.drawn += piece.drawn
@@ -55,7 +55,7 @@ class Generation:
     """
 
     def __init__(
-        self, tickets: Sequence[Ticket], prompt_tokens: int, *, seconds: float, on_first: Callable[[float], None]
+        self, tickets: Sequence[RequestHandle], prompt_tokens: int, *, seconds: float, on_first: Callable[[float], None]
     ) -> None:
         """Follow ``tickets``, and cancel them after ``seconds``; ``on_first`` is told when the first piece comes."""
         self._tickets = tickets
@@ -83,11 +83,11 @@ class Generation:
         for ticket in self._tickets:
             ticket.cancel()
 
-    async def pieces(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def pieces(self) -> AsyncIterator[tuple[int, StreamChunk]]:
         """Yield piece after piece of all texts, each with the number of its text.
 
         Raises:
-            TimeIsUpError: the time of the request has passed.
+            RequestTimeoutError: the time of the request has passed.
             StoppedError: the server stops.
         """
         ended = 0
@@ -99,18 +99,18 @@ class Generation:
             ended += piece.finish_reason is not None
             yield number, piece
         if ended < len(self._tickets):
-            raise TimeIsUpError if self._late else StoppedError
+            raise RequestTimeoutError if self._late else StoppedError
         self._timer.cancel()
 
-    async def _one(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def _one(self) -> AsyncIterator[tuple[int, StreamChunk]]:
         async for piece in self._tickets[0]:
             yield 0, piece
 
-    async def _merge(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def _merge(self) -> AsyncIterator[tuple[int, StreamChunk]]:
         """Yield the pieces of several tickets as they come; a queue is no longer than the texts that it is made of."""
-        queue: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[int, StreamChunk] | Exception | None] = asyncio.Queue()
 
-        async def follow(number: int, ticket: Ticket) -> None:
+        async def follow(number: int, ticket: RequestHandle) -> None:
             try:
                 async for piece in ticket:
                     queue.put_nowait((number, piece))
@@ -137,7 +137,7 @@ class Generation:
         """Return all texts when they have ended.
 
         Raises:
-            TimeIsUpError, StoppedError: as :meth:`pieces`.
+            RequestTimeoutError, StoppedError: as :meth:`pieces`.
         """
         made = [Choice() for _ in self._tickets]
         async for number, piece in self.pieces():

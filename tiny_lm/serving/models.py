@@ -13,9 +13,9 @@ from tiny_lm.hardware.memory import free_memory
 from tiny_lm.inference import TextGenerator
 from tiny_lm.model import Transformer
 from tiny_lm.runs import Run
-from tiny_lm.serving.batching import ModelLoop, apart
 from tiny_lm.serving.chat import ChatTemplate, load_chat_template
 from tiny_lm.serving.limits import Limits
+from tiny_lm.serving.scheduler import Scheduler, run_in_thread
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class ServedModel:
 
     name: str
     generator: TextGenerator
-    loop: ModelLoop
+    loop: Scheduler
     template: ChatTemplate | None
     created: int
     digest: str
@@ -123,10 +123,10 @@ def load_model(name: str, path: Path, limits: Limits, *, device: str | None = No
     Raises:
         UserError: it is damaged, or its chat template is.
     """
-    generator = apart(TextGenerator.from_path, path, device=device)
-    loop = ModelLoop(generator, slots=limits.slots, queue=limits.queue)
+    generator = run_in_thread(TextGenerator.from_path, path, device=device)
+    loop = Scheduler(generator, slots=limits.slots, queue=limits.queue)
     template = load_chat_template(_template_folder(path), generator.tokenizer)
-    return ServedModel(name, generator, loop, template, int(_written(path)), apart(_digest, generator.model))
+    return ServedModel(name, generator, loop, template, int(_written(path)), run_in_thread(_digest, generator.model))
 
 
 def _digest(model: Transformer) -> str:

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from tiny_lm.errors import UserError
-from tiny_lm.serving.guard import Gate
+from tiny_lm.serving.middleware import Gate
 
 _LAST_SECONDS = 5
 """Time for the last bytes of answers to be sent, after the stories have ended."""

@@ -10,7 +10,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from tiny_lm.serving.generation import ClientGoneError, Generation, TimeIsUpError
+from tiny_lm.serving.generation import ClientDisconnectedError, Generation, RequestTimeoutError
 from tiny_lm.serving.limits import Limits
 
 _T = TypeVar("_T")
@@ -41,7 +41,7 @@ async def while_connected(request: HttpRequest, generation: Generation, work: Co
     """Wait for ``work`` on ``generation``, but no longer than the client of ``request`` does.
 
     Raises:
-        ClientGoneError: it went away.
+        ClientDisconnectedError: it went away.
     """
     try:
         return await _wait(request, work, None)
@@ -53,8 +53,8 @@ async def prepare(request: HttpRequest, limits: Limits, work: Coroutine[Any, Any
     """Wait for ``work`` that comes before the generation, as long as the client does and the time of a request lasts.
 
     Raises:
-        ClientGoneError: the client went away.
-        TimeIsUpError: the time of the request has passed.
+        ClientDisconnectedError: the client went away.
+        RequestTimeoutError: the time of the request has passed.
     """
     return await _wait(request, work, seconds_left(request, limits))
 
@@ -71,7 +71,7 @@ async def _wait(request: HttpRequest, work: Coroutine[Any, Any, _T], seconds: fl
         await asyncio.wait((answer, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if answer.done():
             return answer.result()
-        raise ClientGoneError if gone.done() else TimeIsUpError
+        raise ClientDisconnectedError if gone.done() else RequestTimeoutError
     finally:
         answer.cancel()
         gone.cancel()

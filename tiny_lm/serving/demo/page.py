@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from tiny_lm.errors import UserError
 from tiny_lm.pages import shared_script, shared_style
 from tiny_lm.pages.surprise import LEVELS
-from tiny_lm.serving.demo.stories import (
+from tiny_lm.serving.demo.backend import (
     NO_STORY,
     PROMPT_LENGTH,
     SEEDS,
     TEMPERATURES,
     TOKENS,
-    Storytellers,
+    DemoBackend,
+    DemoParams,
     View,
-    Wish,
 )
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def page_style() -> str:
     return shared_style() + (_FOLDER / "demo.css").read_text("utf-8")
 
 
-def build_page(tellers: Storytellers) -> "gradio.Blocks":
+def build_page(tellers: DemoBackend) -> "gradio.Blocks":
     """Lay out the page on which ``tellers`` tell."""
     import gradio as gr
 
@@ -83,7 +83,7 @@ def build_page(tellers: Storytellers) -> "gradio.Blocks":
     return page
 
 
-def _heading(tellers: Storytellers) -> str:
+def _heading(tellers: DemoBackend) -> str:
     names = [f'<span class="name">{escape(name)}</span> {escape(tellers.describe(name))}' for name in tellers.names]
     return (
         '<header><p class="eyebrow">tiny-lm</p><h1>Begin a story. A small model ends it.</h1>'
@@ -91,7 +91,7 @@ def _heading(tellers: Storytellers) -> str:
     )
 
 
-def _ask(tellers: Storytellers) -> tuple[Any, Any, Any]:
+def _ask(tellers: DemoBackend) -> tuple[Any, Any, Any]:
     """Lay out what is asked: the beginning, examples of one, and who tells."""
     import gradio as gr
 
@@ -116,7 +116,7 @@ def _ask(tellers: Storytellers) -> tuple[Any, Any, Any]:
 
 
 def _settings() -> list[Any]:
-    """Lay out how it is told, in the order of the fields of :class:`Wish`."""
+    """Lay out how it is told, in the order of the fields of :class:`DemoParams`."""
     import gradio as gr
 
     with gr.Accordion("How it is told", open=True, elem_id="how"):
@@ -143,7 +143,7 @@ def _sheet(name: str) -> Any:
     return gr.HTML(NO_STORY, html_template=template, js_on_load=script, elem_id=name, apply_default_css=False)
 
 
-def _events(tellers: Storytellers) -> tuple[Callable[..., Iterator[View]], Callable[..., None]]:
+def _events(tellers: DemoBackend) -> tuple[Callable[..., Iterator[View]], Callable[..., None]]:
     """Return what happens when a story is asked for, and when it is stopped or its page is closed."""
     import gradio as gr
 
@@ -161,7 +161,7 @@ def _events(tellers: Storytellers) -> tuple[Callable[..., Iterator[View]], Calla
             yield NO_STORY
             return
         try:
-            wish = Wish(prompt, tokens, temperature, top_k, top_p, seed)
+            wish = DemoParams(prompt, tokens, temperature, top_k, top_p, seed)
             yield from tellers.tell(name, wish, str(request.session_hash))
         except UserError as error:
             raise gr.Error(str(error), print_exception=False, title="That cannot be told") from None

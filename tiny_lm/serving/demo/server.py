@@ -10,11 +10,11 @@ from typing import Any
 from tiny_lm.errors import UserError
 from tiny_lm.files import to_json
 from tiny_lm.inference import TextGenerator
+from tiny_lm.serving.demo.backend import DemoBackend
 from tiny_lm.serving.demo.calls import Calls
 from tiny_lm.serving.demo.page import build_page, page_style
-from tiny_lm.serving.demo.stories import Storytellers
 from tiny_lm.serving.demo.theme import build_theme
-from tiny_lm.serving.guard import host_name
+from tiny_lm.serving.middleware import host_name
 
 HOST = "127.0.0.1"
 
@@ -152,7 +152,7 @@ async def _refuse(send: _Send, status: int, detail: str = "") -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def build_app(tellers: Storytellers, port: int) -> Gate:
+def build_app(tellers: DemoBackend, port: int) -> Gate:
     """Return the page as an ASGI application for ``port`` of this machine."""
     import fastapi
     import gradio as gr
@@ -196,7 +196,7 @@ def serve_demo(models: Mapping[str, TextGenerator], port: int, *, on_start: Call
             super().handle_exit(sig, frame)
 
     with listen(HOST, port) as listening:
-        tellers = Storytellers(models)
+        tellers = DemoBackend(models)
         try:
             app: Any = build_app(tellers, listening.getsockname()[1])
             config = uvicorn.Config(

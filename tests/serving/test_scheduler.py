@@ -13,29 +13,29 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.append(str(Path(__file__).parents[1] / "inference"))  # generators.py
-from generators import FAMILIES, GREEDY, make
+from generators import FAMILIES, make
 
 from tiny_lm.errors import UserError
-from tiny_lm.inference import Generated, Request, Sampling, TextGenerator
+from tiny_lm.inference import Completion, GenerationConfig, TextGenerator
 from tiny_lm.inference.batch import TextBatch
 from tiny_lm.inference.request import GrowingText
-from tiny_lm.serving import batching
-from tiny_lm.serving.batching import (
-    CancelledError,
-    LoopDiedError,
-    LoopStoppedError,
-    ModelLoop,
-    QueueFull,
-    Ticket,
-    apart,
-)
+from tiny_lm.serving import scheduler
 from tiny_lm.serving.limits import Limits
 from tiny_lm.serving.models import ServedModel, check_memory
+from tiny_lm.serving.scheduler import (
+    QueueFull,
+    RequestCancelledError,
+    RequestHandle,
+    Scheduler,
+    SchedulerFailedError,
+    SchedulerStoppedError,
+    run_in_thread,
+)
 from tiny_lm.tokenizer import Tokenizer
 
-LONG = Request(100_000, 100_000, GREEDY)  # goes on until it is cancelled
+LONG = GenerationConfig(max_new_tokens=100_000, min_new_tokens=100_000, temperature=0)  # goes on until it is cancelled
 
-Start = Callable[..., ModelLoop]
+Start = Callable[..., Scheduler]
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ def start() -> Iterator[Start]:
     """Start loops, and see that each of their threads ends."""
     loops = []
 
-    def begin(generator: TextGenerator, **options: float) -> ModelLoop:
-        loops.append(ModelLoop(generator, **options))  # type: ignore[arg-type]
+    def begin(generator: TextGenerator, **options: float) -> Scheduler:
+        loops.append(Scheduler(generator, **options))  # type: ignore[arg-type]
         loops[-1].start()
         return loops[-1]
 
@@ -68,14 +68,18 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 REQUESTS = [
-    ("", Request(90, sampling=GREEDY), 5),
-    ("One day", Request(90, sampling=Sampling(1.0, top_p=0.9, repetition_penalty=1.2)), 6),
-    ("The bear and the fox went home. " * 20, Request(30, sampling=Sampling(1.0, frequency_penalty=0.5)), 7),
-    ("One day", Request(90, sampling=Sampling(1.0, top_p=0.9, repetition_penalty=1.2)), 6),
-    ("Once upon a time", Request(40, 40, Sampling(1.5, top_k=40)), 8),
-    ("Once upon a time", Request(60, sampling=Sampling(2.0), stop=("e", "o")), 9),
-    ("The fox", Request(0), 1),
-    ("One day", Request(25, sampling=Sampling(1.0, min_p=0.01), logprobs=2), 10),
+    ("", GenerationConfig(max_new_tokens=90, temperature=0), 5),
+    ("One day", GenerationConfig(max_new_tokens=90, temperature=1.0, top_p=0.9, repetition_penalty=1.2), 6),
+    (
+        "The bear and the fox went home. " * 20,
+        GenerationConfig(max_new_tokens=30, temperature=1.0, frequency_penalty=0.5),
+        7,
+    ),
+    ("One day", GenerationConfig(max_new_tokens=90, temperature=1.0, top_p=0.9, repetition_penalty=1.2), 6),
+    ("Once upon a time", GenerationConfig(max_new_tokens=40, min_new_tokens=40, temperature=1.5, top_k=40), 8),
+    ("Once upon a time", GenerationConfig(max_new_tokens=60, temperature=2.0, stop=("e", "o")), 9),
+    ("The fox", GenerationConfig(max_new_tokens=0), 1),
+    ("One day", GenerationConfig(max_new_tokens=25, temperature=1.0, min_p=0.01, logprobs=2), 10),
 ]
 
 
@@ -99,7 +103,7 @@ def test_a_text_is_the_same_alone_and_among_others_that_join_and_leave(
     assert loop.stats.finished == 3 * (len(REQUESTS) - 1)
 
 
-def same(text: Generated, other: Generated) -> bool:
+def same(text: Completion, other: Completion) -> bool:
     """Whether two texts are equal, with log-probabilities that differ by rounding."""
     assert [drawn.logprob for drawn in text.drawn] == pytest.approx([d.logprob for d in other.drawn], abs=1e-4)
     return (text.ids, text.text, text.finish_reason) == (other.ids, other.text, other.finish_reason)
@@ -109,8 +113,10 @@ def same(text: Generated, other: Generated) -> bool:
 def test_a_step_of_the_batch_reads_no_more_of_a_prompt_than_it_may(family: str, tokenizer: Tokenizer) -> None:
     generator = make(tokenizer, family)
     batch = generator.new_batch(3, prompt_tokens=10)
-    short = generator.begin("A", Request(60, 60, GREEDY))
-    long = generator.begin("The bear went home. " * 20, Request(8, 8, GREEDY))
+    short = generator.new_sequence("A", GenerationConfig(max_new_tokens=60, min_new_tokens=60, temperature=0))
+    long = generator.new_sequence(
+        "The bear went home. " * 20, GenerationConfig(max_new_tokens=8, min_new_tokens=8, temperature=0)
+    )
     batch.join(short)
     batch.step()
     batch.join(long)
@@ -120,7 +126,12 @@ def test_a_step_of_the_batch_reads_no_more_of_a_prompt_than_it_may(family: str, 
     batch.leave(short)
     while len(batch):
         batch.step()
-    assert long.result() == generator.generate_batch([long.prompt], Request(8, 8, GREEDY))[0]
+    assert (
+        long.completion()
+        == generator.generate_batch([long.prompt], GenerationConfig(max_new_tokens=8, min_new_tokens=8, temperature=0))[
+            0
+        ]
+    )
 
 
 def test_a_prompt_waits_a_few_steps_for_others_where_many_texts_are_told(tokenizer: Tokenizer) -> None:
@@ -128,7 +139,10 @@ def test_a_prompt_waits_a_few_steps_for_others_where_many_texts_are_told(tokeniz
     batch = generator.new_batch(24)
 
     def join(count: int) -> list[GrowingText]:
-        texts = [generator.begin("A", Request(60, 60, GREEDY)) for _ in range(count)]
+        texts = [
+            generator.new_sequence("A", GenerationConfig(max_new_tokens=60, min_new_tokens=60, temperature=0))
+            for _ in range(count)
+        ]
         for text in texts:
             batch.join(text)
         return texts
@@ -143,7 +157,7 @@ def test_a_prompt_waits_a_few_steps_for_others_where_many_texts_are_told(tokeniz
 
 def test_pieces_add_up_and_the_last_one_tells_how_the_text_ended(generator: TextGenerator, start: Start) -> None:
     loop = start(generator, refresh=0)
-    request = Request(40, 40, Sampling(1.0), logprobs=1)
+    request = GenerationConfig(max_new_tokens=40, min_new_tokens=40, temperature=1.0, logprobs=1)
     [expected] = generator.generate_batch(["One day"], request, seed=3)
     ticket = loop.submit("One day", request, seed=3)
     pieces = list(ticket)
@@ -151,17 +165,19 @@ def test_pieces_add_up_and_the_last_one_tells_how_the_text_ended(generator: Text
     assert [drawn.id for piece in pieces for drawn in piece.drawn] == expected.ids
     assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
     assert (ticket.prompt_tokens, ticket.completion_tokens) == (
-        len(generator.begin("One day", request).wanted.prompt),
+        len(generator.new_sequence("One day", request).wanted.prompt),
         40,
     )
     assert loop.stats.tokens == 40 and loop.stats.prompt_tokens == ticket.prompt_tokens
-    assert [(piece.text, piece.finish_reason) for piece in loop.submit("One day", Request(0))] == [("", "length")]
+    assert [
+        (piece.text, piece.finish_reason) for piece in loop.submit("One day", GenerationConfig(max_new_tokens=0))
+    ] == [("", "length")]
 
 
 def test_ids_are_a_prompt_as_they_are(generator: TextGenerator, start: Start) -> None:
     loop = start(generator)
     ids = generator.tokenizer.encode("One day", bos=True)
-    request = Request(20, 20, GREEDY)
+    request = GenerationConfig(max_new_tokens=20, min_new_tokens=20, temperature=0)
     assert loop.submit(ids, request).result().ids == loop.submit("One day", request).result().ids
     with pytest.raises(UserError, match="100000 is no token id"):
         loop.submit([1, 100_000], request)
@@ -170,19 +186,22 @@ def test_ids_are_a_prompt_as_they_are(generator: TextGenerator, start: Start) ->
 def test_what_the_user_can_mend_is_told_at_once_and_the_loop_goes_on(generator: TextGenerator, start: Start) -> None:
     loop = start(generator)
     with pytest.raises(UserError, match="the prompt is empty"):
-        loop.submit("", Request(add_bos=False))
+        loop.submit("", GenerationConfig(add_bos=False))
     with pytest.raises(UserError, match="is no special token"):
-        loop.submit("x", Request(stop_tokens=("<|end|>",)))
+        loop.submit("x", GenerationConfig(stop_tokens=("<|end|>",)))
     with pytest.raises(UserError, match="a seed must be between"):
-        loop.submit("x", Request(3), seed=2**64)
-    assert len(loop.submit("x", Request(3, 3), seed=-(2**63)).result().ids) == 3
+        loop.submit("x", GenerationConfig(max_new_tokens=3), seed=2**64)
+    assert len(loop.submit("x", GenerationConfig(max_new_tokens=3, min_new_tokens=3), seed=-(2**63)).result().ids) == 3
 
 
 def test_a_cancelled_text_frees_its_slot_for_one_that_waits(generator: TextGenerator, start: Start) -> None:
     loop = start(generator, slots=1)
     first = loop.submit("One day", LONG)
     until(lambda: loop.stats.tokens > 5)
-    second, third = loop.submit("One day", Request(5, 5)), loop.submit("One day", LONG)
+    second, third = (
+        loop.submit("One day", GenerationConfig(max_new_tokens=5, min_new_tokens=5)),
+        loop.submit("One day", LONG),
+    )
     third.cancel()  # it still waits
     assert loop.stats.running == 1
     first.cancel()
@@ -190,7 +209,7 @@ def test_a_cancelled_text_frees_its_slot_for_one_that_waits(generator: TextGener
     assert len(second.result().ids) == 5
     assert loop.stats.steps <= steps + 1 + 5  # at most the step that was being made
     assert list(first) == [] and list(third) == []
-    with pytest.raises(CancelledError):
+    with pytest.raises(RequestCancelledError):
         third.result()
     until(lambda: loop.stats.cancelled == 2)
 
@@ -224,17 +243,17 @@ def test_the_queue_has_an_end(generator: TextGenerator, start: Start) -> None:
     for ticket in tickets:
         ticket.cancel()
     until(lambda: loop.stats.waiting == loop.stats.running == 0)
-    assert len(loop.submit("One day", Request(5, 5)).result().ids) == 5
+    assert len(loop.submit("One day", GenerationConfig(max_new_tokens=5, min_new_tokens=5)).result().ids) == 5
 
 
 def test_stopping_lets_texts_end_and_refuses_new_ones(generator: TextGenerator, start: Start) -> None:
     loop = start(generator, slots=1)
-    tickets = [loop.submit("One day", Request(200, 200)) for _ in range(3)]
+    tickets = [loop.submit("One day", GenerationConfig(max_new_tokens=200, min_new_tokens=200)) for _ in range(3)]
     stopper = threading.Thread(target=loop.stop, kwargs={"grace": 60})
     stopper.start()
     until(lambda: loop._deadline is not None)
-    with pytest.raises(LoopStoppedError):
-        loop.submit("One day", Request(5))
+    with pytest.raises(SchedulerStoppedError):
+        loop.submit("One day", GenerationConfig(max_new_tokens=5))
     assert [len(ticket.result().ids) for ticket in tickets] == [200] * 3
     stopper.join()
     loop.stop(grace=0)  # once more does no harm
@@ -246,11 +265,11 @@ def test_stopping_ends_what_does_not_end(generator: TextGenerator, start: Start)
     until(lambda: loop.stats.tokens > 0)
     loop.stop(grace=0.05)
     for ticket in tickets:
-        with pytest.raises(CancelledError):
+        with pytest.raises(RequestCancelledError):
             ticket.result()
     assert loop.stats.cancelled == 2
 
-    never_started = ModelLoop(generator)
+    never_started = Scheduler(generator)
     ticket = never_started.submit("One day", LONG)
     never_started.stop(grace=60)
     assert list(ticket) == []
@@ -270,26 +289,26 @@ def test_an_error_in_the_loop_reaches_all_who_wait(
     loop = start(generator, slots=2)
     tickets = [loop.submit("One day", LONG) for _ in range(4)]  # two of them wait
 
-    async def read(ticket: Ticket) -> None:
+    async def read(ticket: RequestHandle) -> None:
         async for _ in ticket:
             pass
 
     for ticket in tickets[::2]:
-        with pytest.raises(LoopDiedError) as raised:
+        with pytest.raises(SchedulerFailedError) as raised:
             ticket.result()
         assert str(raised.value.__cause__) == "no room"
     for ticket in tickets[1::2]:
-        with pytest.raises(LoopDiedError):
+        with pytest.raises(SchedulerFailedError):
             asyncio.run(read(ticket))
-    with pytest.raises(LoopDiedError):
-        loop.submit("One day", Request(5))
+    with pytest.raises(SchedulerFailedError):
+        loop.submit("One day", GenerationConfig(max_new_tokens=5))
 
 
 def test_who_reads_slowly_keeps_nobody_waiting(generator: TextGenerator, start: Start) -> None:
     loop = start(generator, refresh=0)
-    request = Request(150, 150)
+    request = GenerationConfig(max_new_tokens=150, min_new_tokens=150)
 
-    async def read() -> tuple[int, list[str], Generated]:
+    async def read() -> tuple[int, list[str], Completion]:
         slow = loop.submit("One day", request, seed=1)
         reading = slow.__aiter__()
         pieces = [(await anext(reading)).text]
@@ -298,7 +317,7 @@ def test_who_reads_slowly_keeps_nobody_waiting(generator: TextGenerator, start: 
             await asyncio.to_thread(other.result)
         await asyncio.to_thread(until, lambda: slow.completion_tokens == 150)  # told to its end while nobody read
         pieces += [piece.text async for piece in reading]
-        return slow.completion_tokens, pieces, slow.text.result()
+        return slow.completion_tokens, pieces, slow.text.completion()
 
     tokens, pieces, text = asyncio.run(read())
     assert tokens == 150 and len(pieces) == 2 and "".join(pieces) == text.text
@@ -306,7 +325,7 @@ def test_who_reads_slowly_keeps_nobody_waiting(generator: TextGenerator, start: 
 
 def test_many_readers_of_one_event_loop(generator: TextGenerator, start: Start) -> None:
     loop = start(generator, slots=8)
-    request = Request(30, 30, Sampling(1.0))
+    request = GenerationConfig(max_new_tokens=30, min_new_tokens=30, temperature=1.0)
 
     async def read(seed: int) -> str:
         return "".join([piece.text async for piece in loop.submit("One day", request, seed=seed)])
@@ -322,7 +341,7 @@ def test_no_short_text_waits_for_a_longer_one_that_came_before(generator: TextGe
     loop = start(generator, slots=4)
     long = [loop.submit("One day", LONG) for _ in range(3)]
     for _ in range(20):
-        loop.submit("One day", Request(5, 5)).result()
+        loop.submit("One day", GenerationConfig(max_new_tokens=5, min_new_tokens=5)).result()
     assert all(ticket.text.finish_reason is None for ticket in long)
     assert min(ticket.completion_tokens for ticket in long) > 80  # which did not wait either, while 20 x 5 were told
     for ticket in long:
@@ -332,11 +351,13 @@ def test_no_short_text_waits_for_a_longer_one_that_came_before(generator: TextGe
 def test_a_loop_without_work_gives_its_thread_up_and_goes_on_later(
     generator: TextGenerator, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batching, "_IDLE_SECONDS", 0.01)
+    monkeypatch.setattr(scheduler, "_IDLE_SECONDS", 0.01)
     loop = start(generator)
     texts = []
     for _ in range(3):
-        texts.append(loop.submit("One day", Request(5, 5, GREEDY)).result())
+        texts.append(
+            loop.submit("One day", GenerationConfig(max_new_tokens=5, min_new_tokens=5, temperature=0)).result()
+        )
         until(lambda: loop._thread is None)
     assert texts[0] == texts[1] == texts[2]
 
@@ -345,10 +366,10 @@ def test_what_is_done_apart_is_done_in_a_thread_that_ends() -> None:
     def work(size: int) -> tuple[threading.Thread, int]:
         return threading.current_thread(), len(torch.ones(size))
 
-    thread, size = apart(work, size=3)
+    thread, size = run_in_thread(work, size=3)
     assert size == 3 and not thread.is_alive()
     with pytest.raises(ZeroDivisionError):
-        apart(lambda: 1 // 0)
+        run_in_thread(lambda: 1 // 0)
 
 
 class Operations(TorchDispatchMode):

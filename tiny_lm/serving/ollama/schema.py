@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from tiny_lm.serving.limits import PROMPT_CHARACTERS
-from tiny_lm.serving.openai_schema import StopString, Strict
+from tiny_lm.serving.openai.schema import StopString, Strict
 
 _Text = Annotated[str, Field(max_length=PROMPT_CHARACTERS)]
 _Name = Annotated[str, Field(max_length=1024)]
@@ -19,7 +19,7 @@ def _admit_nulls(schema: dict[str, Any]) -> None:
         schema["properties"][name] = {"anyOf": [kind, {"type": "null"}], **shown}
 
 
-class Options(Strict):
+class OllamaOptions(Strict):
     """How to draw tokens; the defaults are Ollama's.
 
     Options of its engine alone (``num_ctx`` and so on) are passed over.
@@ -45,18 +45,18 @@ class ModelRequest(Strict):
     model: _Name = Field(validation_alias=AliasChoices("model", "name"))  # the older name that some clients send
 
 
-class GeneratingRequest(ModelRequest):
+class OllamaRequest(ModelRequest):
     """What both kinds of generation take."""
 
     stream: bool | None = None
-    options: Options | None = None
+    options: OllamaOptions | None = None
     format: Annotated[str, Field(max_length=0)] | Annotated[dict[str, Any], Field(max_length=0)] | None = Field(
         None, description="must be empty"
     )
     think: Literal[False] | None = None
 
 
-class GenerateRequest(GeneratingRequest):
+class OllamaGenerateRequest(OllamaRequest):
     """A beginning that is gone on with."""
 
     prompt: _Text | None = None
@@ -68,7 +68,7 @@ class GenerateRequest(GeneratingRequest):
     images: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="must be empty")
 
 
-class Message(Strict):
+class OllamaMessage(Strict):
     """A message of a chat."""
 
     role: Annotated[str, Field(max_length=64)]
@@ -76,10 +76,10 @@ class Message(Strict):
     images: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="must be empty")
 
 
-class ChatRequest(GeneratingRequest):
+class OllamaChatRequest(OllamaRequest):
     """Messages that are answered."""
 
-    messages: Annotated[list[Message], Field(max_length=1024)] | None = None
+    messages: Annotated[list[OllamaMessage], Field(max_length=1024)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="must be empty")
 
 
@@ -105,7 +105,7 @@ class ListedModel(BaseModel):
     details: Details
 
 
-class Tags(BaseModel):
+class ListedModels(BaseModel):
     """All models that are served."""
 
     models: list[ListedModel]
@@ -124,13 +124,13 @@ class RunningModel(BaseModel):
     context_length: int
 
 
-class Running(BaseModel):
+class RunningModelList(BaseModel):
     """All models in memory, which are all that are served."""
 
     models: list[RunningModel]
 
 
-class Shown(BaseModel):
+class ModelInfo(BaseModel):
     """What there is to know about a model."""
 
     modelfile: str
@@ -163,26 +163,26 @@ class Statistics(BaseModel):
     eval_duration: int | None = None
 
 
-class Generated(Statistics):
+class OllamaGenerateResponse(Statistics):
     """A text that goes on from a prompt."""
 
     response: str
 
 
-class AnswerMessage(BaseModel):
+class OllamaResponseMessage(BaseModel):
     """An answer."""
 
     role: str
     content: str
 
 
-class Answered(Statistics):
+class OllamaChatResponse(Statistics):
     """An answer to messages."""
 
-    message: AnswerMessage
+    message: OllamaResponseMessage
 
 
-class ErrorBody(BaseModel):
+class OllamaErrorResponse(BaseModel):
     """A request that was refused."""
 
     error: str

@@ -9,13 +9,13 @@ import pytest
 from tiny_lm.errors import UserError
 from tiny_lm.inference import TextGenerator
 from tiny_lm.pages.text import visible
-from tiny_lm.serving.demo.stories import PROMPT_LENGTH, Storytellers, Wish
+from tiny_lm.serving.demo.backend import PROMPT_LENGTH, DemoBackend, DemoParams
 from tiny_lm.tokenizer import Tokenizer
 
 sys.path.append(str(Path(__file__).parents[1] / "inference"))  # generators.py
 from generators import make
 
-WISH = Wish("One day", 60, 0.9, 40, 0.9, 5)
+WISH = DemoParams("One day", 60, 0.9, 40, 0.9, 5)
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +24,13 @@ def generator(tokenizer: Tokenizer) -> TextGenerator:
 
 
 @pytest.fixture(scope="module")
-def tellers(generator: TextGenerator, tokenizer: Tokenizer) -> Iterator[Storytellers]:
-    tellers = Storytellers({"small": generator, "other": make(tokenizer, "llama3")})
+def tellers(generator: TextGenerator, tokenizer: Tokenizer) -> Iterator[DemoBackend]:
+    tellers = DemoBackend({"small": generator, "other": make(tokenizer, "llama3")})
     yield tellers
     tellers.close()
 
 
-def test_a_story_is_what_the_generator_tells(tellers: Storytellers, generator: TextGenerator) -> None:
+def test_a_story_is_what_the_generator_tells(tellers: DemoBackend, generator: TextGenerator) -> None:
     views = list(tellers.tell("small", WISH, "me"))
     (expected,) = generator.generate_batch([WISH.prompt], WISH.request(), seed=WISH.seed)
     last = views[-1]
@@ -50,8 +50,8 @@ def test_a_story_is_what_the_generator_tells(tellers: Storytellers, generator: T
     assert tellers.telling == 0
 
 
-def test_stopping_ends_the_stories_of_one_page_only(tellers: Storytellers) -> None:
-    long = Wish("One day", 500, 0.9, 0, 1.0, 5)
+def test_stopping_ends_the_stories_of_one_page_only(tellers: DemoBackend) -> None:
+    long = DemoParams("One day", 500, 0.9, 0, 1.0, 5)
     mine, theirs = tellers.tell("small", long, "me"), tellers.tell("other", long, "them")
     next(mine), next(theirs)
     tellers.stop("me")
@@ -61,16 +61,16 @@ def test_stopping_ends_the_stories_of_one_page_only(tellers: Storytellers) -> No
     assert tellers.telling == 0
 
 
-def test_a_listener_who_leaves_frees_the_model(tellers: Storytellers) -> None:
-    told = tellers.tell("small", Wish("One day", 500, 0.9, 0, 1.0, 5), "me")
+def test_a_listener_who_leaves_frees_the_model(tellers: DemoBackend) -> None:
+    told = tellers.tell("small", DemoParams("One day", 500, 0.9, 0, 1.0, 5), "me")
     next(told)
     assert tellers.telling == 1
     told.close()
     assert tellers.telling == 0
 
 
-def test_a_beginning_beyond_the_context_is_told(tellers: Storytellers) -> None:
-    *_, last = tellers.tell("small", Wish("word " * 200, 50, 1.0, 0, 1.0, 0), "me")
+def test_a_beginning_beyond_the_context_is_told(tellers: DemoBackend) -> None:
+    *_, last = tellers.tell("small", DemoParams("word " * 200, 50, 1.0, 0, 1.0, 0), "me")
     assert "characters of the beginning do not fit into the context" in last["facts"]
 
 
@@ -87,9 +87,9 @@ def test_a_beginning_beyond_the_context_is_told(tellers: Storytellers) -> None:
 def test_what_the_page_does_not_offer_is_refused(values: dict[str, object], message: str) -> None:
     usual = {"prompt": "", "max_new_tokens": 50, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 0}
     with pytest.raises(UserError, match=message):
-        Wish(**{**usual, **values})  # type: ignore[arg-type]  # of the right types, or it is no test
+        DemoParams(**{**usual, **values})  # type: ignore[arg-type]  # of the right types, or it is no test
 
 
-def test_an_unknown_model_is_refused(tellers: Storytellers) -> None:
+def test_an_unknown_model_is_refused(tellers: DemoBackend) -> None:
     with pytest.raises(UserError, match="there is no model 'nobody' here"):
         next(tellers.tell("nobody", WISH, "me"))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from generators import FAMILIES, make
 
-from tiny_lm.inference.packing import RowAttention, pack
+from tiny_lm.inference.backends.onednn import BatchedDecodeAttention, pack
 from tiny_lm.model import reference_attention
 from tiny_lm.tokenizer import Tokenizer
 
@@ -29,7 +29,7 @@ def test_a_packed_model_computes_what_the_model_does(family: str, qkv_bias: bool
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_of_many_rows_is_that_of_the_reference(kv_heads: int, rows: int, masked: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    attend_rows = RowAttention()
+    attend_rows = BatchedDecodeAttention()
     for capacity in (32, 32, 48):  # with other lengths, and in a cache of another size
         q = torch.randn(rows, 1, 4, 16, generator=generator).transpose(1, 2)
         k, v = (torch.randn(rows, kv_heads, capacity, 16, generator=generator)[:, :, :25] for _ in range(2))

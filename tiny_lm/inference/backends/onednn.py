@@ -25,7 +25,7 @@ _MANY_ROWS = 16
 """From so many rows on the keys and values lie in main memory, not in a cache of the processor."""
 
 
-class RowAttention:
+class BatchedDecodeAttention:
     """Does what :func:`~tiny_lm.model.attend` does; one query of many rows in kernels that read memory in its order.
 
     The fused kernel of torch waits for memory there. The sum of values by weight is an embedding bag: one for each
@@ -54,14 +54,14 @@ class RowAttention:
         return y.view(batch, heads, 1, size)
 
     def _bags(self, v: Tensor, mask: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:
-        """Return what :func:`value_bags` does, which is the same in all layers of a step."""
+        """Return what :func:`embedding_bag_indices` does, which is the same in all layers of a step."""
         layout, last = (v.shape, v.stride()), self._last
         if last is None or last[0] is not mask or last[1] != layout:
-            last = self._last = mask, layout, value_bags(v, mask, heads)
+            last = self._last = mask, layout, embedding_bag_indices(v, mask, heads)
         return last[2]
 
 
-def value_bags(v: Tensor, mask: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:
+def embedding_bag_indices(v: Tensor, mask: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:
     """Return where the values of each head lie in memory, in vectors of K, and where a head begins among them.
 
     Args:
@@ -83,7 +83,7 @@ def value_bags(v: Tensor, mask: Tensor | None, heads: int) -> tuple[Tensor, Tens
     return places.reshape(-1), torch.arange(0, batch * heads * seen, seen, dtype=torch.int32)
 
 
-class PackedLinear(nn.Module):
+class MkldnnLinear(nn.Module):
     """``nn.Linear`` for inference, with its weight [out, in] in oneDNN's layout, and perhaps an activation after it."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, activation: tuple[str, str] = ("none", "")) -> None:
@@ -106,12 +106,12 @@ class PackedLinear(nn.Module):
         return y
 
 
-class PackedProjection:
+class MkldnnQKV:
     """The projections to q, k and v as one product."""
 
     def __init__(self, attention: MultiHeadAttention) -> None:
         parts = (attention.W_q, attention.W_k, attention.W_v)
-        self._linear = PackedLinear.joined(*parts)
+        self._linear = MkldnnLinear.joined(*parts)
         self._heads = attention.heads
         self._sizes = [part.out_features // attention.head_size for part in parts]
 
@@ -120,12 +120,12 @@ class PackedProjection:
         return torch.split(self._heads(self._linear.forward(x)), self._sizes, dim=1)  # [B, H+G+G, T, K] -> three
 
 
-class PackedSwiGLU(nn.Module):
+class MkldnnSwiGLU(nn.Module):
     """``SwiGLU`` with gate and up as one product."""
 
     def __init__(self, ffn: SwiGLU) -> None:
         super().__init__()
-        self.gate_up, self.down = PackedLinear.joined(ffn.w1, ffn.w3), PackedLinear.joined(ffn.w2)
+        self.gate_up, self.down = MkldnnLinear.joined(ffn.w1, ffn.w3), MkldnnLinear.joined(ffn.w2)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` [B, T, D] to [B, T, D]."""
@@ -145,19 +145,19 @@ def pack(model: Transformer) -> Transformer:
     if not (here and has_onednn and weight.dtype == torch.float32):
         return model
     packed = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-    attend_rows = RowAttention()
+    attend_rows = BatchedDecodeAttention()
     for module in packed.modules():
         if isinstance(module, MultiHeadAttention):
-            object.__setattr__(module, "project", PackedProjection(module))
+            object.__setattr__(module, "project", MkldnnQKV(module))
             module.attend = attend_rows
         if isinstance(module, FeedForward):
-            module.fc1 = PackedLinear(module.fc1.weight, module.fc1.bias, ("gelu", "tanh"))  # type: ignore[assignment]
+            module.fc1 = MkldnnLinear(module.fc1.weight, module.fc1.bias, ("gelu", "tanh"))  # type: ignore[assignment]
             module.activation = nn.Identity()  # type: ignore[assignment]
         for name, child in module.named_children():
             if isinstance(child, SwiGLU):
-                setattr(module, name, PackedSwiGLU(child))
+                setattr(module, name, MkldnnSwiGLU(child))
             elif isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear.joined(child))
+                setattr(module, name, MkldnnLinear.joined(child))
     _call_directly(packed)
     return packed
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tiny_lm.errors import UserError
-from tiny_lm.inference import Request, Sampling, TextGenerator
+from tiny_lm.inference import GenerationConfig, TextGenerator
 from tiny_lm.inference.decoding import Drawn
 from tiny_lm.model import FAMILY_NAMES, num_parameters
 from tiny_lm.pages.surprise import TokenSurprise
 from tiny_lm.pages.text import short, visible
-from tiny_lm.serving.batching import ModelLoop, Ticket
+from tiny_lm.serving.scheduler import RequestHandle, Scheduler
 
 PROMPT_LENGTH = 2000
 """Most characters of a prompt."""
@@ -42,7 +42,7 @@ NO_STORY: View = {"story": 0, "state": "none"}
 
 
 @dataclass(frozen=True)
-class Wish:
+class DemoParams:
     """What the page asks for.
 
     Raises:
@@ -67,10 +67,15 @@ class Wish:
             if not low <= value <= high:
                 raise UserError(f"{name} must be between {low} and {high} (it is {value})")
 
-    def request(self) -> Request:
+    def request(self) -> GenerationConfig:
         """Return it as a generator is asked."""
-        sampling = Sampling(self.temperature, self.top_k, self.top_p)
-        return Request(self.max_new_tokens, sampling=sampling, logprobs=_ALTERNATIVES)
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            logprobs=_ALTERNATIVES,
+        )
 
 
 @dataclass
@@ -109,7 +114,7 @@ class Story:
         }
 
 
-class Storytellers:
+class DemoBackend:
     """The models of the page, each with its loop, and who is listening.
 
     Attributes:
@@ -119,8 +124,8 @@ class Storytellers:
     def __init__(self, models: Mapping[str, TextGenerator]) -> None:
         self.names = list(models)
         self._models = dict(models)
-        self._loops = {name: ModelLoop(generator, refresh=_REFRESH_SECONDS) for name, generator in models.items()}
-        self._tickets: defaultdict[str, set[Ticket]] = defaultdict(set)  # of each open page
+        self._loops = {name: Scheduler(generator, refresh=_REFRESH_SECONDS) for name, generator in models.items()}
+        self._tickets: defaultdict[str, set[RequestHandle]] = defaultdict(set)  # of each open page
         self._lock = threading.Lock()
         self._told = 0
         for loop in self._loops.values():
@@ -132,7 +137,7 @@ class Storytellers:
         size, family = short(num_parameters(config)), FAMILY_NAMES[config.architecture]
         return f"{family}, {size} parameters, context of {config.context_length:,} tokens"
 
-    def tell(self, name: str, wish: Wish, listener: str) -> Iterator[View]:
+    def tell(self, name: str, wish: DemoParams, listener: str) -> Iterator[View]:
         """Yield what to show of a story, again and again until it ends.
 
         Args:
@@ -187,7 +192,7 @@ class Storytellers:
         for loop in self._loops.values():
             loop.stop(grace=0)
 
-    def _forget(self, listener: str, ticket: Ticket) -> None:
+    def _forget(self, listener: str, ticket: RequestHandle) -> None:
         with self._lock:
             self._tickets[listener].discard(ticket)
             if not self._tickets[listener]:

@@ -2,12 +2,12 @@ from itertools import pairwise
 
 import pytest
 import torch
-from generators import FAMILIES, GREEDY, make
+from generators import FAMILIES, make
 
 from tiny_lm.errors import UserError
 from tiny_lm.hardware.compiler import missing_compiler
-from tiny_lm.inference import Request
-from tiny_lm.inference.compiling import CompiledStep, SummedLinear
+from tiny_lm.inference import GenerationConfig
+from tiny_lm.inference.backends.compiled import CompiledStep, GemvLinear
 from tiny_lm.inference.decoding import prefill
 from tiny_lm.tokenizer import Tokenizer
 
@@ -15,7 +15,7 @@ from tiny_lm.tokenizer import Tokenizer
 @pytest.mark.parametrize("size", [1, 16, 37])
 def test_a_product_written_as_a_sum_has_any_number_of_outputs(size: int) -> None:
     linear, x = torch.nn.Linear(7, size), torch.randn(2, 7)
-    torch.testing.assert_close(SummedLinear(linear)(x), linear(x))
+    torch.testing.assert_close(GemvLinear(linear)(x), linear(x))
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,10 @@ def test_a_compiled_step_computes_what_the_model_does(family: str, tokenizer: To
 
 def test_compiled_texts_are_the_same_alone_in_a_batch_and_beyond_the_context(tokenizer: Tokenizer) -> None:
     generator = make(tokenizer, "qwen3")
-    prompts, request = ["One day", "The little fox went home and"], Request(90, 90, GREEDY)
+    prompts, request = (
+        ["One day", "The little fox went home and"],
+        GenerationConfig(max_new_tokens=90, min_new_tokens=90, temperature=0),
+    )
     expected = [text.ids for text in generator.generate_batch(prompts, request)]
     generator.compile()
     assert [text.ids for text in generator.generate_batch(prompts, request)] == expected
@@ -52,7 +55,7 @@ def test_compiled_texts_are_the_same_alone_in_a_batch_and_beyond_the_context(tok
 
 @pytest.mark.deep
 def test_models_that_are_compiled_in_one_process_stay_apart(tokenizer: Tokenizer) -> None:
-    request = Request(20, 20, GREEDY)
+    request = GenerationConfig(max_new_tokens=20, min_new_tokens=20, temperature=0)
     generators = [make(tokenizer, n_layers=1, d_ff=size) for size in (16, 32, 64)]
     expected = [generator.generate_batch(["One day"], request)[0].ids for generator in generators]
     assert all(a != b for a, b in pairwise(expected))

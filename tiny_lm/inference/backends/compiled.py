@@ -28,7 +28,7 @@ _LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 """So many float32 the processor adds at once."""
 
 
-class SummedLinear(nn.Module):
+class GemvLinear(nn.Module):
     """``nn.Linear`` for few vectors, as a sum of products.
 
     The weight [out, in] lies as [out/L, in, L] in a copy: L outputs side by side are the L lanes of a register, so that
@@ -48,7 +48,7 @@ class SummedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def attend_summed(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
+def gemv_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout_p: float = 0.0) -> Tensor:
     """Do what :func:`~tiny_lm.model.attend` does for one query, which sees all keys, as sums of products."""
     batch, heads, queries, size = q.shape
     grouped = (q * size**-0.5).view(batch, k.shape[1], -1, 1, size)  # [B, H, 1, K] -> [B, G, H/G, 1, K]
@@ -88,11 +88,11 @@ def _summed(model: Transformer) -> Transformer:
     copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for module in list(copied.modules()):
         if isinstance(module, MultiHeadAttention):
-            module.attend = attend_summed
+            module.attend = gemv_attention
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
-                setattr(module, name, SummedLinear(child))
-    summed = [module for module in copied.modules() if isinstance(module, SummedLinear)]
+                setattr(module, name, GemvLinear(child))
+    summed = [module for module in copied.modules() if isinstance(module, GemvLinear)]
     sizes = [module.weight.numel() for module in summed]
     for module, part in zip(summed, torch.split(_large_pages(sum(sizes)), sizes), strict=True):
         module.weight = part.view_as(module.weight).copy_(module.weight)

@@ -9,14 +9,14 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 
-from tiny_lm.inference import Request, Sampling
-from tiny_lm.serving import openai_schema as schema
-from tiny_lm.serving.catalogue import Catalogue
+from tiny_lm.inference import GenerationConfig
 from tiny_lm.serving.chat import Message
 from tiny_lm.serving.errors import ApiError
 from tiny_lm.serving.generation import Generation, encode, prompt_of_messages
 from tiny_lm.serving.models import ServedModel
-from tiny_lm.serving.openai_answers import Answers, ChatAnswers, CompletionAnswers, Echo
+from tiny_lm.serving.openai import schema
+from tiny_lm.serving.openai.responses import Answers, ChatAnswers, CompletionAnswers, Echo
+from tiny_lm.serving.registry import ModelRegistry
 from tiny_lm.serving.streaming import TextStream, prepare, seconds_left, while_connected
 
 _COMPLETION_TOKENS = 16
@@ -26,7 +26,7 @@ _SMALLEST_TOP_P = 1e-9
 """OpenAI admits 0: then the likeliest token alone is drawn from, as with this."""
 
 
-def openai_router(catalogue: Catalogue) -> APIRouter:
+def openai_router(registry: ModelRegistry) -> APIRouter:
     """Return the routes below ``/v1``."""
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
 
@@ -34,27 +34,27 @@ def openai_router(catalogue: Catalogue) -> APIRouter:
     @router.get("/models", response_model=schema.ModelList)
     async def list_models() -> Any:
         """List the models that are served."""
-        return {"object": "list", "data": [_card(model) for model in catalogue.models]}
+        return {"object": "list", "data": [_card(model) for model in registry.models]}
 
     @router.get("/models/{model}", response_model=schema.ModelCard)
     async def show_model(model: str) -> Any:
         """Show one model."""
-        return _card(catalogue.find(model))
+        return _card(registry.find(model))
 
-    @router.post("/completions", response_model=None, responses=_responses(schema.Completion))
+    @router.post("/completions", response_model=None, responses=_responses(schema.CompletionResponse))
     async def complete(body: schema.CompletionRequest, request: HttpRequest) -> Response:
         """Go on with a beginning, or with several."""
-        model = catalogue.find(body.model)
+        model = registry.find(body.model)
         given = _several(body.prompt)
-        prompts = await prepare(request, catalogue.limits, _prompts(model, given))
-        most = catalogue.limits.tokens(_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens)
+        prompts = await prepare(request, registry.limits, _prompts(model, given))
+        most = registry.limits.tokens(_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens)
         asked = _request(body, most, logprobs=body.logprobs)
         scores_prompts = bool(body.echo) and body.logprobs is not None
-        generation = catalogue.begin(
+        generation = registry.begin(
             model,
             prompts,
             asked,
-            seconds=seconds_left(request, catalogue.limits),
+            seconds=seconds_left(request, registry.limits),
             n=body.n or 1,
             seed=body.seed,
             scores_prompts=scores_prompts,
@@ -71,19 +71,19 @@ def openai_router(catalogue: Catalogue) -> APIRouter:
         )
         return await _answer(body, request, generation, answers)
 
-    @router.post("/chat/completions", response_model=None, responses=_responses(schema.ChatCompletion))
-    async def chat(body: schema.ChatRequest, request: HttpRequest) -> Response:
+    @router.post("/chat/completions", response_model=None, responses=_responses(schema.ChatCompletionResponse))
+    async def chat(body: schema.ChatCompletionRequest, request: HttpRequest) -> Response:
         """Answer messages; a model that was trained on stories alone goes on with their text."""
-        model = catalogue.find(body.model)
+        model = registry.find(body.model)
         rendering = prompt_of_messages(model, [_message(each) for each in body.messages])
-        prompt, stop_tokens = await prepare(request, catalogue.limits, rendering)
+        prompt, stop_tokens = await prepare(request, registry.limits, rendering)
         most = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         tells_logprobs = bool(body.top_logprobs) if body.logprobs is None else body.logprobs
         logprobs = (body.top_logprobs or 0) if tells_logprobs else None
-        most = catalogue.limits.tokens(model.context_length if most is None else most)
+        most = registry.limits.tokens(model.context_length if most is None else most)
         asked = _request(body, most, logprobs=logprobs, stop_tokens=stop_tokens)
-        seconds = seconds_left(request, catalogue.limits)
-        generation = catalogue.begin(model, [prompt], asked, seconds=seconds, n=body.n or 1, seed=body.seed)
+        seconds = seconds_left(request, registry.limits)
+        generation = registry.begin(model, [prompt], asked, seconds=seconds, n=body.n or 1, seed=body.seed)
         answers = ChatAnswers(model, body.n or 1, tells_logprobs=tells_logprobs)
         return await _answer(body, request, generation, answers)
 
@@ -160,9 +160,12 @@ def _message(message: schema.ChatMessage) -> Message:
 
 def _request(
     body: schema.SampledRequest, most: int, *, logprobs: int | None, stop_tokens: tuple[str, ...] = ()
-) -> Request:
+) -> GenerationConfig:
     """Return what is asked of the loop: ``most`` tokens."""
-    sampling = Sampling(
+    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
+    return GenerationConfig(
+        max_new_tokens=most,
+        min_new_tokens=min(body.min_tokens or 0, most),
         temperature=1.0 if body.temperature is None else body.temperature,
         top_k=max(body.top_k or 0, 0),
         top_p=1.0 if body.top_p is None else max(body.top_p, _SMALLEST_TOP_P),
@@ -170,6 +173,7 @@ def _request(
         repetition_penalty=1.0 if body.repetition_penalty is None else body.repetition_penalty,
         presence_penalty=body.presence_penalty or 0.0,
         frequency_penalty=body.frequency_penalty or 0.0,
+        stop=stop,
+        stop_tokens=stop_tokens,
+        logprobs=logprobs,
     )
-    stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
-    return Request(most, min(body.min_tokens or 0, most), sampling, stop, stop_tokens, logprobs=logprobs)

@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 from tiny_lm.files import to_json
 from tiny_lm.inference.decoding import Drawn
 from tiny_lm.inference.scoring import ReadToken
-from tiny_lm.serving.batching import Piece
 from tiny_lm.serving.errors import describe, error_body
 from tiny_lm.serving.generation import Choice, Generation
 from tiny_lm.serving.models import ServedModel
+from tiny_lm.serving.scheduler import StreamChunk
 from tiny_lm.tokenizer import StreamDecoder, Tokenizer
 
 _LEAST_LOGPROB = -9999.0
@@ -51,7 +51,7 @@ class Answers(ABC):
         """Return the choices that a stream begins with, before anything is generated."""
 
     @abstractmethod
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+    def piece(self, index: int, piece: StreamChunk) -> dict[str, Any]:
         """Return a piece of a text as a choice of an event."""
 
     def _likeliest(self, token: Drawn | ReadToken) -> list[tuple[int, float]]:
@@ -118,15 +118,15 @@ class CompletionAnswers(Answers):
             return []
         return [self._choice(index, echo.text, Choice()) for index, echo in enumerate(self._echoes) if echo.text]
 
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+    def piece(self, index: int, piece: StreamChunk) -> dict[str, Any]:
         """Return a piece of a text."""
         return self._choice(index, self._echoes[index].text + piece.text if piece.prompt else piece.text, piece)
 
-    def _choice(self, index: int, text: str, part: Piece | Choice) -> dict[str, Any]:
+    def _choice(self, index: int, text: str, part: StreamChunk | Choice) -> dict[str, Any]:
         logprobs = self._logprobs(index, part) if self._tells_logprobs else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": part.finish_reason}
 
-    def _logprobs(self, index: int, part: Piece | Choice) -> dict[str, Any]:
+    def _logprobs(self, index: int, part: StreamChunk | Choice) -> dict[str, Any]:
         """Return the log-probabilities of the tokens of a part, with the one that ends the text, as usage counts it."""
         unsaid = self._echoes[index].unsaid
         read, drawn = part.prompt[unsaid:], [*part.drawn, *([part.end] if part.end else [])]
@@ -183,7 +183,7 @@ class ChatAnswers(Answers):
         """Return the roles, which come before the words."""
         return [self._event(index, {"role": "assistant", "content": ""}, (), None) for index in range(self._n)]
 
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+    def piece(self, index: int, piece: StreamChunk) -> dict[str, Any]:
         """Return a piece of an answer."""
         delta = {"content": piece.text} if piece.text or not piece.finish_reason else {}
         return self._event(index, delta, piece.drawn, piece.finish_reason)

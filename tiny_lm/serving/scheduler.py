@@ -5,7 +5,7 @@ at most every few hundredths of a second, so that they do not take its time.
 
 A thread that has computed keeps a pool of OpenMP threads as long as it lives, and where all pools together have more
 threads than the machine has cores, the threads of GNU's OpenMP sleep between two products instead of spinning: half as
-many tokens a second. So a loop without work gives its thread up, and :func:`apart` does the computing of others.
+many tokens a second. So a loop without work gives its thread up, and :func:`run_in_thread` computes for others.
 """
 
 import logging
@@ -17,22 +17,29 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from tiny_lm.inference import Request, TextGenerator
+from tiny_lm.inference import GenerationConfig, TextGenerator
 from tiny_lm.inference.batch import TextBatch
 from tiny_lm.inference.request import GrowingText
 from tiny_lm.inference.scoring import PromptScore
-from tiny_lm.serving.ticket import CancelledError, LoopDiedError, Piece, Ticket, Waiter, wake
+from tiny_lm.serving.request_handle import (
+    RequestCancelledError,
+    RequestHandle,
+    SchedulerFailedError,
+    StreamChunk,
+    Waiter,
+    wake,
+)
 
 __all__ = [
-    "CancelledError",
-    "LoopDiedError",
-    "LoopStats",
-    "LoopStoppedError",
-    "ModelLoop",
-    "Piece",
     "QueueFull",
-    "Ticket",
-    "apart",
+    "RequestCancelledError",
+    "RequestHandle",
+    "Scheduler",
+    "SchedulerFailedError",
+    "SchedulerStats",
+    "SchedulerStoppedError",
+    "StreamChunk",
+    "run_in_thread",
 ]
 
 _T = TypeVar("_T")
@@ -53,12 +60,12 @@ class QueueFull(Exception):  # noqa: N818  # the name of the condition, as in th
     """There are as many requests waiting as may."""
 
 
-class LoopStoppedError(Exception):
+class SchedulerStoppedError(Exception):
     """The loop takes no more requests."""
 
 
 @dataclass(frozen=True)
-class LoopStats:
+class SchedulerStats:
     """What a loop does, and what it has done.
 
     Attributes:
@@ -80,13 +87,13 @@ class LoopStats:
     cancelled: int = 0
 
 
-def apart(function: Callable[..., _T], /, *arguments: Any, **options: Any) -> _T:
+def run_in_thread(function: Callable[..., _T], /, *arguments: Any, **options: Any) -> _T:
     """Call a function that computes, such as one that loads a model, in a thread that ends with it (see above)."""
     with ThreadPoolExecutor(1) as executor:
         return executor.submit(function, *arguments, **options).result()
 
 
-class ModelLoop:
+class Scheduler:
     """Continues the texts of all requests, in a thread of its own that owns model and cache."""
 
     def __init__(
@@ -110,16 +117,16 @@ class ModelLoop:
         self._generator = generator
         self._slots, self._queue, self._refresh, self._prompt_tokens = slots, queue, refresh, prompt_tokens
         self._lock = threading.Condition()  # holds what threads share: the next few
-        self._waiting: deque[Ticket] = deque()
-        self._left: list[Ticket] = []  # cancelled, and not yet taken out
+        self._waiting: deque[RequestHandle] = deque()
+        self._left: list[RequestHandle] = []  # cancelled, and not yet taken out
         self._deadline: float | None = None  # set when stopping
         self._error: BaseException | None = None
         self._started = False
         self._thread: threading.Thread | None = None
         # Only the loop's thread writes these.
         self._batch: TextBatch | None = None
-        self._running: dict[GrowingText, Ticket] = {}
-        self._scoring: deque[Ticket] = deque()  # those of them whose prompt is still to be scored
+        self._running: dict[GrowingText, RequestHandle] = {}
+        self._scoring: deque[RequestHandle] = deque()  # those of them whose prompt is still to be scored
         self._tokens = self._read = self._steps = self._finished = self._cancelled = 0
 
     def start(self) -> None:
@@ -129,9 +136,9 @@ class ModelLoop:
             self._see_to_thread()
 
     @property
-    def stats(self) -> LoopStats:
+    def stats(self) -> SchedulerStats:
         """The figures of this moment."""
-        return LoopStats(
+        return SchedulerStats(
             running=len(self._running),
             waiting=len(self._waiting),
             tokens=self._tokens,
@@ -149,11 +156,11 @@ class ModelLoop:
     def submit(
         self,
         prompt: str | Sequence[int],
-        request: Request,
+        request: GenerationConfig,
         *,
         seed: int | None = None,
         score: PromptScore | None = None,
-    ) -> Ticket:
+    ) -> RequestHandle:
         """Hand in a text to continue; any thread may.
 
         Args:
@@ -163,21 +170,21 @@ class ModelLoop:
             score: of the prompt; it is computed before the text is begun, unless it is there.
 
         Raises:
-            UserError: as :meth:`TextGenerator.begin`.
+            UserError: as :meth:`TextGenerator.new_sequence`.
             QueueFull: as many requests wait as may.
-            LoopStoppedError: the loop stops, or has stopped.
-            LoopDiedError: the loop ended by an error.
+            SchedulerStoppedError: the loop stops, or has stopped.
+            SchedulerFailedError: the loop ended by an error.
         """
-        text = self._generator.begin(prompt, request, seed=seed)
-        ticket = Ticket(text, self._leave, score)
+        text = self._generator.new_sequence(prompt, request, seed=seed)
+        ticket = RequestHandle(text, self._leave, score)
         if text.finish_reason is not None and score is None:
             ticket.show(end=True)
             return ticket
         with self._lock:
             if self._error is not None:
-                raise LoopDiedError("the model loop ended by an error") from self._error
+                raise SchedulerFailedError("the model loop ended by an error") from self._error
             if self._deadline is not None:
-                raise LoopStoppedError("the model loop takes no more requests")
+                raise SchedulerStoppedError("the model loop takes no more requests")
             if len(self._waiting) >= self._queue + self._slots - len(self._running):
                 raise QueueFull(f"{self._queue} requests wait already")
             self._waiting.append(ticket)
@@ -197,7 +204,7 @@ class ModelLoop:
         if thread:
             thread.join()
 
-    def _leave(self, ticket: Ticket) -> None:
+    def _leave(self, ticket: RequestHandle) -> None:
         with self._lock:
             self._left.append(ticket)
             self._lock.notify()

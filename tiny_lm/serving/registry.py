@@ -3,19 +3,19 @@
 from collections.abc import Iterable, Sequence
 
 from tiny_lm.errors import UserError
-from tiny_lm.inference import Request
-from tiny_lm.serving.batching import Ticket
+from tiny_lm.inference import GenerationConfig
 from tiny_lm.serving.errors import ApiError
 from tiny_lm.serving.generation import Generation
 from tiny_lm.serving.limits import MOST_PROMPTS, Limits
 from tiny_lm.serving.metrics import Metrics
 from tiny_lm.serving.models import ServedModel
+from tiny_lm.serving.scheduler import RequestHandle
 
 _SEEDS = 2**63
 """Seeds are taken modulo this; those that a C integer holds (which all clients send) are left as they are."""
 
 
-class Catalogue:
+class ModelRegistry:
     """The models of a server, by name.
 
     Attributes:
@@ -46,7 +46,7 @@ class Catalogue:
         self,
         model: ServedModel,
         prompts: Sequence[list[int]],
-        request: Request,
+        request: GenerationConfig,
         *,
         seconds: float,
         n: int = 1,
@@ -66,13 +66,13 @@ class Catalogue:
 
         Raises:
             UserError: there are too many texts, or the loop refuses one.
-            QueueFull: as :meth:`ModelLoop.submit`; no text of the request is begun then.
+            QueueFull: as :meth:`Scheduler.submit`; no text of the request is begun then.
         """
         if len(prompts) * n > MOST_PROMPTS:
             raise UserError(
                 f"{len(prompts)} prompts with {n} texts each are too many: at most {MOST_PROMPTS} texts in all"
             )
-        tickets: list[Ticket] = []
+        tickets: list[RequestHandle] = []
         try:
             for ids in prompts:
                 score = model.generator.new_score(ids, top=request.logprobs or 0) if scores_prompts else None

@@ -11,13 +11,13 @@ from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 
 from tiny_lm.files import to_json
-from tiny_lm.inference import Request, Sampling
-from tiny_lm.serving import ollama_schema as schema
-from tiny_lm.serving.catalogue import Catalogue
+from tiny_lm.inference import GenerationConfig
 from tiny_lm.serving.chat import Message
 from tiny_lm.serving.errors import describe
 from tiny_lm.serving.generation import Generation, encode, prompt_of_messages
 from tiny_lm.serving.models import ServedModel
+from tiny_lm.serving.ollama import schema
+from tiny_lm.serving.registry import ModelRegistry
 from tiny_lm.serving.streaming import TextStream, prepare, seconds_left, while_connected
 
 API_VERSION = "0.12.0"
@@ -29,7 +29,7 @@ Wrap = Callable[[str], dict[str, Any]]
 """Puts a piece of text where a route has it."""
 
 
-def ollama_router(catalogue: Catalogue) -> APIRouter:
+def ollama_router(registry: ModelRegistry) -> APIRouter:
     """Return the routes below ``/api``."""
     router = APIRouter(prefix="/api", tags=["Ollama"])
 
@@ -40,47 +40,47 @@ def ollama_router(catalogue: Catalogue) -> APIRouter:
         return {"version": API_VERSION}
 
     @router.head("/tags", include_in_schema=False)
-    @router.get("/tags", response_model=schema.Tags)
+    @router.get("/tags", response_model=schema.ListedModels)
     async def tags() -> Any:
         """List the models that are served."""
-        return {"models": [{**_facts(model), "modified_at": _modified(model)} for model in catalogue.models]}
+        return {"models": [{**_facts(model), "modified_at": _modified(model)} for model in registry.models]}
 
-    @router.get("/ps", response_model=schema.Running)
+    @router.get("/ps", response_model=schema.RunningModelList)
     async def running() -> Any:
         """List the models that are in memory, which are the same."""
-        return {"models": [_running(model) for model in catalogue.models]}
+        return {"models": [_running(model) for model in registry.models]}
 
-    @router.post("/show", response_model=schema.Shown)
+    @router.post("/show", response_model=schema.ModelInfo)
     async def show(body: schema.ModelRequest) -> Any:
         """Show one model."""
-        return _shown(catalogue.find(body.model))
+        return _shown(registry.find(body.model))
 
-    @router.post("/generate", response_model=None, responses=_responses(schema.Generated))
-    async def generate(body: schema.GenerateRequest, request: HttpRequest) -> Response:
+    @router.post("/generate", response_model=None, responses=_responses(schema.OllamaGenerateResponse))
+    async def generate(body: schema.OllamaGenerateRequest, request: HttpRequest) -> Response:
         """Go on with a prompt."""
-        model = catalogue.find(body.model)
+        model = registry.find(body.model)
         if not body.prompt:
             return JSONResponse({**_head(model), "response": "", "done": True, "done_reason": "load"})
         if body.raw or model.template is None:
             # A template writes bos itself, so a prompt that is already rendered holds it.
             encoding = encode(model, body.prompt, bos=model.template is None)
-            prompt = await prepare(request, catalogue.limits, encoding)
+            prompt = await prepare(request, registry.limits, encoding)
             stop_tokens: tuple[str, ...] = ()
         else:
             system = [Message("system", body.system)] if body.system else []
             rendering = prompt_of_messages(model, [*system, Message("user", body.prompt)])
-            prompt, stop_tokens = await prepare(request, catalogue.limits, rendering)
-        return await _answer(catalogue, model, prompt, stop_tokens, body, request, lambda text: {"response": text})
+            prompt, stop_tokens = await prepare(request, registry.limits, rendering)
+        return await _answer(registry, model, prompt, stop_tokens, body, request, lambda text: {"response": text})
 
-    @router.post("/chat", response_model=None, responses=_responses(schema.Answered))
-    async def chat(body: schema.ChatRequest, request: HttpRequest) -> Response:
+    @router.post("/chat", response_model=None, responses=_responses(schema.OllamaChatResponse))
+    async def chat(body: schema.OllamaChatRequest, request: HttpRequest) -> Response:
         """Answer messages; a model that was trained on stories alone goes on with their text."""
-        model = catalogue.find(body.model)
+        model = registry.find(body.model)
         if not body.messages:
             return JSONResponse({**_head(model), **_said(""), "done": True, "done_reason": "load"})
         messages = [Message(message.role, message.content or "") for message in body.messages]
-        prompt, stop_tokens = await prepare(request, catalogue.limits, prompt_of_messages(model, messages))
-        return await _answer(catalogue, model, prompt, stop_tokens, body, request, _said)
+        prompt, stop_tokens = await prepare(request, registry.limits, prompt_of_messages(model, messages))
+        return await _answer(registry, model, prompt, stop_tokens, body, request, _said)
 
     return router
 
@@ -91,20 +91,20 @@ def _responses(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
 
 
 async def _answer(
-    catalogue: Catalogue,
+    registry: ModelRegistry,
     model: ServedModel,
     prompt: list[int],
     stop_tokens: tuple[str, ...],
-    body: schema.GeneratingRequest,
+    body: schema.OllamaRequest,
     request: HttpRequest,
     wrap: Wrap,
 ) -> Response:
     """Send what is generated, in lines (as Ollama does unless it is told not to) or whole."""
-    options = body.options or schema.Options()
+    options = body.options or schema.OllamaOptions()
     most = options.num_predict if options.num_predict >= 0 else model.context_length
-    asked = _request(options, catalogue.limits.tokens(most), stop_tokens)
-    seconds, seed = seconds_left(request, catalogue.limits), options.seed if options.seed >= 0 else None
-    generation = catalogue.begin(model, [prompt], asked, seconds=seconds, seed=seed)
+    asked = _request(options, registry.limits.tokens(most), stop_tokens)
+    seconds, seed = seconds_left(request, registry.limits), options.seed if options.seed >= 0 else None
+    generation = registry.begin(model, [prompt], asked, seconds=seconds, seed=seed)
     if body.stream is None or body.stream:
         return TextStream(_lines(model, generation, wrap), generation, "application/x-ndjson")
     [choice] = await while_connected(request, generation, generation.choices())
@@ -131,8 +131,9 @@ def _line(content: object) -> str:
     return to_json(content) + "\n"
 
 
-def _request(options: schema.Options, most: int, stop_tokens: tuple[str, ...]) -> Request:
-    sampling = Sampling(
+def _request(options: schema.OllamaOptions, most: int, stop_tokens: tuple[str, ...]) -> GenerationConfig:
+    return GenerationConfig(
+        max_new_tokens=most,
         temperature=options.temperature,
         top_k=max(options.top_k, 0),
         top_p=max(options.top_p, _SMALLEST_TOP_P),
@@ -140,8 +141,9 @@ def _request(options: schema.Options, most: int, stop_tokens: tuple[str, ...]) -
         repetition_penalty=options.repeat_penalty,
         presence_penalty=options.presence_penalty,
         frequency_penalty=options.frequency_penalty,
+        stop=tuple(options.stop),
+        stop_tokens=stop_tokens,
     )
-    return Request(most, sampling=sampling, stop=tuple(options.stop), stop_tokens=stop_tokens)
 
 
 def _head(model: ServedModel) -> dict[str, Any]:

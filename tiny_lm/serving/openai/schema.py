@@ -115,7 +115,7 @@ class ChatMessage(Strict):
     content: PromptText | Annotated[list[ContentPart], Field(max_length=1024)] | None = None
 
 
-class ChatRequest(SampledRequest):
+class ChatCompletionRequest(SampledRequest):
     """Messages that are answered."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
@@ -154,7 +154,7 @@ class CompletionChoice(BaseModel):
     finish_reason: Literal["stop", "length"] | None
 
 
-class Completion(BaseModel):
+class CompletionResponse(BaseModel):
     """Texts that go on from prompts."""
 
     id: str
@@ -185,7 +185,7 @@ class ChatLogprobs(BaseModel):
     content: list[TokenLogprob]
 
 
-class AnswerMessage(BaseModel):
+class ResponseMessage(BaseModel):
     """An answer."""
 
     role: Literal["assistant"]
@@ -196,12 +196,12 @@ class ChatChoice(BaseModel):
     """An answer, and how it ended."""
 
     index: int
-    message: AnswerMessage
+    message: ResponseMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"] | None
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletionResponse(BaseModel):
     """Answers to messages."""
 
     id: str
@@ -238,7 +238,7 @@ class ErrorDetail(BaseModel):
     code: str | None
 
 
-class ErrorBody(BaseModel):
+class ErrorResponse(BaseModel):
     """A request that was refused."""
 
     error: ErrorDetail

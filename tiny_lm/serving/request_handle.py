@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-from tiny_lm.inference import Generated
+from tiny_lm.inference import Completion
 from tiny_lm.inference.decoding import Drawn
 from tiny_lm.inference.request import FinishReason, GrowingText
 from tiny_lm.inference.scoring import PromptScore, ReadToken
@@ -14,16 +14,16 @@ from tiny_lm.inference.scoring import PromptScore, ReadToken
 Waiter = asyncio.Future[None] | threading.Event
 
 
-class CancelledError(Exception):
+class RequestCancelledError(Exception):
     """The text was given up before its end."""
 
 
-class LoopDiedError(Exception):
+class SchedulerFailedError(Exception):
     """The model loop ended by an error, which is the cause of this one."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class StreamChunk:
     """What has been added to a text since the last piece.
 
     Attributes:
@@ -41,7 +41,7 @@ class Piece:
     prompt: tuple[ReadToken, ...] = ()
 
 
-class Ticket:
+class RequestHandle:
     """A text that the loop tells. It is read once: piece by piece, in a thread or in asyncio, or as a whole.
 
     Who reads slowly finds more in a piece. Where reading is broken off, the text is given up.
@@ -52,7 +52,9 @@ class Ticket:
         prompt_tokens: tokens of the prompt.
     """
 
-    def __init__(self, text: GrowingText, leave: Callable[["Ticket"], None], score: PromptScore | None = None) -> None:
+    def __init__(
+        self, text: GrowingText, leave: Callable[["RequestHandle"], None], score: PromptScore | None = None
+    ) -> None:
         """Wait for ``text``; ``leave`` is called when it is given up."""
         self.text, self.score = text, score
         self.prompt_tokens = len(text.wanted.prompt)
@@ -78,11 +80,11 @@ class Ticket:
         self._leave(self)
         wake(waiters)
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[StreamChunk]:
         """Yield piece after piece as they come; nothing more when the text is given up.
 
         Raises:
-            LoopDiedError: the loop ended by an error.
+            SchedulerFailedError: the loop ended by an error.
         """
         try:
             while not self._read:
@@ -94,7 +96,7 @@ class Ticket:
         finally:
             self.cancel()
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
+    async def __aiter__(self) -> AsyncIterator[StreamChunk]:
         """Do in asyncio what iterating does in a thread."""
         try:
             while not self._read:
@@ -106,18 +108,18 @@ class Ticket:
         finally:
             self.cancel()
 
-    def result(self) -> Generated:
+    def result(self) -> Completion:
         """Wait for the whole text, in a thread.
 
         Raises:
-            CancelledError: it was given up.
-            LoopDiedError: the loop ended by an error.
+            RequestCancelledError: it was given up.
+            SchedulerFailedError: the loop ended by an error.
         """
         for _ in self:
             pass
         if self._cancelled:
-            raise CancelledError("the text was given up before its end")
-        return self.text.result()
+            raise RequestCancelledError("the text was given up before its end")
+        return self.text.completion()
 
     def _await(self, waiter: Waiter) -> bool:
         """Let ``waiter`` be woken when there is something to take; return whether there is nothing yet."""
@@ -127,12 +129,12 @@ class Ticket:
                 self._waiters.append(waiter)
             return nothing
 
-    def _take(self) -> Piece | None:
+    def _take(self) -> StreamChunk | None:
         """Return what is new to the reader; None once the text is given up."""
         with self._lock:
             self._read = self._ended or self._cancelled
             if self._error is not None:
-                raise LoopDiedError("the model loop ended by an error") from self._error
+                raise SchedulerFailedError("the model loop ended by an error") from self._error
             if self._cancelled:
                 return None
             new = slice(self._taken, self._shown)
@@ -140,7 +142,7 @@ class Ticket:
             reason, end = (self.text.finish_reason, self.text.end) if self._ended else (None, None)
             prompt = tuple(self.score.tokens) if self.score and not self._begun else ()
             self._begun = True
-        return Piece("".join(self.text.pieces[new]), tuple(self.text.drawn[new]), reason, end, prompt)
+        return StreamChunk("".join(self.text.pieces[new]), tuple(self.text.drawn[new]), reason, end, prompt)
 
     def _woken(self) -> list[Waiter]:
         waiters, self._waiters = self._waiters, []

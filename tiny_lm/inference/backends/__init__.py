@@ -1,0 +1,1 @@
+"""Layouts of the model in which decoding is fast on a CPU."""
