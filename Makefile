@@ -8,7 +8,7 @@ OPENWEBUI := .venv-openwebui
 
 CHROMIUM ?= $(firstword $(wildcard /usr/bin/chromium /usr/bin/chromium-browser /usr/bin/google-chrome) /usr/bin/chromium)
 
-.PHONY: quickstart test test-deep test-browser test-openwebui test-llamacpp test-quickstart-exports test-llama-server test-vllm test-torchserve test-transformers4 test-transformersjs test-lowest test-newest fuzz audit lint types wheel lock clean
+.PHONY: quickstart test test-deep test-browser test-openwebui test-llamacpp test-quickstart-exports test-llama-server test-vllm test-torchserve test-transformers4 test-transformersjs test-lowest test-newest fuzz audit lint types docs docs-cli wheel lock clean
 
 # Every file that pip installs is compared with the hashes of the lock files, which name all packages: --no-deps.
 PIP_LOCKED := $(BIN)/python -m pip install --quiet --no-deps --require-hashes
@@ -125,6 +125,25 @@ lint: $(VENV)/installed-dev
 types: $(VENV)/installed-dev
 	$(BIN)/mypy
 
+# The documentation site, in site/: docs/ and the API reference out of the docstrings; a warning is an error. Where npm is
+# there, the site gets its own copy of mermaid, which draws the diagrams; else it shows their sources.
+$(VENV)/installed-docs: $(VENV)/installed-dev requirements/docs.lock
+	$(PIP_LOCKED) --requirement requirements/docs.lock
+	touch $@
+
+MERMAID := build/mermaid/node_modules/mermaid/dist/mermaid.min.js
+$(MERMAID):
+	mkdir -p build/mermaid
+	npm install --prefix build/mermaid --no-fund --no-audit --ignore-scripts --loglevel error mermaid@12.3.0
+
+docs: $(VENV)/installed-docs
+	! command -v npm > /dev/null || $(MAKE) $(MERMAID) || echo "mermaid could not be installed: the site shows the sources of its diagrams"
+	$(BIN)/python -m sphinx -c docs --builder html --fail-on-warning --keep-going --quiet --doctree-dir build/doctrees . site
+
+# docs/cli.md, after a change of the commands or their help texts.
+docs-cli: $(VENV)/installed
+	$(BIN)/python scripts/write_cli_reference.py
+
 wheel: $(VENV)/installed-dev
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
@@ -169,4 +188,4 @@ fuzz: $(VENV)/installed-dev
 	$(BIN)/python tests/fuzz/fuzz.py --mutants $(FUZZ_MUTANTS)
 
 clean:
-	rm -rf $(VENV) $(OPENWEBUI) .venv-transformers4 .venv-vllm .venv-lowest .venv-newest .venv-uv .venv-audit dist build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OPENWEBUI) .venv-transformers4 .venv-vllm .venv-lowest .venv-newest .venv-uv .venv-audit dist build site .pytest_cache .mypy_cache .ruff_cache

@@ -15,6 +15,7 @@ PARTS = {
     "requirements.lock": [],
     "requirements/build.lock": ["--group", "build"],
     "requirements/dev.lock": ["--group", "dev"],
+    "requirements/docs.lock": ["--group", "docs"],
     "requirements/browser.lock": ["--group", "browser"],
     "requirements/llamacpp.lock": ["--extra", "llamacpp"],
     "requirements/llama-server.lock": ["--group", "llama-server"],

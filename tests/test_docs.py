@@ -12,7 +12,8 @@ from tiny_lm.config import find_config
 from tiny_lm.model import load_model_config, num_parameters
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "dev" / "LOG.md"]
+DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 GROUPS = ("data", "export", "tokenizer")
 
 
@@ -20,6 +21,8 @@ def commands() -> list[str]:
     """Every `tiny-lm` command line in a block or between backquotes."""
     found = set()
     for document in DOCUMENTS:
+        if document.name == "cli.md":
+            continue  # written from the commands
         text = document.read_text(encoding="utf-8")
         found |= set(re.findall(r"^(?:    |\$ )(tiny-lm [a-z].*?)(?: +#.*)?$", text, flags=re.MULTILINE))
         found |= set(re.findall(r"`(tiny-lm [a-z][^`]*)`", text))
