@@ -199,7 +199,7 @@ def test_documented_values(
     assert network["vocab_size"] == 8192
     assert network["dropout"] == 0.1
     assert (data.batch_size, data.block_size, how.accumulate_grad_batches) == batch
-    assert data.window_stride == data.block_size
+    assert data.training_stride == data.block_size
     assert (data.dtype, data.num_workers, data.pin_memory, data.drop_last) == ("uint16", 4, True, True)
     assert training == (
         how.max_steps,

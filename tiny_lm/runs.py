@@ -47,7 +47,7 @@ _IN_READING = "other processes are reading this run; try again when they are don
 _LOCK_FILE = ".lock"  # keeps other machines away
 _READING_SECONDS = 20.0  # an export holds a run while it loads the model
 
-_RECORD_LIMIT = 16 * 2**20  # bytes; a run.json has some thousand
+_METADATA_LIMIT = 16 * 2**20  # bytes; a run.json has some thousand
 _METRICS_LIMIT = 384 * 2**20  # bytes; a million events have some 300 million
 _MAX_EVENTS = 1_000_000  # with one for ten steps, a run of ten million
 
@@ -130,25 +130,25 @@ class Run:
         return self.folder / "report.html"
 
     @property
-    def record(self) -> Path:
+    def metadata_file(self) -> Path:
         """What is written down about the run itself."""
         return self.folder / "run.json"
 
-    def read_record(self) -> dict[str, Any]:
+    def read_metadata(self) -> dict[str, Any]:
         """Return ``run.json``, or nothing where there is none yet."""
-        if not os.path.lexists(self.record):
+        if not os.path.lexists(self.metadata_file):
             return {}
         try:
-            record = parse_finite_json(read_text(self.record, limit=_RECORD_LIMIT))
+            record = parse_finite_json(read_text(self.metadata_file, limit=_METADATA_LIMIT))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.record}: is not valid JSON ({error})") from None
+            raise UserError(f"{self.metadata_file}: is not valid JSON ({error})") from None
         if not isinstance(record, dict):
-            raise UserError(f"{self.record}: is no record of a run")
+            raise UserError(f"{self.metadata_file}: is no record of a run")
         return record
 
-    def update_record(self, **values: Any) -> None:
+    def update_metadata(self, **values: Any) -> None:
         """Set ``values`` in ``run.json`` and leave the rest."""
-        write_json(self.record, {**self.read_record(), **values})
+        write_json(self.metadata_file, {**self.read_metadata(), **values})
 
     @contextmanager
     def claim(self) -> Iterator[None]:
@@ -219,7 +219,7 @@ def open_run(path: str | Path) -> Run:
         known = [str(record.parent) for record in RUNS_FOLDER.glob("*/run.json")]
         raise UserError(f"{folder}: no such run folder{nearest(str(folder), known)}")
     run = Run(folder)
-    if not run.record.is_file():
+    if not run.metadata_file.is_file():
         raise UserError(f"{folder}: is no run folder (it has no run.json)")
     return run
 
@@ -253,7 +253,7 @@ def list_runs() -> list[Run]:
     found = []
     for record in sorted(RUNS_FOLDER.glob("*/run.json")):
         with suppress(UserError):
-            Run(record.parent).read_record()
+            Run(record.parent).read_metadata()
             found.append(Run(record.parent))
     return found
 
@@ -269,7 +269,7 @@ def last_saved(run: Run) -> tuple[bool, float]:
         if any(run.checkpoints.glob("*.ckpt")):
             return True, run.checkpoints.stat().st_mtime
     with suppress(OSError):
-        return False, run.record.stat().st_mtime
+        return False, run.metadata_file.stat().st_mtime
     return False, 0.0
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tiny_lm.cli.options import spread
+from tiny_lm.cli.options import expand_multi_value
 from tiny_lm.dataset.stories import generate_stories
 from tiny_lm.runs import read_metrics
 
@@ -179,4 +179,4 @@ def test_a_judge_and_everything_a_user_may_get_wrong(runs: Path, cli: Callable[.
     ],
 )
 def test_one_option_takes_several_values(words: str, expected: str) -> None:
-    assert spread(words.split(), "--g") == expected.split()
+    assert expand_multi_value(words.split(), "--g") == expected.split()

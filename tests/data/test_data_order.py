@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tiny_lm.data import BinDataConfig, StreamMetadata
 from tiny_lm.data.bin.data_module import BinTokenDataModule
-from tiny_lm.data.bin.sampler import OrderedBatches, ShuffledBatches, permute
+from tiny_lm.data.bin.sampler import SequentialBatchSampler, ShuffledBatchSampler, permute
 
 MakeConfig = Callable[..., BinDataConfig]
 
@@ -40,11 +40,11 @@ def test_a_place_is_the_same_window_whatever_is_asked_with_it() -> None:
 def test_an_epoch_of_windows_beyond_any_memory() -> None:
     size = 2**45 + 12345
     places = np.arange(10**15 % size, 10**15 % size + 5000)
-    windows = permute(places, size, seed=0, epoch=0)
-    assert len(set(windows.tolist())) == 5000
-    assert windows.min() >= 0
-    assert windows.max() < size
-    assert np.abs(np.histogram(windows, bins=10, range=(0, size))[0] - 500).max() < 100  # 4.7 standard deviations
+    sequences = permute(places, size, seed=0, epoch=0)
+    assert len(set(sequences.tolist())) == 5000
+    assert sequences.min() >= 0
+    assert sequences.max() < size
+    assert np.abs(np.histogram(sequences, bins=10, range=(0, size))[0] - 500).max() < 100  # 4.7 standard deviations
 
 
 def test_every_order_of_three_windows_is_about_equally_likely() -> None:
@@ -68,9 +68,11 @@ def test_neighbours_in_an_epoch_have_nothing_to_do_with_each_other() -> None:
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
-def take(count: int, *, windows: int = 10, batch_size: int = 3, seed: int = 1, **options: object) -> list[list[int]]:
+def take(count: int, *, sequences: int = 10, batch_size: int = 3, seed: int = 1, **options: object) -> list[list[int]]:
     options = {"drop_last": True, **options}
-    return [batch.tolist() for batch in islice(ShuffledBatches(windows, batch_size, seed=seed, **options), count)]
+    return [
+        batch.tolist() for batch in islice(ShuffledBatchSampler(sequences, batch_size, seed=seed, **options), count)
+    ]
 
 
 def test_shuffling_is_a_function_of_seed_and_place() -> None:
@@ -84,9 +86,9 @@ def test_shuffling_is_a_function_of_seed_and_place() -> None:
 
 
 def test_the_next_epoch_fills_the_last_batch_unless_it_is_dropped() -> None:
-    windows = [window for batch in take(10, drop_last=False) for window in batch]
-    assert [sorted(windows[start : start + 10]) for start in (0, 10, 20)] == [list(range(10))] * 3
-    (batch,) = take(1, windows=2, batch_size=7, drop_last=False)  # a text of fewer windows than a batch
+    sequences = [window for batch in take(10, drop_last=False) for window in batch]
+    assert [sorted(sequences[start : start + 10]) for start in (0, 10, 20)] == [list(range(10))] * 3
+    (batch,) = take(1, sequences=2, batch_size=7, drop_last=False)  # a text of fewer windows than a batch
     assert sorted(batch) == [0, 0, 0, 0, 1, 1, 1] or sorted(batch) == [0, 0, 0, 1, 1, 1, 1]
 
 
@@ -96,7 +98,7 @@ def test_ranks_read_disjoint_windows_that_are_those_of_one_process(
     world_size: int, micro_batch: int, drop_last: bool
 ) -> None:
     """The config says 6 windows in a micro-batch and 2 micro-batches in a step; 50 windows make 8.3 micro-batches."""
-    options = {"windows": 50, "batch_size": 6, "seed": 4, "drop_last": drop_last}
+    options = {"sequences": 50, "batch_size": 6, "seed": 4, "drop_last": drop_last}
     share = {"world_size": world_size, "micro_batch": micro_batch}
     steps = 9  # more than two epochs
     alone = np.array(take(2 * steps, **options)).reshape(steps, 12)
@@ -110,19 +112,21 @@ def test_ranks_read_disjoint_windows_that_are_those_of_one_process(
     assert behind == [list(shared[rank, 3, :micro_batch]) for rank in range(world_size)]
 
 
-@pytest.mark.parametrize(("windows", "world_size"), [(1, 1), (7, 1), (7, 2), (9, 4), (3, 8), (64, 2)])
-def test_ranks_validate_each_window_once_in_equally_many_batches(windows: int, world_size: int) -> None:
-    of_ranks = [list(OrderedBatches(windows, 2, rank=rank, world_size=world_size)) for rank in range(world_size)]
+@pytest.mark.parametrize(("sequences", "world_size"), [(1, 1), (7, 1), (7, 2), (9, 4), (3, 8), (64, 2)])
+def test_ranks_validate_each_window_once_in_equally_many_batches(sequences: int, world_size: int) -> None:
+    of_ranks = [
+        list(SequentialBatchSampler(sequences, 2, rank=rank, world_size=world_size)) for rank in range(world_size)
+    ]
     assert len({len(batches) for batches in of_ranks}) == 1
-    assert len(of_ranks[0]) == len(OrderedBatches(windows, 2, rank=0, world_size=world_size))
+    assert len(of_ranks[0]) == len(SequentialBatchSampler(sequences, 2, rank=0, world_size=world_size))
     seen = [window for batches in of_ranks for batch in batches for window in batch]
-    assert sorted(seen) == list(range(windows))
+    assert sorted(seen) == list(range(sequences))
     assert all(len(batch) <= 2 for batches in of_ranks for batch in batches)
 
 
 def test_loader_gives_what_the_order_says_and_resumes_behind_it(data_config: MakeConfig) -> None:
     data = BinTokenDataModule(data_config(), seed=3)
-    order = iter(ShuffledBatches(len(data.train_dataset), 4, seed=3, drop_last=True))
+    order = iter(ShuffledBatchSampler(len(data.train_dataset), 4, seed=3, drop_last=True))
     expected = [data.train_dataset[next(order)] for _ in range(9)]
     loaded = iter(data.train_dataloader())
     for x, y in expected:
@@ -140,7 +144,7 @@ def test_windows_seen_are_those_of_all_ranks(data_config: MakeConfig) -> None:
     data.load_state_dict({"windows_seen": 100})
     data.trainer = SimpleNamespace(global_rank=1, world_size=3, global_step=25, accumulate_grad_batches=5)
     x, _ = next(iter(data.train_dataloader()))
-    order = ShuffledBatches(len(data.train_dataset), 4, seed=0, drop_last=True, start=102, micro_batch=2)
+    order = ShuffledBatchSampler(len(data.train_dataset), 4, seed=0, drop_last=True, start=102, micro_batch=2)
     assert torch.equal(x, data.train_dataset[next(iter(order))][0])
     data.trainer.global_step = 27
     assert data.state_dict() == {"windows_seen": 100 + 2 * 3 * 2 * 5}
@@ -187,6 +191,6 @@ def test_training_batches_of_a_20_gb_stream_leave_the_resident_set_flat(
     """
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    windows, grown = result.stdout.split()
-    assert int(windows) == (tokens - 257) // 256 + 1
+    sequences, grown = result.stdout.split()
+    assert int(sequences) == (tokens - 257) // 256 + 1
     assert float(grown) < 64

@@ -39,7 +39,7 @@ def loaded(trained: Run) -> LoadedRun:
 def test_blocked_loss_is_the_one_that_training_saw(loaded: LoadedRun, trained: Run, silent: Silent) -> None:
     last = load_run(trained.last_checkpoint, OPTIONS)
     reading, positions = measure_loss(last, None, silent)
-    metrics = trained.read_record()["metrics"]
+    metrics = trained.read_metadata()["metrics"]
     nats, tokens = math.fsum(part.nats for part in positions), sum(part.tokens for part in positions)
     assert nats / tokens == pytest.approx(metrics["val_loss"], rel=1e-6)
     assert tokens == reading.tokens == last.val.tokens - 1

@@ -77,7 +77,7 @@ def folder(trained: Run, tmp_path: Path) -> Run:
 def test_the_page_shows_all_parts_of_a_run(folder: Run) -> None:
     write_evaluation(folder)
     page = Page(write_report(folder))
-    record = folder.read_record()
+    record = folder.read_metadata()
     assert f"{record['metrics']['val_loss']:.3f}" in page.text
     assert f"{record['metrics']['val_bpb']:.3f}" in page.text
     assert f"{record['parameters']:,} parameters, by part" in page.text
@@ -185,8 +185,8 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\x00\x1
 
 def test_hostile_text_is_text(folder: Run) -> None:
     evil = Run(folder.folder.rename(folder.folder.with_name("<b>&amp;{{ 7*7 }}")))
-    record = evil.read_record()
-    evil.update_record(device=HOSTILE, environment={**record["environment"], "command": ["tiny-lm", HOSTILE]})
+    record = evil.read_metadata()
+    evil.update_metadata(device=HOSTILE, environment={**record["environment"], "command": ["tiny-lm", HOSTILE]})
     write_evaluation(
         evil,
         samples=[{"prompt": HOSTILE, "text": HOSTILE}],
@@ -228,10 +228,10 @@ def test_a_long_run_has_a_small_page(folder: Run) -> None:
 
 
 def test_a_run_in_training_has_a_page(folder: Run) -> None:
-    record = folder.read_record()
+    record = folder.read_metadata()
     for key in ("steps", "tokens", "seconds", "memory", "metrics"):
         del record[key]
-    folder.record.write_text(json.dumps({**record, "status": "running"}), encoding="utf-8")
+    folder.metadata_file.write_text(json.dumps({**record, "status": "running"}), encoding="utf-8")
     write_metrics(folder, read_metrics(folder.metrics)[:1])
     page = Page(write_report(folder))
     assert "in training" in page.text
@@ -240,7 +240,7 @@ def test_a_run_in_training_has_a_page(folder: Run) -> None:
 
 def test_the_page_is_written_again(folder: Run) -> None:
     before = write_report(folder).read_text()
-    folder.update_record(device="another machine")
+    folder.update_metadata(device="another machine")
     after = write_report(folder).read_text()
     assert "another machine" in after
     assert "another machine" not in before

@@ -160,7 +160,7 @@ def _read_run(path: Path) -> None:
     from tiny_lm.runs import mean_over_time, open_run, read_metrics
 
     run = open_run(path.parent if path.parent.name == "run" else path.parent.parent)
-    run.read_record()
+    run.read_metadata()
     if path == run.metrics:
         mean_over_time(read_metrics(path), "tokens_per_sec")
     write_report(run)
@@ -174,9 +174,9 @@ def _read_plots(path: Path) -> None:
 
 
 def _truncate_samples(path: Path) -> None:
-    from tiny_lm.training.callbacks.samples import drop_samples_after
+    from tiny_lm.training.callbacks.samples import truncate_samples
 
-    drop_samples_after(path, 2)
+    truncate_samples(path, 2)
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def test_a_run_goes_on_from_a_hugging_face_folder(
     curve = losses(run)
     assert curve[1] == pytest.approx(expected, abs=1e-5)
     assert sum(curve[step] for step in range(141, 151)) / 10 < sum(curve[step] for step in range(1, 11)) / 10 - 0.15
-    assert run.read_record()["init_from"] == {"path": str(folder)}
+    assert run.read_metadata()["init_from"] == {"path": str(folder)}
     assert ("Initial weights", str(folder)) in recipe_rows(load_artifacts(run))
     checkpoint = read_checkpoint(run.last_checkpoint)
     assert checkpoint["global_step"] == 150
@@ -85,7 +85,7 @@ def test_an_imported_run_and_a_checkpoint_begin_alike(
         begun = Run(tmp_path / f"begun-{number}")
         fit(run=begun, config=quiet, max_steps=1, init_from=str(source))
         assert losses(begun)[1] == pytest.approx(expected, abs=1e-5)
-        assert begun.read_record()["init_from"] == {"path": str(source), "step": step}
+        assert begun.read_metadata()["init_from"] == {"path": str(source), "step": step}
 
 
 def test_a_resumed_run_does_not_read_it_again(
@@ -98,7 +98,7 @@ def test_a_resumed_run_does_not_read_it_again(
     shutil.rmtree(origin.folder)
     fit(config=quiet, init_from=str(origin.folder), resume_from=run.step_checkpoint(8))
     assert losses(run) == losses(whole)
-    assert run.read_record()["init_from"]["path"] == str(origin.folder)
+    assert run.read_metadata()["init_from"]["path"] == str(origin.folder)
     fit(config=quiet, max_steps=14, init_from="elsewhere", resume_from=run.last_checkpoint)
     assert '-> "elsewhere": not read, since a run goes on with weights of its own' in capsys.readouterr().err
     assert math.isfinite(losses(run)[14])

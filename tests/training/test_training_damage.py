@@ -111,7 +111,7 @@ from tiny_lm.runs import Run, read_metrics
 if os.getuid() == 0:
     os.setgroups([]); os.setgid(65534); os.setuid(65534)
 run = Run(Path(sys.argv[1]))
-for read in (run.read_record, lambda: read_metrics(run.metrics), lambda: tiny_lm.training.resume.read_checkpoint(
+for read in (run.read_metadata, lambda: read_metrics(run.metrics), lambda: tiny_lm.training.resume.read_checkpoint(
         run.last_checkpoint), lambda: tiny_lm.training.resume.find_checkpoint(run, Console(quiet=True))):
     try:
         read()
@@ -155,7 +155,7 @@ def test_a_folder_without_permission_is_one_line(words: tuple[str, ...], reachab
 
 
 def test_files_without_permission_are_said_to_be_unreadable(reachable: Run) -> None:
-    for path in (reachable.record, reachable.metrics, *reachable.checkpoints.iterdir()):
+    for path in (reachable.metadata_file, reachable.metrics, *reachable.checkpoints.iterdir()):
         path.chmod(0)
     done = subprocess.run(
         [sys.executable, "-c", AS_NOBODY, str(reachable.folder)], capture_output=True, text=True, timeout=120
@@ -194,14 +194,16 @@ def test_foreign_metrics_leave_what_is_a_number(copy: Run) -> None:
 
 @pytest.mark.parametrize("text", ["[]", "{", "\x00", "[" * 100_000, '{"steps": 1' + "0" * 5000])
 def test_a_record_that_is_none_is_one_line(text: str, copy: Run) -> None:
-    copy.record.write_text(text)
+    copy.metadata_file.write_text(text)
     with pytest.raises(UserError, match=r"run\.json: "):
-        copy.read_record()
+        copy.read_metadata()
 
 
 def test_numbers_of_a_record_are_finite_or_missing(copy: Run) -> None:
-    copy.record.write_text('{"seconds": 1' + "0" * 400 + ', "steps": "8", "metrics": {"val_loss": Infinity, "a": 2}}')
-    record = copy.read_record()
+    copy.metadata_file.write_text(
+        '{"seconds": 1' + "0" * 400 + ', "steps": "8", "metrics": {"val_loss": Infinity, "a": 2}}'
+    )
+    record = copy.read_metadata()
     assert number_in(record, "seconds") is None
     assert number_in(record, "steps") is None
     assert number_in(record, "metrics", "val_loss") is None

@@ -45,7 +45,7 @@ def test_run_folder_holds_what_the_design_says(fit: Fit, run: Run, stream_folder
     assert (run.tokenizer / "tokenizer.json").read_bytes() == (
         stream_folder / "tokenizer" / "tokenizer.json"
     ).read_bytes()
-    record = json.loads(run.record.read_text())
+    record = json.loads(run.metadata_file.read_text())
     assert record["status"] == "finished"
     assert record["steps"] == 12
     assert record["tokens"] == 12 * 4 * 32
@@ -164,7 +164,7 @@ def test_ctrl_c_leaves_a_checkpoint_to_go_on_from(stream_folder: Path, tmp_path:
     assert finished == "False"
     assert "stopping after this step" in stderr
     assert load_checkpoint_model(run.last_checkpoint).step == int(steps)
-    assert json.loads(run.record.read_text())["status"] == "stopped"
+    assert json.loads(run.metadata_file.read_text())["status"] == "stopped"
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def test_too_little_memory_ends_in_one_line(data_config: Callable[..., BinDataCo
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, limits)
     assert "\n" not in str(e.value)
-    assert run.read_record()["status"] == "failed"
+    assert run.read_metadata()["status"] == "failed"
 
 
 def test_a_checkpoint_moved_elsewhere_still_loads(fit: Fit, run: Run, tmp_path: Path) -> None:

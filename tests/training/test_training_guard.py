@@ -45,7 +45,7 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line(fit: Fit, run: Run) -
     assert re.search(r"the loss is (nan|inf) at step 2, in micro-batch 2 \(epoch 0, windows \d+, ", message)
     assert "no checkpoint was written yet; begin again with a lower rate: tiny-lm train --resume" in message
     assert message.endswith("--set training.learning_rate=5")
-    assert json.loads(run.record.read_text())["status"] == "failed"
+    assert json.loads(run.metadata_file.read_text())["status"] == "failed"
     assert not list(run.checkpoints.glob("*"))
 
 

@@ -188,7 +188,7 @@ def check(job: Job, whole: Job) -> None:
     for name in names[0]:
         assert_equal(state(job.run.checkpoints / name), state(whole.run.checkpoints / name), f"{name} of {note}")
     assert job.run.samples.read_text() == whole.run.samples.read_text(), note
-    assert job.run.read_record()["status"] == "finished", note
+    assert job.run.read_metadata()["status"] == "finished", note
     assert (job.run.plots / "loss.png").is_file(), note
     assert list(job.run.folder.rglob(".*.tmp")) == [], note
     # Each process trained on the batches that were to come, from the beginning of a step on.

@@ -9,18 +9,18 @@ from tiny_runs import FAMILIES, model, training
 from tiny_lm.model import build_model
 from tiny_lm.training.loss import next_token_loss
 from tiny_lm.training.optim import build_optimizer
-from tiny_lm.training.planning.batch_size import Trial, find_batch_sizes, search, sizes_to_try
-from tiny_lm.training.planning.memory import Setup, estimate_memory, find_savings
+from tiny_lm.training.planning.batch_size import BatchSizeTrial, find_batch_sizes, search, sizes_to_try
+from tiny_lm.training.planning.memory import MemoryConfig, estimate_memory, find_savings
 
 WINDOWS, BLOCK = 4, 32
 
 
-def setup(family: str = "gpt2", dropout: float = 0.0, block_size: int = BLOCK, **values: object) -> Setup:
+def setup(family: str = "gpt2", dropout: float = 0.0, block_size: int = BLOCK, **values: object) -> MemoryConfig:
     shape = model(family, dropout=dropout, context_length=block_size)
-    return Setup(shape, training(**values), WINDOWS, block_size, "cpu", "32-true")
+    return MemoryConfig(shape, training(**values), WINDOWS, block_size, "cpu", "32-true")
 
 
-def saved_bytes(made: Setup) -> int:
+def saved_bytes(made: MemoryConfig) -> int:
     """Count what the forward pass keeps, each storage once, without the parameters."""
     network = build_model(made.model)
     network.use_blocked_attention()
@@ -78,17 +78,17 @@ def test_micro_batches_divide_the_step() -> None:
 def test_the_search_on_a_gpu_finds_the_border(limit: int) -> None:
     """The device is played by a number here: there is no GPU on which the real search could run."""
     sizes = sizes_to_try(12, None)
-    trials = list(search(sizes, lambda windows: Trial(windows, windows <= limit, windows, 1.0)))
-    assert max(trial.windows for trial in trials if trial.fits) == max(size for size in sizes if size <= limit)
+    trials = list(search(sizes, lambda sequences: BatchSizeTrial(sequences, sequences <= limit, sequences, 1.0)))
+    assert max(trial.sequences for trial in trials if trial.fits) == max(size for size in sizes if size <= limit)
 
 
 @pytest.mark.deep
 def test_real_trials_in_a_child_with_a_limit() -> None:
     """A limit that a few windows reach: the largest that fits is found, and a larger one is not tried."""
     made = replace(setup(), model=model(dropout=0.0, d_model=64, context_length=512), block_size=512)
-    seen: list[Trial] = []
+    seen: list[BatchSizeTrial] = []
     found = find_batch_sizes(made, 8, memory=2**40, seconds=120.0, report=seen.append)
-    assert [trial.windows for trial in found.trials] == [1, 2, 4, 8]
+    assert [trial.sequences for trial in found.trials] == [1, 2, 4, 8]
     assert all(trial.tokens_per_second for trial in found.trials)
     assert found.trials == tuple(seen)
-    assert found.largest.windows == 8
+    assert found.largest.sequences == 8

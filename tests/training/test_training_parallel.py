@@ -21,7 +21,7 @@ from tiny_lm.data import BinDataConfig
 from tiny_lm.errors import UserError
 from tiny_lm.model.checkpoint import load_checkpoint_model
 from tiny_lm.runs import Run, read_metrics
-from tiny_lm.training.distributed import choose_processes, end_children, share_batch
+from tiny_lm.training.distributed import get_distributed_context, kill_workers, split_global_batch
 from tiny_lm.training.fit import train
 from tiny_lm.training.launch import PARENT_KEY
 
@@ -38,14 +38,14 @@ SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "training" / "train_g
 def test_each_process_takes_its_share_of_a_step(
     batch_size: int, accumulate: int, world_size: int, micro_batch: int, accumulated: int
 ) -> None:
-    share = share_batch(batch_size, accumulate, world_size)
+    share = split_global_batch(batch_size, accumulate, world_size)
     assert (share.micro_batch, share.accumulate_grad_batches) == (micro_batch, accumulated)
 
 
 @given(st.integers(1, 300), st.integers(1, 64), st.integers(1, 64))
 def test_shares_make_the_step_that_the_config_says(batch_size: int, accumulate: int, world_size: int) -> None:
     try:
-        share = share_batch(batch_size, accumulate, world_size)
+        share = split_global_batch(batch_size, accumulate, world_size)
     except UserError as error:
         assert batch_size * accumulate % world_size
         fitting = str(error).partition("data.batch_size=")[2].split(" or ")
@@ -57,7 +57,7 @@ def test_shares_make_the_step_that_the_config_says(batch_size: int, accumulate: 
 
 def test_what_does_not_divide_is_refused_with_sizes_that_do() -> None:
     with pytest.raises(UserError) as caught:
-        share_batch(15, 3, 4)
+        split_global_batch(15, 3, 4)
     assert str(caught.value) == (
         "batch_size 15 x accumulate_grad_batches 3 windows in a step do not divide by 4 processes: "
         "set data.batch_size=12 or 16"
@@ -96,25 +96,25 @@ def launched(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_launcher_says_which_process_this_is(launched: str) -> None:
-    processes = choose_processes(training(devices=2, num_nodes=2), "cpu")
+    processes = get_distributed_context(training(devices=2, num_nodes=2), "cpu")
     assert (processes.world_size, processes.rank, processes.is_main) == (4, 3, False)
     assert processes.strategy == "ddp"
-    assert choose_processes(training(devices="auto", num_nodes=2), "cpu").devices == 2
+    assert get_distributed_context(training(devices="auto", num_nodes=2), "cpu").devices == 2
 
 
 def test_a_launcher_and_a_config_that_disagree(launched: str) -> None:
     message = f"{launched} started devices 2 x num_nodes 2, the config says devices 1 x num_nodes 1: set training"
     with pytest.raises(UserError, match=message):
-        choose_processes(training(), "cpu")
+        get_distributed_context(training(), "cpu")
 
 
 def test_lightning_numbers_the_processes_that_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert choose_processes(training(devices=2), "cpu").is_main
+    assert get_distributed_context(training(devices=2), "cpu").is_main
     monkeypatch.setenv(PARENT_KEY, str(os.getppid()))
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert choose_processes(training(devices=2), "cpu").rank == 1
+    assert get_distributed_context(training(devices=2), "cpu").rank == 1
     monkeypatch.setenv("NODE_RANK", "1")
-    assert choose_processes(training(devices=2, num_nodes=2), "cpu").rank == 3
+    assert get_distributed_context(training(devices=2, num_nodes=2), "cpu").rank == 3
 
 
 @pytest.mark.parametrize(
@@ -137,14 +137,14 @@ def test_what_does_not_fit_the_machine_is_one_line(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(os, "cpu_count", lambda: 4)
     with pytest.raises(UserError, match=message) as caught:
-        choose_processes(training(**values), device)
+        get_distributed_context(training(**values), device)
     assert "\n" not in str(caught.value)
 
 
 def test_auto_means_all_gpus_or_one_cpu_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    assert choose_processes(training(devices="auto"), "cuda").world_size == 3
-    assert choose_processes(training(devices="auto"), "cpu").strategy == "single"
+    assert get_distributed_context(training(devices="auto"), "cuda").world_size == 3
+    assert get_distributed_context(training(devices="auto"), "cpu").strategy == "single"
 
 
 @pytest.mark.parametrize("devices", [0, -1, 10**6])
@@ -178,7 +178,7 @@ def test_two_processes_give_the_curve_of_one(
     train(model(dropout=0.0), config, data_config(batch_size=batch_size), run)
     assert_same_run(Run(ranks / name), run)
     assert len(losses(run)) == 12
-    record = json.loads(Run(ranks / name).record.read_text())
+    record = json.loads(Run(ranks / name).metadata_file.read_text())
     assert record["status"] == "finished"
     assert record["processes"] == 2
     assert record["tokens"] == 12 * batch_size * accumulate * 32
@@ -229,7 +229,7 @@ def test_a_signal_to_one_process_stops_both_at_one_step(ranks: Path, told: list[
     assert not finished
     run = Run(ranks / "stopped")
     assert load_checkpoint_model(run.last_checkpoint).step == steps
-    assert json.loads(run.record.read_text())["status"] == "stopped"
+    assert json.loads(run.metadata_file.read_text())["status"] == "stopped"
 
 
 def test_processes_with_other_plans_refuse_to_train(ranks: Path, told: list[dict[str, Any]]) -> None:
@@ -282,7 +282,7 @@ def test_an_error_of_all_processes_is_told_once(workplace: Path) -> None:
     assert result.returncode == 2
     assert [line[:18] for line in result.stderr.splitlines() if "error" in line.lower()] == ["error: the loss is"]
     (folder,) = (workplace / "runs").iterdir()
-    assert Run(folder).read_record()["status"] == "failed"
+    assert Run(folder).read_metadata()["status"] == "failed"
 
 
 def test_lightning_lets_a_process_live_that_ends_those_it_started() -> None:
@@ -292,7 +292,7 @@ def test_lightning_lets_a_process_live_that_ends_those_it_started() -> None:
     ended = list(children)
     try:
         observer = _ChildProcessObserver(main.pid, children)
-        end_children(children)
+        kill_workers(children)
         assert observer._run()  # nothing is left to observe
         assert [child.returncode for child in ended] == [-signal.SIGKILL] * 2
         with pytest.raises(subprocess.TimeoutExpired):  # it lives

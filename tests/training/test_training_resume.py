@@ -23,7 +23,7 @@ from tiny_lm.training import TrainingConfig
 from tiny_lm.training.checkpoint_io import AtomicCheckpointIO, link
 from tiny_lm.training.fit import TrainingResult, train
 from tiny_lm.training.optim import learning_rate_at, weight_decay_share
-from tiny_lm.training.resume import find_checkpoint, forget_after
+from tiny_lm.training.resume import find_checkpoint, truncate_run
 
 Fit = Callable[..., TrainingResult]
 
@@ -82,7 +82,7 @@ def test_going_back_drops_what_came_after(fit: Fit, run: Run) -> None:
 def test_going_back_holds_from_the_first_moment(fit: Fit, run: Run) -> None:
     """A process that is killed right after it was sent back does not go on from the future."""
     fit(keep_checkpoints=9)
-    forget_after(run, run.step_checkpoint(4), 4)
+    truncate_run(run, run.step_checkpoint(4), 4)
     assert names(run) == ["last.ckpt", "step-00000004.ckpt"]
     assert read_checkpoint(run.last_checkpoint)["global_step"] == 4
     assert max(losses(run)) == 4
@@ -314,7 +314,7 @@ def test_a_disk_that_is_full_for_metrics_ends_the_run_in_one_line(fit: Fit, run:
     fit(keep_checkpoints=9)
     with run.metrics.open("a") as file:
         file.writelines(f'{{"step": 4, "padding": "{"x" * 1000}"}}\n' for _ in range(1000))
-    forget_after(run, run.step_checkpoint(4), 4)
+    truncate_run(run, run.step_checkpoint(4), 4)
     good = run.last_checkpoint.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (run.metrics.stat().st_size + 50, limits[1]))
@@ -324,7 +324,7 @@ def test_a_disk_that_is_full_for_metrics_ends_the_run_in_one_line(fit: Fit, run:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not run.metrics.read_text().endswith("\n")  # a torn line
-    assert run.read_record()["status"] == "failed"
+    assert run.read_metadata()["status"] == "failed"
     assert run.last_checkpoint.read_bytes() == good
     fit(resume_from=run.last_checkpoint, keep_checkpoints=9)
     assert losses(run) == losses(whole)

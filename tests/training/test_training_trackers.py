@@ -19,7 +19,7 @@ from tiny_runs import model, training
 from tiny_lm.data import BinDataConfig
 from tiny_lm.errors import UserError
 from tiny_lm.runs import Run, mean_over_time, read_metrics
-from tiny_lm.tracking.loggers import Guarded, check_trackers
+from tiny_lm.tracking.loggers import FailSafeLogger, check_loggers
 from tiny_lm.training import TrainingConfig
 from tiny_lm.training.fit import train
 
@@ -116,7 +116,7 @@ def test_a_tracker_that_cannot_start_costs_one_line_and_the_others_nothing(fit: 
     with closing(sqlite3.connect(tmp_path / "trackio" / "tiny-lm.db")) as database:
         assert database.execute("select count(*) from metrics where run_name = ?", (run.name,)).fetchone() == (4,)
     assert output.count("warning: the tracker tensorboard failed and is left out from now on") == 1
-    assert json.loads(run.record.read_text())["status"] == "finished"
+    assert json.loads(run.metadata_file.read_text())["status"] == "finished"
     assert len(read_metrics(run.metrics)) == 4
 
 
@@ -137,7 +137,7 @@ def test_wandb_that_dies_in_the_middle_does_not_cost_the_run(
     monkeypatch.setattr(MetricsWriter, "on_step_end", kill_and_write)
     output = fit("wandb")
     assert output.count("warning: the tracker wandb failed and is left out from now on") == 1
-    assert json.loads(run.record.read_text())["status"] == "finished"
+    assert json.loads(run.metadata_file.read_text())["status"] == "finished"
     assert len(read_metrics(run.metrics)) == 4
 
 
@@ -191,7 +191,10 @@ def test_wherever_a_tracker_fails_the_run_goes_on(
     console = Console(file=output, width=1000)
     monkeypatch.setattr(
         "tiny_lm.training.fit.build_loggers",
-        lambda names, run, step, console: [*build([], run, step, console), Guarded("wandb", lambda: failing, console)],
+        lambda names, run, step, console: [
+            *build([], run, step, console),
+            FailSafeLogger("wandb", lambda: failing, console),
+        ],
     )
     from tiny_lm.tracking.loggers import build_loggers as build
 
@@ -220,7 +223,7 @@ def test_a_missing_extra_is_named_before_anything_is_written(
         fit("jsonl", "trackio")
     assert not run.folder.exists()
     with pytest.raises(UserError, match=r"pip install 'tiny-lm\[wandb\]'"):
-        check_trackers(["wandb"])
+        check_loggers(["wandb"])
 
 
 def test_an_unknown_tracker_is_refused() -> None:
@@ -238,7 +241,7 @@ def test_processes_of_higher_rank_log_nothing(run: Run, monkeypatch: pytest.Monk
     from lightning_utilities.core.rank_zero import rank_zero_only
 
     failing = Failing("nowhere")
-    guarded = Guarded("wandb", lambda: failing, Console(file=io.StringIO()))
+    guarded = FailSafeLogger("wandb", lambda: failing, Console(file=io.StringIO()))
     monkeypatch.setattr(rank_zero_only, "rank", 1)
     guarded.log_hyperparams({})
     guarded.log_metrics({"train_loss": 1.0}, 1)

@@ -26,7 +26,7 @@ from tiny_lm.model import build_model, flops_per_token
 from tiny_lm.runs import Run, read_metrics
 from tiny_lm.tokenizer import Tokenizer
 from tiny_lm.training.callbacks.gpu import GpuStatsMonitor
-from tiny_lm.training.callbacks.samples import SEED, TEMPERATURE, _quote, drop_samples_after
+from tiny_lm.training.callbacks.samples import SEED, TEMPERATURE, _quote, truncate_samples
 from tiny_lm.training.fit import TrainingResult, train
 
 Fit = Callable[..., TrainingResult]
@@ -82,9 +82,9 @@ def test_a_resumed_run_tells_each_story_once_and_the_same(fit: Fit, run: Run) ->
 def test_a_story_cannot_pass_for_a_heading(tmp_path: Path) -> None:
     path = tmp_path / "samples.md"
     path.write_text("# head\n\n## Step 2\n\n> told  \n> ## Step 9\n\n## Step 5\n\n> gone\n", encoding="utf-8")
-    drop_samples_after(path, 2)
+    truncate_samples(path, 2)
     assert path.read_text(encoding="utf-8") == "# head\n\n## Step 2\n\n> told  \n> ## Step 9\n\n"
-    drop_samples_after(tmp_path / "none.md", 2)  # nothing to forget
+    truncate_samples(tmp_path / "none.md", 2)  # nothing to forget
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_flops_in_closed_form_are_what_torch_counts(family: str, values: dict[st
 
 def test_a_run_notes_mfu_and_what_it_is_a_share_of(fit: Fit, run: Run) -> None:
     fit()
-    record = json.loads(run.record.read_text())
+    record = json.loads(run.metadata_file.read_text())
     assert record["peak_flops"]["source"] in ("measured", "table")
     assert record["flops_per_token"] == flops_per_token(model(), 32)
     for event in read_metrics(run.metrics):
@@ -163,7 +163,7 @@ def test_memory_and_load_of_the_process_are_noted(fit: Fit, run: Run) -> None:
         assert 0 < event["process_cpu_percent"] < 100 * (os.cpu_count() or 1) + 50
         assert 50 < event["process_memory_mb"] <= event["process_peak_memory_mb"] * 1.01
     assert (
-        json.loads(run.record.read_text())["memory"]["process_peak_memory_mb"]
+        json.loads(run.metadata_file.read_text())["memory"]["process_peak_memory_mb"]
         <= peak_memory()["process_peak_memory_mb"]
     )
 

@@ -35,11 +35,11 @@ class Project:
         run = Run(Path("runs") / name)
         for section in NAMES:
             getattr(self, section).save(run.configs / f"{section}.yaml")
-        run.update_record(**{"configs": NAMES, "config_files": self.origins(folder), "name": name, **values})
+        run.update_metadata(**{"configs": NAMES, "config_files": self.origins(folder), "name": name, **values})
         if saved:
             run.checkpoints.mkdir()
             run.step_checkpoint(4).touch()
-        for path in (run.record, *run.folder.glob("checkpoints")):
+        for path in (run.metadata_file, *run.folder.glob("checkpoints")):
             os.utime(path, (1e9 - age, 1e9 - age))
         return run
 
@@ -110,7 +110,7 @@ def test_a_run_without_a_checkpoint_is_better_than_none_and_no_better_than_any_o
     newest = project.begin("unsaved", age=1, saved=False)
     foreign = Run(Path("runs") / "foreign")
     foreign.folder.mkdir()
-    foreign.record.write_text("[")
+    foreign.metadata_file.write_text("[")
     assert project.find() == newest
     saved = project.begin("saved", age=3)
     assert project.find() == saved
@@ -119,10 +119,10 @@ def test_a_run_without_a_checkpoint_is_better_than_none_and_no_better_than_any_o
 
 def test_a_run_of_an_older_version_is_known_by_the_names_of_its_configs(project: Project) -> None:
     run = project.begin("a")
-    record = run.read_record()
+    record = run.read_metadata()
     del record["config_files"], record["name"]
-    run.record.unlink()
-    run.update_record(**record)
+    run.metadata_file.unlink()
+    run.update_metadata(**record)
     assert project.find("anywhere") == run
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from tiny_lm.cli.options import Settings, spread
+from tiny_lm.cli.options import Settings, expand_multi_value
 from tiny_lm.cli.report import write_report_beside
 from tiny_lm.console import make_console, print_result
 from tiny_lm.errors import UserError
@@ -33,7 +33,7 @@ class EvalCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the command line."""
-        return super().parse_args(ctx, spread(args, "--generate"))
+        return super().parse_args(ctx, expand_multi_value(args, "--generate"))
 
 
 def evaluate(

@@ -11,8 +11,8 @@ from tiny_lm.errors import UserError
 from tiny_lm.training.launch import check_variables
 
 if TYPE_CHECKING:
-    from tiny_lm.training.planning.batch_size import BatchSizes, Trial
-    from tiny_lm.training.planning.memory import Setup
+    from tiny_lm.training.planning.batch_size import BatchSizes, BatchSizeTrial
+    from tiny_lm.training.planning.memory import MemoryConfig
 
 Profile = Annotated[str | None, typer.Argument(help="A named triple of configs, such as speed.")]
 ModelConfig = Annotated[str | None, typer.Option(help="Model config: a YAML file or a shipped name.")]
@@ -32,14 +32,16 @@ def estimate(
     from tiny_lm.hardware.memory import free_memory
     from tiny_lm.training.planning.memory import estimate_memory, find_savings
 
-    setup, _ = _load(profile, model_config, training_config, data_config, settings)
-    memory = estimate_memory(setup)
+    config, _ = _load(profile, model_config, training_config, data_config, settings)
+    memory = estimate_memory(config)
     parts = {name.replace("_", " "): size for name, size in vars(memory).items()}
-    for name, size in {**parts, "at the peak": memory.total, "free here": free_memory(setup.device)}.items():
+    for name, size in {**parts, "at the peak": memory.total, "free here": free_memory(config.device)}.items():
         print_result(f"{name:<16} {size / 2**20:>12,.1f} MiB")
-    how = f"{setup.windows} windows of {setup.block_size} tokens on this {setup.device.upper()} in {setup.precision}"
-    print_result(f"for {how}; Python and torch take some 500 MiB more")
-    for saving in find_savings(setup):
+    shape = f"{config.sequences} sequences of {config.block_size} tokens"
+    print_result(
+        f"for {shape} on this {config.device.upper()} in {config.precision}; Python and torch add about 500 MiB"
+    )
+    for saving in find_savings(config):
         settings_line = " ".join(f"--set {setting}" for setting in saving.settings.split())
         print_result(f"{saving.bytes / 2**20:,.0f} MiB less, for {saving.cost}: {settings_line}")
 
@@ -64,13 +66,13 @@ def find_batch_size(
     from tiny_lm.hardware.memory import free_memory
     from tiny_lm.training.planning.batch_size import find_batch_sizes
 
-    setup, windows_per_step = _load(profile, model_config, training_config, data_config, settings)
-    free = memory * 1e9 if memory is not None else free_memory(setup.device) * (1 - margin)
-    print_result(f"{'windows':>8} {'memory':>12} {'speed':>18}")
+    config, sequences_per_step = _load(profile, model_config, training_config, data_config, settings)
+    free = memory * 1e9 if memory is not None else free_memory(config.device) * (1 - margin)
+    print_result(f"{'sequences':>9} {'memory':>12} {'speed':>18}")
     found = find_batch_sizes(
-        setup, windows_per_step, limit=most, memory=int(free), seconds=seconds, report=_print_trial
+        config, sequences_per_step, limit=most, memory=int(free), seconds=seconds, report=_print_trial
     )
-    _print_choice(found, windows_per_step, free)
+    _print_choice(found, sequences_per_step, free)
 
 
 def _load(
@@ -79,7 +81,7 @@ def _load(
     training_config: str | None,
     data_config: str | None,
     settings: list[str] | None,
-) -> "tuple[Setup, int | None]":
+) -> "tuple[MemoryConfig, int | None]":
     """Return what would be trained, and the windows of its step, if the configs say how many."""
     from tiny_lm.data import BinDataConfig
     from tiny_lm.hardware.device import fastest_device
@@ -87,7 +89,7 @@ def _load(
     from tiny_lm.profile import Profile
     from tiny_lm.training import TrainingConfig
     from tiny_lm.training.fit import check_block_size
-    from tiny_lm.training.planning.memory import Setup
+    from tiny_lm.training.planning.memory import MemoryConfig
     from tiny_lm.training.precision import choose_precision
 
     if profile:
@@ -112,24 +114,24 @@ def _load(
     check_block_size(model, data)
     device = fastest_device()
     precision, _ = choose_precision(training, device)
-    setup = Setup(model, training, data.batch_size, data.block_size, device, precision)
+    config = MemoryConfig(model, training, data.batch_size, data.block_size, device, precision)
     given = data_config or "batch_size" in overrides["data"]
-    return setup, data.batch_size * training.accumulate_grad_batches if given else None
+    return config, data.batch_size * training.accumulate_grad_batches if given else None
 
 
-def _print_trial(trial: "Trial") -> None:
+def _print_trial(trial: "BatchSizeTrial") -> None:
     speed = f"{trial.tokens_per_second:,.0f} tokens/s" if trial.tokens_per_second is not None else "not tried"
     outcome = speed if trial.fits else "does not fit"
-    print_result(f"{trial.windows:>8,} {trial.memory / 1e9:>9.2f} GB {outcome:>18}")
+    print_result(f"{trial.sequences:>9,} {trial.memory / 1e9:>9.2f} GB {outcome:>18}")
 
 
-def _print_choice(found: "BatchSizes", windows_per_step: int | None, free: float) -> None:
+def _print_choice(found: "BatchSizes", sequences_per_step: int | None, free: float) -> None:
     """Say which sizes to choose, and how."""
     fastest, largest = found.fastest, found.largest
-    print_result(f"largest that fits into {free / 1e9:.1f} GB: {largest.windows}")
-    print_result(f"smallest of the fastest: {fastest.windows}")
-    accumulation = (windows_per_step or fastest.windows) // fastest.windows
+    print_result(f"largest that fits into {free / 1e9:.1f} GB: {largest.sequences}")
+    print_result(f"smallest of the fastest: {fastest.sequences}")
+    accumulation = (sequences_per_step or fastest.sequences) // fastest.sequences
     print_result(
-        f"use: --set data.batch_size={fastest.windows} --set training.accumulate_grad_batches={accumulation}"
-        + (f"  # {windows_per_step} windows in a step, as before" if windows_per_step else "")
+        f"use: --set data.batch_size={fastest.sequences} --set training.accumulate_grad_batches={accumulation}"
+        + (f"  # {sequences_per_step} windows in a step, as before" if sequences_per_step else "")
     )

@@ -25,7 +25,7 @@ def print_configs(configs: Iterable[tuple[str, Config]]) -> None:
         print_result(config.to_yaml())
 
 
-def spread(words: Sequence[str], option: str) -> list[str]:
+def expand_multi_value(words: Sequence[str], option: str) -> list[str]:
     """Write ``--option A B`` as ``--option A --option B``, up to the next word that begins with a dash."""
     result: list[str] = []
     values = -1  # words that the option took so far; -1 behind other words

@@ -161,7 +161,7 @@ def _report(run: Run, result: "TrainingResult", stream: dict[str, Any], seconds:
     """Print the table of what was done."""
     from rich.table import Table
 
-    record = run.read_record()
+    record = run.read_metadata()
     rows = {
         **stream,
         "model": f"{record['parameters']:,} parameters",

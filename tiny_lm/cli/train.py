@@ -138,7 +138,7 @@ def _started_from(files: list[str], resumed: Run | None) -> tuple[list[str], lis
     if resumed is not None:
         names, origins = (
             [str(value) for value in known] if isinstance(known := record.get(key), list) and len(known) == 3 else given
-            for record in [resumed.read_record()]
+            for record in [resumed.read_metadata()]
             for key, given in (("configs", names), ("config_files", origins))
         )
     return names, origins
@@ -180,13 +180,13 @@ def _console(speaks: bool) -> "Console":
 def _is_main_process(config: "TrainingConfig") -> bool:
     """Whether this process writes the run folder, of those that train together."""
     from tiny_lm.hardware.device import fastest_device
-    from tiny_lm.training.distributed import choose_processes
+    from tiny_lm.training.distributed import get_distributed_context
 
-    return choose_processes(config, fastest_device()).is_main
+    return get_distributed_context(config, fastest_device()).is_main
 
 
 def _is_finished(run: Run, config: "TrainingConfig") -> bool:
-    record = run.read_record()
+    record = run.read_metadata()
     return record.get("status") == "finished" and (number_in(record, "steps") or 0) >= config.max_steps
 
 
@@ -227,7 +227,7 @@ def run_training(
     try:
         result = fit(*configs, run, resume_from=checkpoint, names=names, config_files=config_files, console=console)
     except UserError:
-        if main and run.read_record().get("status") == "failed":
+        if main and run.read_metadata().get("status") == "failed":
             with suppress(UserError):  # what ended the run is told, whatever else there is
                 _draw(run)
         raise
@@ -245,7 +245,7 @@ def _print_summary(run: Run) -> None:
     """Print what the run came to."""
     from tiny_lm.runs import mean_over_time, read_metrics
 
-    record, events = run.read_record(), read_metrics(run.metrics) if run.metrics.is_file() else []
+    record, events = run.read_metadata(), read_metrics(run.metrics) if run.metrics.is_file() else []
 
     def show(form: str, *keys: str) -> str:  # of a record that somebody edited, a row may be missing
         value = number_in(record, *keys)

@@ -12,7 +12,7 @@ import torch
 from tiny_lm.config import parse_overrides
 from tiny_lm.data import BinDataConfig
 from tiny_lm.data.bin.dataset import BinTokenDataset
-from tiny_lm.data.bin.sampler import OrderedBatches
+from tiny_lm.data.bin.sampler import SequentialBatchSampler
 from tiny_lm.data.bin.stream import TokenStream, hold_streams, open_stream
 from tiny_lm.errors import UserError
 from tiny_lm.evaluation.generation import evaluation_prompts, generate_samples
@@ -173,7 +173,7 @@ def measure_loss(
     autocast, precision = _training_precision(loaded.run, device)
 
     def batches() -> Any:
-        for indices in OrderedBatches(len(dataset), batch_size):
+        for indices in SequentialBatchSampler(len(dataset), batch_size):
             yield dataset[indices]
             on_progress("measuring the loss", len(indices), len(dataset))
 
@@ -193,7 +193,7 @@ def measure_loss(
 
 def _training_precision(run: Run, device: torch.device) -> tuple[AbstractContextManager[Any], str]:
     """Return the training precision if the run was trained on the same kind of device, else float32."""
-    record = run.read_record()
+    record = run.read_metadata()
     same_kind = str(record.get("device", "")).startswith("CPU") == (device.type == "cpu")
     precision = str(record.get("precision", ""))
     dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}

@@ -56,7 +56,7 @@ def import_model(folder: Path, output_dir: Path) -> Run:
         tokenizer.save(run.tokenizer)
         with atomic_path(run.last_checkpoint) as file:
             torch.save(checkpoint, file)
-        run.update_record(
+        run.update_metadata(
             status="imported",
             imported_from=str(folder),
             imported=datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -124,9 +124,9 @@ def load_checkpoint_source(
         if not bool(torch.isfinite(weight).all()):
             raise UserError(f"{checkpoint}: {name} holds NaN or infinity; export an earlier checkpoint (step-*.ckpt)")
     run = Run(checkpoint.resolve().parent.parent)
-    in_run = run.record.is_file()
+    in_run = run.metadata_file.is_file()
     name = run.name if in_run else checkpoint.stem
-    record = run.read_record() if in_run else {}
+    record = run.read_metadata() if in_run else {}
     model = loaded.model.float()
     scores = _scores(run, loaded.step) if in_run else {}
     validation = _validation(run, tokenizer)

@@ -31,10 +31,10 @@ def free_memory(device: Device) -> int:
             free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
         except (AttributeError, OSError, ValueError):
             raise UserError("how much memory is free cannot be found out here: give it with --memory") from None
-    return min([free, *_cgroup_rests()])
+    return min([free, *_cgroup_headroom()])
 
 
-def _cgroup_rests() -> Iterator[int]:
+def _cgroup_headroom() -> Iterator[int]:
     """Yield what the limits of this process's control groups leave (a container's memory limit is one)."""
     for folder, limit, used in (
         (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),

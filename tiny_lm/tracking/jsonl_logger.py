@@ -56,7 +56,7 @@ class JsonlLogger(Logger):
         """Do nothing: the run folder holds the resolved configs."""
 
     @rank_zero_only
-    def drop_after(self, step: int) -> None:
+    def truncate(self, step: int) -> None:
         """Forget events after ``step``, which a resumed run is about to log again."""
         if not self._path.exists():
             return

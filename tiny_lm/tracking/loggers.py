@@ -22,7 +22,7 @@ from tiny_lm.tracking.trackio_logger import TrackioLogger
 # --- trackers of other projects --------------------------------------------------------------------------------------
 
 
-def check_trackers(names: Sequence[str]) -> None:
+def check_loggers(names: Sequence[str]) -> None:
     """Check that the library of each tracker is installed.
 
     Raises:
@@ -50,10 +50,10 @@ def build_loggers(names: Sequence[str], run: Run, resumed_step: int, console: Co
         "tensorboard": partial(_start_tensorboard, run, resumed_step),
     }
     chosen = [name for name in dict.fromkeys(names) if name != "jsonl"]
-    return [JsonlLogger(run.metrics), *(Guarded(name, makers[name], console) for name in chosen)]
+    return [JsonlLogger(run.metrics), *(FailSafeLogger(name, makers[name], console) for name in chosen)]
 
 
-class Guarded(Logger):
+class FailSafeLogger(Logger):
     """Passes everything on to a tracker until that fails; then says so in one line, and the run goes on without it.
 
     The tracker is started by the first call, in the process of rank 0 only.

@@ -86,14 +86,14 @@ def describe_near_misses(configs: Sequence[Config], names: Sequence[str], origin
 
 
 def _comes_from(run: Run, names: Sequence[str], origins: Sequence[str]) -> bool:
-    record = run.read_record()
+    record = run.read_metadata()
     known = record.get("config_files")
     return bool(known == list(origins)) if known is not None else bool(record.get("configs") == list(names))
 
 
 def _is_copy(run: Run) -> bool:
     """Whether a run folder was copied from another one that is still there, whose name it has written down."""
-    name = run.read_record().get("name")
+    name = run.read_metadata().get("name")
     if not isinstance(name, str) or name in ("", run.name) or Path(name).name != name:
         return False
     return (run.folder.parent / name / "run.json").is_file()
@@ -121,7 +121,7 @@ def _stream_differences(run: Run, data: Any) -> list[str]:
         stream = open_stream(data.train_path, data)
     except UserError:
         return []  # reported by the training itself
-    record = run.read_record()
+    record = run.read_metadata()
     now = {"train_tokens": stream.tokens, "tokenizer_hash": stream.metadata.tokenizer_hash}
     return [
         f"{key} {record[key]} and not {value}" for key, value in now.items() if key in record and record[key] != value
@@ -130,5 +130,5 @@ def _stream_differences(run: Run, data: Any) -> list[str]:
 
 def _describe(run: Run) -> str:
     steps = [step for step, _ in run.saved_steps()]
-    status = run.read_record().get("status")
+    status = run.read_metadata().get("status")
     return ", ".join([f"step {max(steps):,}" if steps else "saved", *([status] if isinstance(status, str) else [])])

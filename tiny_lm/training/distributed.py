@@ -32,7 +32,7 @@ from tiny_lm.training.launch import PARENT_KEY, Launch, find_launch
 
 
 @dataclass(frozen=True)
-class Processes:
+class DistributedContext:
     """The processes of a run, and which of them this one is."""
 
     devices: int
@@ -59,7 +59,7 @@ class Processes:
 # --- how many, and which one -----------------------------------------------------------------------------------------
 
 
-def choose_processes(config: TrainingConfig, device: Device) -> Processes:
+def get_distributed_context(config: TrainingConfig, device: Device) -> DistributedContext:
     """Read from config and environment how many processes train, and which of them this one is.
 
     Raises:
@@ -81,7 +81,7 @@ def choose_processes(config: TrainingConfig, device: Device) -> Processes:
     rank = launch.node_rank * devices + launch.local_rank
     # Lightning takes it from variables that may be left over, and only process 0 writes what it logs.
     rank_zero_only.rank = rank  # type: ignore[attr-defined]  # Lightning sets it, too
-    return Processes(devices, config.num_nodes, strategy, rank, _build_environment(launch), launch.notice)
+    return DistributedContext(devices, config.num_nodes, strategy, rank, _build_environment(launch), launch.notice)
 
 
 class _OwnEnvironment(LightningEnvironment):
@@ -148,7 +148,7 @@ def _choose_strategy(config: TrainingConfig, device: Device, world_size: int) ->
     return "fsdp"
 
 
-def _build_strategy(processes: Processes) -> Strategy | Literal["auto"]:
+def _build_strategy(processes: DistributedContext) -> Strategy | Literal["auto"]:
     if processes.strategy == "single":
         return "auto"
     if processes.strategy == "ddp":
@@ -165,7 +165,7 @@ def _build_strategy(processes: Processes) -> Strategy | Literal["auto"]:
 
 
 @dataclass(frozen=True)
-class Share:
+class PerRankBatch:
     """What each process reads for one optimizer step."""
 
     micro_batch: int
@@ -173,14 +173,14 @@ class Share:
     accumulate_grad_batches: int
 
 
-def share_batch(batch_size: int, accumulate_grad_batches: int, world_size: int) -> Share:
+def split_global_batch(batch_size: int, accumulate_grad_batches: int, world_size: int) -> PerRankBatch:
     """Share the windows of an optimizer step equally, so that a step is the same step with any number of processes.
 
     Raises:
         UserError: they do not divide.
     """
     if accumulate_grad_batches % world_size == 0:
-        return Share(batch_size, accumulate_grad_batches // world_size)
+        return PerRankBatch(batch_size, accumulate_grad_batches // world_size)
     share, rest = divmod(batch_size * accumulate_grad_batches, world_size)
     if rest:
         unit = world_size // gcd(accumulate_grad_batches, world_size)
@@ -191,21 +191,21 @@ def share_batch(batch_size: int, accumulate_grad_batches: int, world_size: int) 
             f"divide by {world_size} processes: set data.batch_size={fitting}"
         )
     micro_batch = next(size for size in range(min(batch_size, share), 0, -1) if share % size == 0)
-    return Share(micro_batch, share // micro_batch)
+    return PerRankBatch(micro_batch, share // micro_batch)
 
 
-def tell_share(processes: Processes, share: Share) -> str | None:
+def describe_sharding(processes: DistributedContext, share: PerRankBatch) -> str | None:
     """Say in one line how several processes share a step."""
     if processes.world_size == 1:
         return None
-    windows = share.micro_batch * share.accumulate_grad_batches
+    sequences = share.micro_batch * share.accumulate_grad_batches
     return (
-        f"{processes.world_size} processes ({processes.strategy}), each with {windows:,} of the "
-        f"{windows * processes.world_size:,} windows of a step, {share.micro_batch:,} at a time"
+        f"{processes.world_size} processes ({processes.strategy}), each with {sequences:,} of the "
+        f"{sequences * processes.world_size:,} windows of a step, {share.micro_batch:,} at a time"
     )
 
 
-def lightning_options(processes: Processes, share: Share) -> dict[str, Any]:
+def lightning_options(processes: DistributedContext, share: PerRankBatch) -> dict[str, Any]:
     """Return what Lightning's trainer must know of several processes."""
     return {
         "devices": processes.devices,
@@ -219,7 +219,7 @@ def lightning_options(processes: Processes, share: Share) -> dict[str, Any]:
 # --- agreeing --------------------------------------------------------------------------------------------------------
 
 
-class Agreement(Callback):
+class ConfigConsistencyCheck(Callback):
     """Makes sure that all processes train the same thing from the same step, and lets them differ where they should.
 
     Without it, a node that does not see the run folder would begin anew while the others go on.
@@ -293,7 +293,7 @@ def sum_over_ranks(trainer: pl.Trainer, values: list[float]) -> list[float]:
 
 
 @contextmanager
-def failing_together(trainer: pl.Trainer, processes: Processes) -> Iterator[None]:
+def terminate_on_failure(trainer: pl.Trainer, processes: DistributedContext) -> Iterator[None]:
     """End the processes that this one started when the block fails, since they would wait for it in vain.
 
     The others, when they fail, let the first one speak: an error that all have is then told once.
@@ -307,7 +307,7 @@ def failing_together(trainer: pl.Trainer, processes: Processes) -> Iterator[None
         launcher: Any = trainer.strategy.launcher
         if launcher is not None and processes.world_size > 1:
             if processes.is_main:
-                end_children(launcher.procs)
+                kill_workers(launcher.procs)
             elif isinstance(processes.environment, LightningEnvironment):
                 time.sleep(3)
         # NCCL has an error class of its own, gloo's is known by the file that raised it.
@@ -316,7 +316,7 @@ def failing_together(trainer: pl.Trainer, processes: Processes) -> Iterator[None
         raise
 
 
-def end_children(watched: list[subprocess.Popen[bytes]]) -> None:
+def kill_workers(watched: list[subprocess.Popen[bytes]]) -> None:
     """End processes that Lightning watches: it must not see their end, or it would kill this process, too."""
     children = list(watched)
     watched.clear()

@@ -27,34 +27,34 @@ from tiny_lm.model import ModelConfig, flops_per_token, num_parameters
 from tiny_lm.runs import Run, environment, number_in
 from tiny_lm.tokenizer import Tokenizer, load_tokenizer
 from tiny_lm.tokenizer.chat_template import read_chat_template
-from tiny_lm.tracking.loggers import build_loggers, check_trackers
+from tiny_lm.tracking.loggers import build_loggers, check_loggers
 from tiny_lm.training.acceleration import choose_compile, keep_freed_memory, prefers_blocked_attention
-from tiny_lm.training.callbacks.base import Event
+from tiny_lm.training.callbacks.base import StepMetrics
 from tiny_lm.training.callbacks.checkpoints import CheckpointWriter, GracefulStop
 from tiny_lm.training.callbacks.ema import WeightAverage
 from tiny_lm.training.callbacks.gpu import GpuStatsMonitor
-from tiny_lm.training.callbacks.loss_spikes import LossGuard
+from tiny_lm.training.callbacks.loss_spikes import LossSpikeDetector
 from tiny_lm.training.callbacks.metrics import MetricsWriter
 from tiny_lm.training.callbacks.progress import OptimizerStepProgressBar
-from tiny_lm.training.callbacks.samples import SampleStories
+from tiny_lm.training.callbacks.samples import SampleWriter
 from tiny_lm.training.callbacks.tokens import TokensMonitor
 from tiny_lm.training.callbacks.validation import Validation
 from tiny_lm.training.checkpoint_io import AtomicCheckpointIO
 from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.distributed import (
-    Agreement,
-    Processes,
-    choose_processes,
-    failing_together,
+    ConfigConsistencyCheck,
+    DistributedContext,
+    describe_sharding,
+    get_distributed_context,
     lightning_options,
-    share_batch,
-    tell_share,
+    split_global_batch,
+    terminate_on_failure,
 )
-from tiny_lm.training.initial_weights import begin_with
+from tiny_lm.training.initial_weights import load_initial_weights
 from tiny_lm.training.lm_module import CausalLMModule
 from tiny_lm.training.loss import LossFunction, compiled_loss, next_token_loss
 from tiny_lm.training.precision import choose_precision, describe_choice
-from tiny_lm.training.resume import check_resume, forget_after
+from tiny_lm.training.resume import check_resume, truncate_run
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,10 @@ def train(
         UserError: configs, streams, tokenizer and checkpoint do not fit each other, the loss is no longer a number, or
             disk or memory is full.
     """
-    is_new = not run.record.exists()
+    is_new = not run.metadata_file.exists()
     device = fastest_device()
-    processes = choose_processes(training_config, device)
-    share = share_batch(data_config.batch_size, training_config.accumulate_grad_batches, processes.world_size)
+    processes = get_distributed_context(training_config, device)
+    share = split_global_batch(data_config.batch_size, training_config.accumulate_grad_batches, processes.world_size)
     console = (console or make_console()) if processes.is_main else make_console(quiet=True, force_terminal=False)
     data = BinTokenDataModule(
         data_config,
@@ -107,15 +107,15 @@ def train(
         micro_batch=share.micro_batch,
     )
     tokenizer = _check_fit(model_config, data)
-    check_trackers(training_config.trackers)
-    stories = SampleStories(run, training_config, tokenizer)
+    check_loggers(training_config.trackers)
+    stories = SampleWriter(run, training_config, tokenizer)
     precision, precision_reason = choose_precision(training_config, device)
     tokens_per_step = data_config.batch_size * data_config.block_size * training_config.accumulate_grad_batches
     compiles, compile_reason = choose_compile(
         training_config, model_config, tokens_per_step, data_config.block_size, device
     )
-    described = describe_choice(device, precision, precision_reason), tell_share(processes, share), compile_reason
-    for line in filter(None, (processes.notice, *described)):
+    described = describe_choice(device, precision, precision_reason)
+    for line in filter(None, (processes.notice, described, describe_sharding(processes, share), compile_reason)):
         console.print(line, markup=False)
     compiles = compiles and processes.strategy != "fsdp"
     if device == "cpu":
@@ -130,14 +130,14 @@ def train(
         "compiled": compiles,
         **data.sizes,
     }
-    finished = run.read_record().get("status") == "finished"
+    finished = run.read_metadata().get("status") == "finished"
     resumed_step = 0 if resume_from is None else check_resume(resume_from, kept, console, finished=finished)
     loss = compiled_loss(precision) if compiles else next_token_loss
     module = _build_module(model_config, replace(training_config, precision=precision), kept, loss)
     if prefers_blocked_attention(device, data_config.block_size):
         module.model.use_blocked_attention()
     plan = _plan(identity, training_config, resumed_step, data.train_stream.tokens)
-    agreement = Agreement(plan, training_config.seed)
+    agreement = ConfigConsistencyCheck(plan, training_config.seed)
     loggers = build_loggers(training_config.trackers, run, resumed_step, console)
     options = {"accelerator": device, "precision": precision, "logger": loggers, **lightning_options(processes, share)}
     facts = _facts(model_config, data_config, device, processes, kept)
@@ -146,14 +146,14 @@ def train(
         facts["config_files"] = list(config_files)
     facts |= {"tokens_per_step": tokens_per_step, **data.sizes}
     if training_config.init_from and resume_from is None:
-        facts["init_from"] = begin_with(Path(training_config.init_from), module.model, tokenizer)
+        facts["init_from"] = load_initial_weights(Path(training_config.init_from), module.model, tokenizer)
         console.print(f"begins with the weights of {training_config.init_from}", markup=False)
     with hold_streams(data.train_stream, data.val_stream), run.claim() if processes.is_main else nullcontext():
         if processes.is_main:
-            if is_new and run.record.exists():
+            if is_new and run.metadata_file.exists():
                 raise UserError(f"{run.folder}: another process has just trained a run there; choose another run_name")
             _begin(run, (model_config, training_config, data_config), tokenizer, names, **facts)
-            forget_after(run, resume_from, resumed_step)
+            truncate_run(run, resume_from, resumed_step)
         return _fit(module, data, run, resume_from, processes, agreement, stories, options, console)
 
 
@@ -177,12 +177,16 @@ def _identity(
         "seed": training_config.seed,
         "batch_size": data_config.batch_size,
         "block_size": data_config.block_size,
-        "stride": data_config.window_stride,
+        "stride": data_config.training_stride,
     }
 
 
 def _facts(
-    model_config: ModelConfig, data_config: BinDataConfig, device: Device, processes: Processes, kept: dict[str, Any]
+    model_config: ModelConfig,
+    data_config: BinDataConfig,
+    device: Device,
+    processes: DistributedContext,
+    kept: dict[str, Any],
 ) -> dict[str, Any]:
     """Return what ``run.json`` says of the model and of where it is trained."""
     return {
@@ -213,7 +217,7 @@ def _begin(
         config.save(run.configs / f"{section}.yaml")
     tokenizer.chat_template = read_chat_template(run.tokenizer) or tokenizer.chat_template  # it may have been put there
     tokenizer.save(run.tokenizer)
-    run.update_record(status="running", configs=list(names), environment=environment(), **facts)
+    run.update_metadata(status="running", configs=list(names), environment=environment(), **facts)
 
 
 def _fit(
@@ -221,21 +225,21 @@ def _fit(
     data: BinTokenDataModule,
     run: Run,
     resume_from: Path | None,
-    processes: Processes,
-    agreement: Agreement,
-    stories: SampleStories,
+    processes: DistributedContext,
+    agreement: ConfigConsistencyCheck,
+    stories: SampleWriter,
     options: dict[str, Any],
     console: Console,
 ) -> TrainingResult:
     """Run Lightning's trainer and write down how it ended."""
     config = module.config
-    event: Event = {}
-    record = run.read_record()
+    event: StepMetrics = {}
+    record = run.read_metadata()
     ideal = record["flops_per_token"] / record["peak_flops"]["value"] if processes.is_main else None
     monitor = TokensMonitor(config, event, ideal)
     average = WeightAverage(config.ema_decay) if config.ema_decay else None
     validation = Validation(config, data.val_stream, monitor, average, stories, event)
-    guard = LossGuard(config, run, data, console)
+    guard = LossSpikeDetector(config, run, data, console)
     writer = CheckpointWriter(run, config.save_every_n_steps, config.keep_checkpoints, validation, monitor, guard)
     before, started = number_in(record, "seconds") or 0.0, time.perf_counter()
     try:
@@ -262,12 +266,14 @@ def _fit(
                     OptimizerStepProgressBar([monitor, validation], console),
                 ],
             )
-            with failing_together(trainer, processes):
+            with terminate_on_failure(trainer, processes):
                 trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
     except BaseException as error:
         if processes.is_main:
             with suppress(UserError):  # a full disk takes the record no more than the checkpoint
-                run.update_record(status="stopped" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed")
+                run.update_metadata(
+                    status="stopped" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
+                )
         if is_out_of_memory(error):
             raise UserError(
                 "out of memory: lower batch_size and raise accumulate_grad_batches as much, or set "
@@ -277,7 +283,7 @@ def _fit(
     finished = trainer.global_step >= config.max_steps
     metrics = {**monitor.latest, **validation.latest, "best_val_loss": validation.best_loss}
     if processes.is_main:
-        run.update_record(
+        run.update_metadata(
             status="finished" if finished else "stopped",
             steps=trainer.global_step,
             tokens=monitor.tokens,

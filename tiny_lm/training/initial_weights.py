@@ -16,7 +16,7 @@ _PARTS = ("architecture", "vocab_size", "d_model", "n_layers", "n_heads", "kv_he
 _DETAILS = ("tie_word_embeddings", "qkv_bias", "ffn_bias", "rope_theta", "norm_eps")
 
 
-def begin_with(path: Path, model: Transformer, tokenizer: Tokenizer) -> dict[str, Any]:
+def load_initial_weights(path: Path, model: Transformer, tokenizer: Tokenizer) -> dict[str, Any]:
     """Give a model that is to be trained the weights of another one.
 
     Args:

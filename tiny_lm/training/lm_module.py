@@ -14,7 +14,7 @@ from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.distributed import clip_gradients, gather_random_states
 from tiny_lm.training.loss import LossFunction, next_token_loss
 from tiny_lm.training.optim import Schedule, build_optimizer
-from tiny_lm.training.resume import let_config_prevail
+from tiny_lm.training.resume import override_optimizer_hparams
 
 
 class CausalLMModule(pl.LightningModule):
@@ -86,7 +86,7 @@ class CausalLMModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the random state until the first batch: what happens before it draws numbers of its own."""
-        let_config_prevail(checkpoint, self.model, self.config)
+        override_optimizer_hparams(checkpoint, self.model, self.config)
         saved, rank = checkpoint["rng"], self.trainer.global_rank
         states = saved if isinstance(saved, list) else [{"cpu": saved["cpu"]}]  # older checkpoints hold one process's
         self._saved_rng = states[rank] if rank < len(states) else None  # this process was not there before

@@ -16,7 +16,7 @@ from tiny_lm.model.transformer import Transformer
 LossFunction = Callable[[Any, Tensor, Tensor, int], Tensor]
 """Of a model, inputs and targets int64 ``[B, T]``, and the target that counts in no loss."""
 
-_MOST_LOGITS = 2**28  # held at a time: half a gigabyte in 16 bits, and as much for their gradient
+_MAX_LOGITS = 2**28  # held at a time: half a gigabyte in 16 bits, and as much for their gradient
 
 
 def next_token_loss(model: nn.Module, x: Tensor, y: Tensor, ignore_index: int) -> Tensor:
@@ -60,7 +60,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         counted = targets != ignore_index
         share = counted / counted.sum()  # of each token in the mean, [N]
         ids = torch.arange(len(weight), device=weight.device)  # [V]
-        parts = -(-len(hidden) * len(weight) // _MOST_LOGITS)
+        parts = -(-len(hidden) * len(weight) // _MAX_LOGITS)
         losses, of_hidden, of_weight = [], [], torch.zeros_like(weight, dtype=torch.float32)
         for h, y, s in zip(hidden.chunk(parts), targets.chunk(parts), share.chunk(parts), strict=True):
             logits = (h @ weight.T).float()  # [n, V], n of the N tokens

@@ -17,7 +17,7 @@ from tiny_lm.model import load_model_config
 from tiny_lm.model.checkpoint import CHECKPOINT_KEY, read_checkpoint
 from tiny_lm.runs import Run
 from tiny_lm.tracking.jsonl_logger import JsonlLogger
-from tiny_lm.training.callbacks.samples import drop_samples_after
+from tiny_lm.training.callbacks.samples import truncate_samples
 from tiny_lm.training.checkpoint_io import link
 from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.optim import Schedule, build_optimizer, learning_rate_at
@@ -98,7 +98,7 @@ _STATE = {"callbacks": dict, "optimizer_states": list, "lr_schedulers": list, "l
 
 # --- what must agree, and what may change ----------------------------------------------------------------------------
 
-_KEPT_WHEN_RESUMING = {
+_MUST_MATCH = {
     "tokenizer_hash": "the text was encoded by another tokenizer",
     "optimizer": "the state in the checkpoint is another optimizer's",
     "seed": "other batches would follow",
@@ -112,7 +112,7 @@ _ROUNDING = "the same batches; losses are those of an unbroken run up to roundin
 _SAME_WEIGHTS = "the weights become what they would have become"
 _OTHER_TARGETS = "other targets count, so losses do not compare with those before"
 _OTHER_VALIDATION = "validation losses do not compare with those before, nor with the best one"
-_MEANING = {
+_EXPLANATIONS = {
     **dict.fromkeys(("precision", "device", "compile", "compiled", "gradient_checkpointing"), _ROUNDING),
     **dict.fromkeys(("devices", "num_nodes", "strategy"), _ROUNDING),
     **dict.fromkeys(("val_every_n_steps", "save_every_n_steps", "log_every_n_steps"), _SAME_WEIGHTS),
@@ -125,7 +125,7 @@ _MEANING = {
     "train_tokens": "another text, whose windows come in an order of their own",
     "drop_last": "epochs have another length, so other batches follow from the next one on",
 }
-_UNTOLD = ("run_name", "resume_from_checkpoint", *_KEPT_WHEN_RESUMING)
+_NOT_REPORTED = ("run_name", "resume_from_checkpoint", *_MUST_MATCH)
 
 
 def check_resume(path: Path, identity: dict[str, Any], console: Console, *, finished: bool = False) -> int:
@@ -150,7 +150,7 @@ def check_resume(path: Path, identity: dict[str, Any], console: Console, *, fini
         raise UserError(
             f"{path}: holds another model than the model config ({differences}); resume with the run's own configs"
         )
-    for key, why in _KEPT_WHEN_RESUMING.items():
+    for key, why in _MUST_MATCH.items():
         if ours.get(key) != identity[key]:
             raise UserError(f"{path}: was trained with {key} {ours.get(key)} and not {identity[key]}: {why}")
     if identity["training"]["strategy"] == "fsdp" and ours.get("training", {}).get("strategy") != "fsdp":
@@ -163,7 +163,7 @@ def check_resume(path: Path, identity: dict[str, Any], console: Console, *, fini
             f"{path}: stands at step {step} of max_steps {max_steps}: nothing is left to train; to go on, raise "
             "training.max_steps"
         )
-    for line in _tell_changes(ours, identity, step):
+    for line in _describe_changes(ours, identity, step):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return step
 
@@ -173,22 +173,22 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str,
     return [(key, before[key], now[key]) for key in before if key in now and before[key] != now[key]]
 
 
-def _tell_changes(before: dict[str, Any], now: dict[str, Any], step: int) -> list[str]:
+def _describe_changes(before: dict[str, Any], now: dict[str, Any], step: int) -> list[str]:
     """Return a line for each value of the training and data configs that differs from the checkpoint's."""
     lines = []
     for section in ("training", "data"):
         if section in before:  # older checkpoints carry no configs
             for key, *values in _differences(before[section], now[section]):
-                if key not in _UNTOLD and not (key == "precision" and "precision" in before):
+                if key not in _NOT_REPORTED and not (key == "precision" and "precision" in before):
                     old, new = map(json.dumps, values)
-                    lines.append(f"changed {section}.{key}: {old} -> {new}: {_meaning(key, before, now, step)}")
+                    lines.append(f"changed {section}.{key}: {old} -> {new}: {_explain_change(key, before, now, step)}")
     for key in ("precision", "device", "compiled", "train_tokens", "val_tokens"):
         if key in before and before[key] != now[key]:
-            lines.append(f"changed {key}: {before[key]} -> {now[key]}: {_meaning(key, before, now, step)}")
+            lines.append(f"changed {key}: {before[key]} -> {now[key]}: {_explain_change(key, before, now, step)}")
     return lines
 
 
-def _meaning(key: str, before: dict[str, Any], now: dict[str, Any], step: int) -> str:
+def _explain_change(key: str, before: dict[str, Any], now: dict[str, Any], step: int) -> str:
     """Say what it means for the run that the value of ``key`` is another."""
     old, new = before["training"], now["training"]
     if key in _SCHEDULE:
@@ -196,8 +196,8 @@ def _meaning(key: str, before: dict[str, Any], now: dict[str, Any], step: int) -
         first = learning_rate_at(step, TrainingConfig.from_dict({**new, **{k: old[k] for k in _SCHEDULE if k in old}}))
         return f"rates follow the new schedule; step {step + 1:,} has {then:.3g}, by the old one {first:.3g}"
     if key == "accumulate_grad_batches":
-        windows = now["data"]["batch_size"] * now["data"]["block_size"]
-        return f"a step is {windows * new[key]:,} tokens from here on and was {windows * old[key]:,}"
+        sequences = now["data"]["batch_size"] * now["data"]["block_size"]
+        return f"a step is {sequences * new[key]:,} tokens from here on and was {sequences * old[key]:,}"
     if key == "ema_decay":
         if new[key] is None:
             return "the average is dropped: validated and saved are the weights themselves"
@@ -206,10 +206,10 @@ def _meaning(key: str, before: dict[str, Any], now: dict[str, Any], step: int) -
             if old[key] is None
             else "the average goes on with the new decay"
         )
-    return _MEANING.get(key, f"used from step {step + 1:,} on")
+    return _EXPLANATIONS.get(key, f"used from step {step + 1:,} on")
 
 
-def let_config_prevail(checkpoint: dict[str, Any], model: nn.Module, config: TrainingConfig) -> None:
+def override_optimizer_hparams(checkpoint: dict[str, Any], model: nn.Module, config: TrainingConfig) -> None:
     """Put the options of the config in place of those that a checkpoint's optimizer and schedule carry.
 
     Loading their states would bring back the learning rate, weight decay and so on of the config before. Where the
@@ -228,7 +228,7 @@ def let_config_prevail(checkpoint: dict[str, Any], model: nn.Module, config: Tra
 # --- what is forgotten -----------------------------------------------------------------------------------------------
 
 
-def forget_after(run: Run, checkpoint: Path | None, step: int) -> None:
+def truncate_run(run: Run, checkpoint: Path | None, step: int) -> None:
     """Drop what came after ``step``, which a run that goes on from ``checkpoint`` is about to write again.
 
     At every moment the newest checkpoint that is left has all its metrics: a process that is killed in here does no
@@ -247,8 +247,8 @@ def forget_after(run: Run, checkpoint: Path | None, step: int) -> None:
         run.best_checkpoint.unlink()
     if checkpoint is not None:
         _restore_best(run, run.last_checkpoint)
-    JsonlLogger(run.metrics).drop_after(step)
-    drop_samples_after(run.samples, step)
+    JsonlLogger(run.metrics).truncate(step)
+    truncate_samples(run.samples, step)
 
 
 def _move_folders_aside(run: Run) -> None:

@@ -42,6 +42,6 @@ class BinDataConfig(Config):
         return self
 
     @property
-    def window_stride(self) -> int:
+    def training_stride(self) -> int:
         """Tokens from one training window's start to the next."""
         return self.stride or self.block_size

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from tiny_lm.data.bin.config import BinDataConfig
 from tiny_lm.data.bin.dataset import IGNORE_INDEX, BinTokenDataset
-from tiny_lm.data.bin.sampler import OrderedBatches, ShuffledBatches
+from tiny_lm.data.bin.sampler import SequentialBatchSampler, ShuffledBatchSampler
 from tiny_lm.data.bin.stream import TokenStream, open_stream
 from tiny_lm.errors import UserError
 
@@ -47,7 +47,7 @@ class BinTokenDataModule(pl.LightningDataModule):
         self.config = config
         self._seed = seed
         self.micro_batch = micro_batch or config.batch_size
-        self._windows_seen = 0  # by all ranks together, at the step where this process began
+        self._sequences_seen = 0  # by all ranks together, at the step where this process began
         self._first_step = 0
         self.train_stream: TokenStream = open_stream(config.train_path, config)
         self.val_stream: TokenStream = open_stream(config.val_path, config)
@@ -69,7 +69,7 @@ class BinTokenDataModule(pl.LightningDataModule):
     def train_dataloader(self) -> _Loader:
         """Endless, shuffled by (seed, epoch), starting behind the windows that a resumed run has seen."""
         self._first_step = 0 if self.trainer is None else self.trainer.global_step
-        order = self._order(self._windows_seen, *self._place())
+        order = self._order(self._sequences_seen, *self._place())
         return self._loader(self.train_dataset, order, self.config.num_workers)
 
     def val_dataloader(self, max_tokens: int | None = None) -> _Loader:
@@ -82,15 +82,15 @@ class BinTokenDataModule(pl.LightningDataModule):
         """
         for dataset in (self.train_dataset, self.val_dataset):
             dataset.check_unchanged()
-        windows = len(self.val_dataset)
+        sequences = len(self.val_dataset)
         if max_tokens is not None:
-            windows = min(windows, -(-max_tokens // self.config.block_size))
+            sequences = min(sequences, -(-max_tokens // self.config.block_size))
         rank, world_size = self._place()
-        order = OrderedBatches(windows, self.micro_batch, rank=rank, world_size=world_size)
+        order = SequentialBatchSampler(sequences, self.micro_batch, rank=rank, world_size=world_size)
         return self._loader(self.val_dataset, order, workers=0)
 
-    def _order(self, start: int, rank: int = 0, world_size: int = 1) -> ShuffledBatches:
-        return ShuffledBatches(
+    def _order(self, start: int, rank: int = 0, world_size: int = 1) -> ShuffledBatchSampler:
+        return ShuffledBatchSampler(
             len(self.train_dataset),
             self.config.batch_size,
             seed=self._seed,
@@ -121,26 +121,26 @@ class BinTokenDataModule(pl.LightningDataModule):
         )
 
     @property
-    def windows_seen(self) -> int:
+    def sequences_seen(self) -> int:
         """How many windows all ranks have trained on; the loaders themselves may have read ahead."""
         assert self.trainer is not None
         _, world_size = self._place()
-        windows_per_step = self.micro_batch * world_size * self.trainer.accumulate_grad_batches
+        sequences_per_step = self.micro_batch * world_size * self.trainer.accumulate_grad_batches
         steps = self.trainer.global_step - self._first_step
-        return self._windows_seen + steps * windows_per_step
+        return self._sequences_seen + steps * sequences_per_step
 
-    def windows_at(self, place: int) -> tuple[int, list[int]]:
+    def sequences_at(self, place: int) -> tuple[int, list[int]]:
         """Return the epoch and the windows of the micro-batch that begins behind ``place`` windows."""
         order = self._order(place)
         return place // order.epoch_length, next(iter(order)).tolist()
 
     def state_dict(self) -> dict[str, Any]:
         """Return how many windows all ranks have trained on."""
-        return {"windows_seen": self.windows_seen}
+        return {"windows_seen": self.sequences_seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on behind the windows that a checkpoint has seen."""
         if "batches_seen" in state_dict:  # written before several processes could share a batch
-            self._windows_seen = int(state_dict["batches_seen"]) * self.config.batch_size
+            self._sequences_seen = int(state_dict["batches_seen"]) * self.config.batch_size
         else:
-            self._windows_seen = int(state_dict["windows_seen"])
+            self._sequences_seen = int(state_dict["windows_seen"])

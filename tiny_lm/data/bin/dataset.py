@@ -28,7 +28,7 @@ from tiny_lm.data.bin.stream import (
 )
 from tiny_lm.errors import UserError
 
-_MOST_RESIDENT = 16 * 2**20  # bytes of a stream that stay in memory: giving each batch back at once costs time
+_MAX_RESIDENT = 16 * 2**20  # bytes of a stream that stay in memory: giving each batch back at once costs time
 
 
 IGNORE_INDEX = -100
@@ -68,15 +68,15 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
         self.stream = stream
         self.block_size = config.block_size
         self._overlap = overlap if every_token else 0
-        self._stride = config.block_size - overlap if every_token else config.window_stride
+        self._stride = config.block_size - overlap if every_token else config.training_stride
         self._mask_after_eos = config.mask_after_eos
         self._ignore_index = ignore_index
         targets = np.array(stream.tokens_per_file) - 1
         whole = (targets - self.block_size) // self._stride + 1
-        windows = np.maximum(whole, 0)
+        sequences = np.maximum(whole, 0)
         if every_token:  # one more where the stream ends inside a window
-            windows += np.where(windows, windows * self._stride + self._overlap, 0) < targets
-        self._first_window = np.concatenate([[0], np.cumsum(windows)])  # [F+1]
+            sequences += np.where(sequences, sequences * self._stride + self._overlap, 0) < targets
+        self._first_sequence = np.concatenate([[0], np.cumsum(sequences)])  # [F+1]
         self._maps: dict[int, MappedTokens] = {}  # the one used last comes last
         self._resident = 0  # bytes of them that may be in memory, at most
         if len(self) == 0:
@@ -86,12 +86,12 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
             )
 
     def __len__(self) -> int:
-        return int(self._first_window[-1])
+        return int(self._first_sequence[-1])
 
     def find(self, window: int) -> tuple[Path, int]:
         """Return the file of a window, and the place of its first token there."""
-        file = int(np.searchsorted(self._first_window, window, side="right")) - 1
-        return self.stream.files[file], int(window - self._first_window[file]) * self._stride
+        file = int(np.searchsorted(self._first_sequence, window, side="right")) - 1
+        return self.stream.files[file], int(window - self._first_sequence[file]) * self._stride
 
     def __getstate__(self) -> dict[str, Any]:
         # A loader process opens the files itself: a memory map would be pickled as a copy of all its tokens.
@@ -101,13 +101,13 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
         if isinstance(index, (int, np.integer)):
             x, y = self[[int(index)]]
             return x[0], y[0]
-        windows = np.asarray(index, dtype=np.int64)  # [B]
-        ids = np.empty((len(windows), self.block_size + 1), dtype=np.int64)  # [B, T+1]
-        short = np.full(len(windows), self.block_size + 1)  # [B] tokens really read
-        file_of = np.searchsorted(self._first_window, windows, side="right") - 1
+        sequences = np.asarray(index, dtype=np.int64)  # [B]
+        ids = np.empty((len(sequences), self.block_size + 1), dtype=np.int64)  # [B, T+1]
+        short = np.full(len(sequences), self.block_size + 1)  # [B] tokens really read
+        file_of = np.searchsorted(self._first_sequence, sequences, side="right") - 1
         for file in np.unique(file_of):
             rows = np.flatnonzero(file_of == file)
-            starts = (windows[rows] - self._first_window[file]) * self._stride
+            starts = (sequences[rows] - self._first_sequence[file]) * self._stride
             ids[rows], short[rows] = self._read(int(file), starts)
             if (largest := ids[rows].max()) >= self.stream.metadata.vocab_size:
                 raise UserError(
@@ -118,7 +118,7 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
         if (short <= self.block_size).any():
             y[torch.arange(self.block_size) + 1 >= torch.from_numpy(short)[:, None]] = self._ignore_index
         if self._overlap:
-            begins_file = np.isin(windows, self._first_window)
+            begins_file = np.isin(sequences, self._first_sequence)
             y[torch.from_numpy(~begins_file), : self._overlap] = self._ignore_index
         if self._mask_after_eos:
             _mask_after_first(y, self.stream.metadata.eos_id, self._ignore_index)
@@ -156,7 +156,7 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
         ids[positions > last] = 0
         # Otherwise the pages read stay in the process's resident set, which would grow to the size of the file.
         self._resident += len(starts) * (self.block_size * tokens.itemsize + 2 * mmap.PAGESIZE)
-        if self._resident > _MOST_RESIDENT:
+        if self._resident > _MAX_RESIDENT:
             advise(tokens, "MADV_DONTNEED")
             self._resident = 0
         return ids, np.minimum(last + 1 - starts, self.block_size + 1)

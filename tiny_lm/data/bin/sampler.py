@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
-Windows = npt.NDArray[np.int64]
+Indices = npt.NDArray[np.int64]
 _Words = npt.NDArray[np.uint64]
 
 _AHEAD = 32  # micro-batches whose windows are computed in one go: for small models each call would be felt
 _ROUNDS = 8  # fewer leave traces of the order where windows are few
 
 
-def permute(places: Windows, size: int, *, seed: int, epoch: int) -> Windows:
+def permute(places: Indices, size: int, *, seed: int, epoch: int) -> Indices:
     """Map places ``[N]`` of an epoch of ``size`` windows to windows: a permutation of ``range(size)``.
 
     It is a Feistel network over two coordinates of unequal range, walked until it ends inside the range (Black &
@@ -30,10 +30,10 @@ def permute(places: Windows, size: int, *, seed: int, epoch: int) -> Windows:
     rows = math.isqrt(size - 1) + 1 if size > 1 else 1
     columns = -(-size // rows)
     keys = np.random.SeedSequence([seed, epoch]).generate_state(_ROUNDS, np.uint64).astype(np.uint64)
-    windows = _feistel(places.astype(np.uint64), np.uint64(rows), np.uint64(columns), keys)
-    while (outside := windows >= size).any():
-        windows[outside] = _feistel(windows[outside], np.uint64(rows), np.uint64(columns), keys)
-    return windows.astype(np.int64)
+    sequences = _feistel(places.astype(np.uint64), np.uint64(rows), np.uint64(columns), keys)
+    while (outside := sequences >= size).any():
+        sequences[outside] = _feistel(sequences[outside], np.uint64(rows), np.uint64(columns), keys)
+    return sequences.astype(np.int64)
 
 
 def _feistel(x: _Words, rows: np.uint64, columns: np.uint64, keys: _Words) -> _Words:
@@ -55,7 +55,7 @@ def _hash(x: _Words, key: np.uint64) -> _Words:
     return x
 
 
-class ShuffledBatches(Sampler[Windows]):
+class ShuffledBatchSampler(Sampler[Indices]):
     """The endless batches of one rank, a pure function of (seed, windows already read).
 
     It can be entered behind any number of windows, which is how a run resumes on exactly the windows that were to
@@ -64,7 +64,7 @@ class ShuffledBatches(Sampler[Windows]):
 
     def __init__(
         self,
-        windows: int,
+        sequences: int,
         batch_size: int,
         *,
         seed: int,
@@ -87,42 +87,42 @@ class ShuffledBatches(Sampler[Windows]):
             world_size: how many processes share the batches.
             micro_batch: windows that a rank reads at a time, where it is not ``batch_size``.
         """
-        self._windows = windows
-        self.epoch_length = windows - windows % batch_size if drop_last else windows
+        self._sequences = sequences
+        self.epoch_length = sequences - sequences % batch_size if drop_last else sequences
         self._seed = seed
         self._micro_batch = micro_batch or batch_size
         self._start = start + rank * self._micro_batch
         self._step = world_size * self._micro_batch
 
-    def __iter__(self) -> Iterator[Windows]:
+    def __iter__(self) -> Iterator[Indices]:
         first = self._start
         while True:
             firsts = first + self._step * np.arange(_AHEAD)
             yield from self._at(firsts[:, None] + np.arange(self._micro_batch))
             first += _AHEAD * self._step
 
-    def _at(self, places: Windows) -> Windows:
+    def _at(self, places: Indices) -> Indices:
         """Return the windows at ``places`` of the endless sequence, in the same shape."""
         epochs, places = np.divmod(places, self.epoch_length)
-        windows = np.empty_like(places)
+        sequences = np.empty_like(places)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            windows[here] = permute(places[here], self._windows, seed=self._seed, epoch=int(epoch))
-        return windows
+            sequences[here] = permute(places[here], self._sequences, seed=self._seed, epoch=int(epoch))
+        return sequences
 
 
-class OrderedBatches(Sampler[range]):
+class SequentialBatchSampler(Sampler[range]):
     """Every window once, in order; each rank takes every ``world_size``-th.
 
     All ranks have the same number of batches, since sharded models must be run by all ranks together; the last batch
     of a rank may therefore be empty.
     """
 
-    def __init__(self, windows: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, sequences: int, batch_size: int, *, rank: int = 0, world_size: int = 1) -> None:
         """Cut ``windows`` windows into batches of ``batch_size`` for each rank."""
-        self._mine = range(rank, windows, world_size)
+        self._mine = range(rank, sequences, world_size)
         self._batch_size = batch_size
-        self._batches = -(-windows // (batch_size * world_size))
+        self._batches = -(-sequences // (batch_size * world_size))
 
     def __len__(self) -> int:
         return self._batches

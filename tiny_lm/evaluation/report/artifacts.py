@@ -89,7 +89,7 @@ def load_artifacts(run: Run, settings: Sequence[str] = ()) -> RunArtifacts:
             missing[part] = " ".join(str(error).split())
             return None
 
-    record = run.read_record()
+    record = run.read_metadata()
     files = {section: run.configs / f"{section}.yaml" for section in SECTIONS}
     if overrides:
         BinDataConfig.from_yaml(files["data"], overrides)  # a mistake in them is an error, not a line on the page

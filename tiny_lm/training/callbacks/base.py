@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-Event: TypeAlias = dict[str, float]
+StepMetrics: TypeAlias = dict[str, float]
 """Metrics of one optimizer step, by name."""
 
 
@@ -16,7 +16,7 @@ class StepCallback(Callback):
         latest: the figures that it noted last, if it notes any.
     """
 
-    latest: Event
+    latest: StepMetrics
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Call :meth:`on_step_end` if this micro-batch completed an optimizer step."""

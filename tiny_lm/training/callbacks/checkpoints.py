@@ -11,7 +11,7 @@ from tiny_lm.errors import UserError
 from tiny_lm.runs import Run
 from tiny_lm.signals import TERMINATING_SIGNALS
 from tiny_lm.training.callbacks.base import StepCallback
-from tiny_lm.training.callbacks.loss_spikes import LossGuard
+from tiny_lm.training.callbacks.loss_spikes import LossSpikeDetector
 from tiny_lm.training.callbacks.tokens import TokensMonitor
 from tiny_lm.training.callbacks.validation import Validation
 from tiny_lm.training.checkpoint_io import link
@@ -30,7 +30,7 @@ class CheckpointWriter(StepCallback):
         keep: int,
         validation: Validation,
         monitor: TokensMonitor,
-        guard: LossGuard,
+        guard: LossSpikeDetector,
     ) -> None:
         """Write every ``every_n_steps`` optimizer steps and after the last one; keep the newest ``keep`` of them."""
         self._run = run

@@ -10,16 +10,16 @@ import pytorch_lightning as pl
 import torch
 
 from tiny_lm.hardware.memory import peak_memory
-from tiny_lm.training.callbacks.base import Event, StepCallback
+from tiny_lm.training.callbacks.base import StepCallback, StepMetrics
 
 
 class GpuStatsMonitor(StepCallback):
     """Notes memory and load of the process and, where there is one, of the GPU; what cannot be read is left out."""
 
-    def __init__(self, every_n_steps: int, event: Event) -> None:
+    def __init__(self, every_n_steps: int, metrics: StepMetrics) -> None:
         """Note them every ``every_n_steps`` optimizer steps."""
         self._every_n_steps = every_n_steps
-        self._event = event
+        self._metrics = metrics
         self._clocks = (0.0, 0.0)
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
@@ -32,16 +32,16 @@ class GpuStatsMonitor(StepCallback):
             return
         before, self._clocks = self._clocks, _clocks()
         busy, passed = (now - then for now, then in zip(self._clocks, before, strict=True))
-        self._event["process_cpu_percent"] = 100 * busy / max(passed, 1e-9)  # of one core, as `top` counts
-        self._event.update(peak_memory())
+        self._metrics["process_cpu_percent"] = 100 * busy / max(passed, 1e-9)  # of one core, as `top` counts
+        self._metrics.update(peak_memory())
         with suppress(OSError, ValueError):  # /proc is Linux's
             pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-            self._event["process_memory_mb"] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+            self._metrics["process_memory_mb"] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
         if torch.cuda.is_available():
-            self._event["gpu_memory_mb"] = torch.cuda.memory_allocated() / 2**20
+            self._metrics["gpu_memory_mb"] = torch.cuda.memory_allocated() / 2**20
             with suppress(Exception):  # needs nvidia-ml-py (the extra gpu), and a driver that tells
-                self._event["gpu_utilization_percent"] = torch.cuda.utilization()
-                self._event["gpu_temperature_c"] = torch.cuda.temperature()
+                self._metrics["gpu_utilization_percent"] = torch.cuda.utilization()
+                self._metrics["gpu_temperature_c"] = torch.cuda.temperature()
 
 
 def _clocks() -> tuple[float, float]:

@@ -34,7 +34,7 @@ _NATS_AT_FIRST = 2.0  # of few steps little is known but that the loss falls
 _DEVIATIONS = 6 * 1.4826
 
 
-class LossGuard(StepCallback):
+class LossSpikeDetector(StepCallback):
     """Looks at the loss of every step, and at the weights before they are saved.
 
     The losses stay on the device until a log window closes or a checkpoint is due, so no step waits for them. The
@@ -82,10 +82,10 @@ class LossGuard(StepCallback):
         self._losses = []
         everyone = trainer.strategy.all_gather(mine).reshape(ranks, -1, share)  # [ranks, steps, micro-batches]
         steps: list[list[float]] = everyone.permute(1, 2, 0).flatten(1).tolist()  # in the order of the data
-        windows = self._data.micro_batch * share * ranks  # of one step
-        first = self._data.windows_seen - len(steps) * windows
+        sequences = self._data.micro_batch * share * ranks  # of one step
+        first = self._data.sequences_seen - len(steps) * sequences
         for number, losses in enumerate(steps):
-            self._judge(step - len(steps) + 1 + number, losses, first + number * windows)
+            self._judge(step - len(steps) + 1 + number, losses, first + number * sequences)
 
     def check_weights(self, trainer: pl.Trainer, module: pl.LightningModule, step: int) -> None:
         """Refuse to save weights that are no numbers; all processes must call it.
@@ -140,20 +140,20 @@ class LossGuard(StepCallback):
         size = self._data.micro_batch
         place += worst * size
         number = place // size
-        epoch, windows = self._data.windows_at(place)
-        shown = ", ".join(map(str, windows[:4])) + (f" and {len(windows) - 4} more" if len(windows) > 4 else "")
+        epoch, sequences = self._data.sequences_at(place)
+        shown = ", ".join(map(str, sequences[:4])) + (f" and {len(sequences) - 4} more" if len(sequences) > 4 else "")
         file = self._run.batches / f"{number:08d}.txt"
         if self._writes:
             heading = f"step {step}, micro-batch {number}, epoch {epoch}, loss {losses[worst]}\n"
             with suppress(UserError):  # a full disk takes nothing from what is wrong here
-                write_text(file, heading + self._quote(windows))
+                write_text(file, heading + self._quote(sequences))
         return f"micro-batch {number:,} (epoch {epoch}, windows {shown}; its text is in {file})"
 
-    def _quote(self, windows: list[int]) -> str:
+    def _quote(self, sequences: list[int]) -> str:
         """Return the text of windows, each under its place in the stream."""
         dataset, tokenizer = self._data.train_dataset, load_tokenizer(self._run.tokenizer)
         quotes = []
-        for window in windows:
+        for window in sequences:
             file, start = dataset.find(window)
             text = tokenizer.decode(dataset[window][0].tolist(), skip_special=False)
             place = f"{file}, tokens {start} to {start + dataset.block_size}"
@@ -177,6 +177,11 @@ class LossGuard(StepCallback):
         return f"{self.last_checkpoint()}; {begin} with a lower rate: {command}"
 
     # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Key of this state in checkpoints: the name that the class had when the format was fixed."""
+        return "LossGuard"
 
     def state_dict(self) -> dict[str, Any]:
         """Return what later losses are compared with; whoever saves has looked at all losses before."""

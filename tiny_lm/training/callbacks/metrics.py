@@ -5,7 +5,7 @@ from typing import Any
 import pytorch_lightning as pl
 from rich.console import Console
 
-from tiny_lm.training.callbacks.base import Event, StepCallback
+from tiny_lm.training.callbacks.base import StepCallback, StepMetrics
 
 
 class MetricsWriter(StepCallback):
@@ -14,9 +14,9 @@ class MetricsWriter(StepCallback):
     Lightning's own ``log`` would gather the metrics again at every batch.
     """
 
-    def __init__(self, event: Event, console: Console) -> None:
+    def __init__(self, metrics: StepMetrics, console: Console) -> None:
         """Write ``event``, which the callbacks before this one share; print a line for each validation."""
-        self._event = event
+        self._metrics = metrics
         self._console = console
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
@@ -28,14 +28,14 @@ class MetricsWriter(StepCallback):
 
     def on_step_end(self, trainer: pl.Trainer, module: Any, step: int) -> None:
         """Write the event of this step, if there is one."""
-        if not self._event:
+        if not self._metrics:
             return
         for logger in trainer.loggers:
-            logger.log_metrics(dict(self._event), step)
-        if "val_loss" in self._event:
-            parts = [f"{name} {self._event[key]:.3f}" for key, name in _SHOWN.items()]
+            logger.log_metrics(dict(self._metrics), step)
+        if "val_loss" in self._metrics:
+            parts = [f"{name} {self._metrics[key]:.3f}" for key, name in _SHOWN.items()]
             self._console.print(f"step {step:>6,}  " + "  ".join(parts), highlight=False, soft_wrap=True)
-        self._event.clear()
+        self._metrics.clear()
 
 
 _SHOWN = {"train_loss": "train loss", "val_loss": "val loss", "val_ppl": "perplexity", "val_bpb": "bits per byte"}

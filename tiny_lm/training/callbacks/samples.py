@@ -18,7 +18,7 @@ TEMPERATURE = 0.8
 SEED = 0
 
 
-class SampleStories:
+class SampleWriter:
     """Continues the same begun stories again and again and adds them to a file, a section for each step.
 
     The random numbers are the same each time and its own: what changes from section to section is the model, and
@@ -63,7 +63,7 @@ class SampleStories:
         )
 
 
-def drop_samples_after(path: Path, step: int) -> None:
+def truncate_samples(path: Path, step: int) -> None:
     """Forget the sections of steps after ``step``, which a resumed run is about to write again."""
     if not path.exists():
         return

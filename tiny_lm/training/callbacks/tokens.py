@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
-from tiny_lm.training.callbacks.base import Event, StepCallback
+from tiny_lm.training.callbacks.base import StepCallback, StepMetrics
 from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.optim import learning_rate_at
 
@@ -21,7 +21,7 @@ class TokensMonitor(StepCallback):
     stands still in validation and while a checkpoint is written (:meth:`pause`).
     """
 
-    def __init__(self, config: TrainingConfig, event: Event, ideal_seconds: float | None = None) -> None:
+    def __init__(self, config: TrainingConfig, metrics: StepMetrics, ideal_seconds: float | None = None) -> None:
         """Note them every ``log_every_n_steps`` optimizer steps, at each validation and at the last step.
 
         Args:
@@ -30,10 +30,10 @@ class TokensMonitor(StepCallback):
             ideal_seconds: time that a token would take at the peak of one device; None: MFU is not noted.
         """
         self._config = config
-        self._event = event
+        self._metrics = metrics
         self._ideal_seconds = ideal_seconds
         self.tokens = 0
-        self.latest: Event = {}
+        self.latest: StepMetrics = {}
         self._loss_sum: Tensor | float = 0.0
         self._steps = 0
         self._window_tokens = 0
@@ -75,7 +75,7 @@ class TokensMonitor(StepCallback):
         }
         if self._ideal_seconds is not None:
             self.latest["mfu"] = rate / trainer.world_size * self._ideal_seconds
-        self._event.update(self.latest)
+        self._metrics.update(self.latest)
         self._loss_sum, self._steps, self._window_tokens, self._started = 0.0, 0, 0, now
 
     @contextmanager

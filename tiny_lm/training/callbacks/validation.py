@@ -13,9 +13,9 @@ import pytorch_lightning as pl
 
 from tiny_lm.data.bin.stream import TokenStream
 from tiny_lm.inference.scoring import LossStats, evaluate_loss
-from tiny_lm.training.callbacks.base import Event, StepCallback
+from tiny_lm.training.callbacks.base import StepCallback, StepMetrics
 from tiny_lm.training.callbacks.ema import WeightAverage
-from tiny_lm.training.callbacks.samples import SampleStories
+from tiny_lm.training.callbacks.samples import SampleWriter
 from tiny_lm.training.callbacks.tokens import TokensMonitor
 from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.distributed import sum_over_ranks
@@ -30,8 +30,8 @@ class Validation(StepCallback):
         stream: TokenStream,
         monitor: TokensMonitor,
         average: WeightAverage | None,
-        stories: SampleStories,
-        event: Event,
+        stories: SampleWriter,
+        metrics: StepMetrics,
     ) -> None:
         """Validate every ``val_every_n_steps`` optimizer steps, and after the last one over the whole stream."""
         self._config = config
@@ -39,8 +39,8 @@ class Validation(StepCallback):
         self._stories = stories
         self._stream = stream
         self._monitor = monitor
-        self._event = event
-        self.latest: Event = {}
+        self._metrics = metrics
+        self.latest: StepMetrics = {}
         self.best_loss = math.inf
         self.best_step = 0
 
@@ -65,7 +65,7 @@ class Validation(StepCallback):
         }
         if stats.loss < self.best_loss:
             self.best_loss, self.best_step = stats.loss, step
-        self._event.update(self.latest)
+        self._metrics.update(self.latest)
 
     def _measure(self, trainer: pl.Trainer, module: Any, max_tokens: int | None) -> LossStats:
         batches = trainer.datamodule.val_dataloader(max_tokens)  # type: ignore[attr-defined]  # Lightning sets it

@@ -23,10 +23,10 @@ from tiny_lm.errors import UserError
 from tiny_lm.hardware.device import Device
 from tiny_lm.hardware.memory import is_out_of_memory, peak_memory
 from tiny_lm.training.config import TrainingConfig
-from tiny_lm.training.planning.memory import Setup, estimate_memory
-from tiny_lm.training.planning.step_benchmark import StepTimes, rehearse
+from tiny_lm.training.planning.memory import MemoryConfig, estimate_memory
+from tiny_lm.training.planning.step_benchmark import StepTimes, benchmark_step
 
-_MOST_WINDOWS = 1024
+_MAX_SEQUENCES = 1024
 """Where no global batch is given that would bound a micro-batch."""
 
 _PASSES = 5
@@ -37,10 +37,10 @@ _AS_FAST = 0.95
 
 
 @dataclass(frozen=True)
-class Trial:
+class BatchSizeTrial:
     """What became of one micro-batch size."""
 
-    windows: int
+    sequences: int
     fits: bool
     memory: int
     """Bytes at the peak; on a CPU of the whole process. Estimated where it was not tried."""
@@ -52,37 +52,37 @@ class Trial:
 class BatchSizes:
     """What the search came to."""
 
-    trials: tuple[Trial, ...]
+    trials: tuple[BatchSizeTrial, ...]
 
     @property
-    def largest(self) -> Trial:
+    def largest(self) -> BatchSizeTrial:
         """The largest micro-batch that fits; it may be one that was not tried."""
-        return max((trial for trial in self.trials if trial.fits), key=lambda trial: trial.windows)
+        return max((trial for trial in self.trials if trial.fits), key=lambda trial: trial.sequences)
 
     @property
-    def fastest(self) -> Trial:
+    def fastest(self) -> BatchSizeTrial:
         """The smallest micro-batch of those that are as fast as any."""
         speeds = {trial: trial.tokens_per_second for trial in self.trials if trial.tokens_per_second is not None}
         best = max(speeds.values())
-        return min((t for t, speed in speeds.items() if speed >= _AS_FAST * best), key=lambda trial: trial.windows)
+        return min((t for t, speed in speeds.items() if speed >= _AS_FAST * best), key=lambda trial: trial.sequences)
 
 
-def sizes_to_try(windows_per_step: int | None, limit: int | None) -> list[int]:
+def sizes_to_try(sequences_per_step: int | None, limit: int | None) -> list[int]:
     """Return the micro-batch sizes that make up a step without rest; powers of two where no step is given."""
-    most = limit or windows_per_step or _MOST_WINDOWS
-    if windows_per_step is None:
+    most = limit or sequences_per_step or _MAX_SEQUENCES
+    if sequences_per_step is None:
         return [2**power for power in range(most.bit_length())]
-    return [size for size in range(1, min(most, windows_per_step) + 1) if windows_per_step % size == 0]
+    return [size for size in range(1, min(most, sequences_per_step) + 1) if sequences_per_step % size == 0]
 
 
 def find_batch_sizes(
-    setup: Setup,
-    windows_per_step: int | None,
+    config: MemoryConfig,
+    sequences_per_step: int | None,
     *,
     limit: int | None = None,
     memory: int,
     seconds: float,
-    report: Callable[[Trial], None],
+    report: Callable[[BatchSizeTrial], None],
 ) -> BatchSizes:
     """Find which micro-batches fit, and how fast they are.
 
@@ -97,32 +97,32 @@ def find_batch_sizes(
     Raises:
         UserError: not even one window fits.
     """
-    sizes = sizes_to_try(windows_per_step, limit)
-    trials: list[Trial] = []
-    search = _try_in_child(setup, windows_per_step, sizes, memory, seconds)
-    if setup.device != "cpu":
-        search = _try_here(setup, windows_per_step, sizes, memory)
+    sizes = sizes_to_try(sequences_per_step, limit)
+    trials: list[BatchSizeTrial] = []
+    search = _try_in_child(config, sequences_per_step, sizes, memory, seconds)
+    if config.device != "cpu":
+        search = _try_here(config, sequences_per_step, sizes, memory)
     for trial in search:
         trials.append(trial)
         report(trial)
     if not any(trial.fits for trial in trials):
         raise UserError(
-            f"a micro-batch of one window of {setup.block_size} tokens does not fit into {memory / 1e9:.1f} GB: "
+            f"a micro-batch of one window of {config.block_size} tokens does not fit into {memory / 1e9:.1f} GB: "
             "lower data.block_size, or set training.gradient_checkpointing=true"
         )
     return BatchSizes(tuple(trials))
 
 
-def _speed(times: StepTimes, setup: Setup, windows_per_step: int | None) -> float:
+def _speed(times: StepTimes, config: MemoryConfig, sequences_per_step: int | None) -> float:
     """Return tokens per second, the optimizer's step shared by the micro-batches of a step."""
-    micro_batches = (windows_per_step or times.windows) / times.windows
-    return times.windows * setup.block_size / (times.micro_batch + times.update / micro_batches)
+    micro_batches = (sequences_per_step or times.sequences) / times.sequences
+    return times.sequences * config.block_size / (times.micro_batch + times.update / micro_batches)
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------
 
 
-def search(sizes: Sequence[int], attempt: Callable[[int], Trial]) -> Iterator[Trial]:
+def search(sizes: Sequence[int], attempt: Callable[[int], BatchSizeTrial]) -> Iterator[BatchSizeTrial]:
     """Try ever larger sizes, then halve the distance between the last that fits and the first that does not."""
     fitting, failing, index = -1, len(sizes), 0
     while failing - fitting > 1:
@@ -136,28 +136,32 @@ def search(sizes: Sequence[int], attempt: Callable[[int], Trial]) -> Iterator[Tr
         index = min(2 * index + 1, len(sizes) - 1) if growing else (fitting + failing) // 2
 
 
-def _try_here(setup: Setup, windows_per_step: int | None, sizes: Sequence[int], memory: int) -> Iterator[Trial]:
-    with _gpu_limit(setup.device, memory):
-        yield from search(sizes, lambda windows: _try_on_gpu(setup, windows_per_step, windows))
+def _try_here(
+    config: MemoryConfig, sequences_per_step: int | None, sizes: Sequence[int], memory: int
+) -> Iterator[BatchSizeTrial]:
+    with _gpu_limit(config.device, memory):
+        yield from search(sizes, lambda sequences: _try_on_gpu(config, sequences_per_step, sequences))
 
 
-def _try_on_gpu(setup: Setup, windows_per_step: int | None, windows: int) -> Trial:
-    if setup.device == "cuda":
+def _try_on_gpu(config: MemoryConfig, sequences_per_step: int | None, sequences: int) -> BatchSizeTrial:
+    if config.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times = None
     try:
-        times = rehearse(
-            setup.model, _accumulating(setup.training, windows_per_step, windows), windows, setup.block_size
+        times = benchmark_step(
+            config.model, _accumulating(config.training, sequences_per_step, sequences), sequences, config.block_size
         )
     except RuntimeError as error:  # of which torch.OutOfMemoryError is one
         if not is_out_of_memory(error):
             raise
     gc.collect()
-    used = estimate_memory(replace(setup, windows=windows)).total
-    if setup.device == "cuda":
+    used = estimate_memory(replace(config, sequences=sequences)).total
+    if config.device == "cuda":
         used = torch.cuda.max_memory_reserved() if times else used
         torch.cuda.empty_cache()
-    return Trial(windows, times is not None, used, _speed(times, setup, windows_per_step) if times else None)
+    return BatchSizeTrial(
+        sequences, times is not None, used, _speed(times, config, sequences_per_step) if times else None
+    )
 
 
 @contextmanager
@@ -172,65 +176,67 @@ def _gpu_limit(device: Device, memory: int) -> Iterator[None]:
         gpu.set_per_process_memory_fraction(1.0)
 
 
-def _accumulating(training: TrainingConfig, windows_per_step: int | None, windows: int) -> TrainingConfig:
+def _accumulating(training: TrainingConfig, sequences_per_step: int | None, sequences: int) -> TrainingConfig:
     """Return the training config with the accumulation that ``windows`` in a micro-batch need."""
-    return replace(training, accumulate_grad_batches=(windows_per_step or windows) // windows)
+    return replace(training, accumulate_grad_batches=(sequences_per_step or sequences) // sequences)
 
 
 # --- on a CPU --------------------------------------------------------------------------------------------------------
 
 
 def _try_in_child(
-    setup: Setup, windows_per_step: int | None, sizes: Sequence[int], memory: int, seconds: float
-) -> Iterator[Trial]:
+    config: MemoryConfig, sequences_per_step: int | None, sizes: Sequence[int], memory: int, seconds: float
+) -> Iterator[BatchSizeTrial]:
     """Try sizes from the smallest on, as long as memory and time allow; end with the largest that would fit."""
-    done: list[Trial] = []
-    with _child(setup, windows_per_step, memory) as connection:
+    done: list[BatchSizeTrial] = []
+    with _child(config, sequences_per_step, memory) as connection:
         started, lasted = time.perf_counter(), 0.0  # not counting what Python and torch took to load
-        for windows in sizes:
+        for sequences in sizes:
             passed = time.perf_counter() - started
-            if done and passed + lasted + _growth(setup, windows, done[-1]) > seconds:
+            if done and passed + lasted + _growth(config, sequences, done[-1]) > seconds:
                 break
-            if _predict(setup, windows, done) > memory:
+            if _predict(config, sequences, done) > memory:
                 break
             before = time.perf_counter()
-            trial = _ask(connection, windows) or Trial(windows, False, _predict(setup, windows, done), None)
+            trial = _ask(connection, sequences) or BatchSizeTrial(
+                sequences, False, _predict(config, sequences, done), None
+            )
             lasted = time.perf_counter() - before
             yield trial
             if not trial.fits:
                 return
             done.append(trial)
-    untried = [Trial(size, True, _predict(setup, size, done), None) for size in sizes[len(done) :]]
+    untried = [BatchSizeTrial(size, True, _predict(config, size, done), None) for size in sizes[len(done) :]]
     yield from [trial for trial in untried if trial.memory <= memory][-1:]
 
 
-def _growth(setup: Setup, windows: int, last: Trial) -> float:
+def _growth(config: MemoryConfig, sequences: int, last: BatchSizeTrial) -> float:
     """Return how many seconds more a size takes than a smaller one took, at the speed of that one."""
     assert last.tokens_per_second is not None
-    return _PASSES * (windows - last.windows) * setup.block_size / last.tokens_per_second
+    return _PASSES * (sequences - last.sequences) * config.block_size / last.tokens_per_second
 
 
-def _predict(setup: Setup, windows: int, done: Sequence[Trial]) -> int:
+def _predict(config: MemoryConfig, sequences: int, done: Sequence[BatchSizeTrial]) -> int:
     """Return the memory of a size after what smaller ones took.
 
     It grows at least as the closed form says; what the C library does not give back comes on top.
     """
-    estimate = estimate_memory(replace(setup, windows=windows)).total
+    estimate = estimate_memory(replace(config, sequences=sequences)).total
     if not done:
         return estimate
     first, last = done[0], done[-1]
-    of_last = estimate_memory(replace(setup, windows=last.windows)).total
-    measured = (last.memory - first.memory) / max(last.windows - first.windows, 1)
-    growth = max(measured, (estimate - of_last) / (windows - last.windows))
-    return last.memory + int(growth * (windows - last.windows))
+    of_last = estimate_memory(replace(config, sequences=last.sequences)).total
+    measured = (last.memory - first.memory) / max(last.sequences - first.sequences, 1)
+    growth = max(measured, (estimate - of_last) / (sequences - last.sequences))
+    return last.memory + int(growth * (sequences - last.sequences))
 
 
 @contextmanager
-def _child(setup: Setup, windows_per_step: int | None, memory: int) -> Iterator[Connection]:
+def _child(config: MemoryConfig, sequences_per_step: int | None, memory: int) -> Iterator[Connection]:
     """Start the process that rehearses sizes; yield our end of the line when it is ready."""
     context = multiprocessing.get_context("spawn")  # a fork would share what torch has set up
     ours, theirs = context.Pipe()
-    process = context.Process(target=_answer, args=(theirs, setup, windows_per_step, memory), daemon=True)
+    process = context.Process(target=_answer, args=(theirs, config, sequences_per_step, memory), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -243,11 +249,11 @@ def _child(setup: Setup, windows_per_step: int | None, memory: int) -> Iterator[
         ours.close()
 
 
-def _ask(connection: Connection, windows: int) -> Trial | None:
+def _ask(connection: Connection, sequences: int) -> BatchSizeTrial | None:
     """Let the child rehearse a size; None: memory did not suffice, or the system killed it."""
     try:
-        connection.send(windows)
-        answer: Trial | Exception | None = connection.recv()
+        connection.send(sequences)
+        answer: BatchSizeTrial | Exception | None = connection.recv()
     except (EOFError, OSError):
         return None
     if isinstance(answer, Exception):
@@ -255,22 +261,22 @@ def _ask(connection: Connection, windows: int) -> Trial | None:
     return answer
 
 
-def _answer(connection: Connection, setup: Setup, windows_per_step: int | None, memory: int) -> None:
+def _answer(connection: Connection, config: MemoryConfig, sequences_per_step: int | None, memory: int) -> None:
     """Rehearse each size that is asked for, in the child."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
     _limit_memory(memory)
     connection.send("ready")
     while True:
-        windows: int = connection.recv()
+        sequences: int = connection.recv()
         try:
-            training = _accumulating(setup.training, windows_per_step, windows)
-            times = rehearse(setup.model, training, windows, setup.block_size)
+            training = _accumulating(config.training, sequences_per_step, sequences)
+            times = benchmark_step(config.model, training, sequences, config.block_size)
         except Exception as error:
             connection.send(None if is_out_of_memory(error) else error)
             return
         peak = peak_memory().get("process_peak_memory_mb")  # not known on Windows
-        used = _predict(setup, windows, []) if peak is None else int(peak * 2**20)
-        connection.send(Trial(windows, used <= memory, used, _speed(times, setup, windows_per_step)))
+        used = _predict(config, sequences, []) if peak is None else int(peak * 2**20)
+        connection.send(BatchSizeTrial(sequences, used <= memory, used, _speed(times, config, sequences_per_step)))
 
 
 def _limit_memory(memory: int) -> None:

@@ -12,12 +12,12 @@ from tiny_lm.training.config import TrainingConfig
 
 
 @dataclass(frozen=True)
-class Setup:
+class MemoryConfig:
     """What decides how much memory training takes."""
 
     model: ModelConfig
     training: TrainingConfig
-    windows: int
+    sequences: int
     """In a micro-batch."""
     block_size: int
     """Tokens in a window."""
@@ -51,18 +51,18 @@ class MemoryEstimate:
         return sum(parts) - min(self.logits, self.block)
 
 
-def estimate_memory(setup: Setup) -> MemoryEstimate:
+def estimate_memory(config: MemoryConfig) -> MemoryEstimate:
     """Estimate the memory of training in one process, uncompiled."""
-    model, training, block_size = setup.model, setup.training, setup.block_size
-    mixed = setup.precision != "32-true"
+    model, training, block_size = config.model, config.training, config.block_size
+    mixed = config.precision != "32-true"
     parameters, hidden = num_parameters(model), model.n_layers * sum(block_matrices(model))
     moments = 2 * parameters - (hidden if training.optimizer == "muon" else 0)  # AdamW has two, Muon has one
-    tokens = setup.windows * block_size
+    tokens = config.sequences * block_size
     stream = 4 * model.d_model  # the residual stream is float32
-    block = _block_activations(model, block_size, device=setup.device, mixed=mixed)
+    block = _block_activations(model, block_size, device=config.device, mixed=mixed)
     ends = _norm_activations(model, mixed=mixed) + (2 * model.d_model if mixed else 0)
     if model.dropouts.embedding:
-        ends += _mask_bytes(setup.device, 4) * model.d_model
+        ends += _mask_bytes(config.device, 4) * model.d_model
     copied = hidden
     if training.gradient_checkpointing:  # of each block its input, and the rest of one block when its turn comes
         kept, working, copied = stream, block + 2 * stream, hidden // model.n_layers
@@ -145,27 +145,27 @@ class Saving:
     cost: str
 
 
-def find_savings(setup: Setup) -> list[Saving]:
+def find_savings(config: MemoryConfig) -> list[Saving]:
     """Return the settings that would lower the estimate and leave the global batch as it is, largest saving first."""
-    here = estimate_memory(setup).total
+    here = estimate_memory(config).total
     found = [
         Saving(settings, here - estimate_memory(changed).total, cost)
-        for settings, cost, changed in _alternatives(setup)
+        for settings, cost, changed in _alternatives(config)
     ]
     return sorted((saving for saving in found if saving.bytes > 0), key=lambda saving: -saving.bytes)
 
 
-def _alternatives(setup: Setup) -> Iterator[tuple[str, str, Setup]]:
+def _alternatives(config: MemoryConfig) -> Iterator[tuple[str, str, MemoryConfig]]:
     """Yield settings, what they cost, and the setup with them."""
-    model, training = setup.model, setup.training
-    if setup.windows % 2 == 0:
+    model, training = config.model, config.training
+    if config.sequences % 2 == 0:
         accumulate = 2 * training.accumulate_grad_batches
-        settings = f"data.batch_size={setup.windows // 2} training.accumulate_grad_batches={accumulate}"
-        yield settings, "the same steps", replace(setup, windows=setup.windows // 2)
+        settings = f"data.batch_size={config.sequences // 2} training.accumulate_grad_batches={accumulate}"
+        yield settings, "the same steps", replace(config, sequences=config.sequences // 2)
     if not training.gradient_checkpointing:
         changed = replace(training, gradient_checkpointing=True)
-        yield "training.gradient_checkpointing=true", "a third more time", replace(setup, training=changed)
-    if setup.precision == "32-true" and setup.device == "cuda":
-        yield "training.precision=bf16-mixed", "coarser numbers", replace(setup, precision="bf16-mixed")
-    if model.dropouts.attention and setup.device == "cpu":
-        yield "model.attn_dropout=0.0", "another recipe", replace(setup, model=replace(model, attn_dropout=0.0))
+        yield "training.gradient_checkpointing=true", "a third more time", replace(config, training=changed)
+    if config.precision == "32-true" and config.device == "cuda":
+        yield "training.precision=bf16-mixed", "coarser numbers", replace(config, precision="bf16-mixed")
+    if model.dropouts.attention and config.device == "cpu":
+        yield "model.attn_dropout=0.0", "another recipe", replace(config, model=replace(model, attn_dropout=0.0))

@@ -18,7 +18,7 @@ from tiny_lm.model import ModelConfig, flops_per_token
 from tiny_lm.runs import Run
 from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.fit import train
-from tiny_lm.training.planning.step_benchmark import StepTimes, rehearse
+from tiny_lm.training.planning.step_benchmark import StepTimes, benchmark_step
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class PlannedRun:
         return training.max_steps * training.accumulate_grad_batches * data.batch_size * data.block_size
 
     @property
-    def window_flops(self) -> int:
+    def sequence_flops(self) -> int:
         """Floating-point operations of training on one window."""
         return self.data.block_size * flops_per_token(self.model, self.data.block_size)
 
@@ -98,18 +98,18 @@ def estimate_run_times(runs: Sequence[PlannedRun], *, seconds: float) -> list[Ru
     Each shape is rehearsed with its own window and optimizer, and with as large a micro-batch as its share of the time
     allows; the smallest ones come first. Nothing is compiled.
     """
-    by_shape = {run.shape: run for run in sorted(runs, key=lambda run: run.window_flops)}
+    by_shape = {run.shape: run for run in sorted(runs, key=lambda run: run.sequence_flops)}
     for first in list(by_shape.values())[:1]:  # what torch loads and sets up when it is first used is not timed
-        rehearse(first.model, first.training, 1, first.data.block_size)
+        benchmark_step(first.model, first.training, 1, first.data.block_size)
     end = perf_counter() + seconds
     measured: dict[tuple[Any, ...], StepTimes] = {}
     seconds_per_flop = 0.0
     for number, (shape, run) in enumerate(by_shape.items()):
         left = end - perf_counter()
-        if measured and _LEAST_PASSES * run.window_flops * seconds_per_flop > left:
+        if measured and _MIN_PASSES * run.sequence_flops * seconds_per_flop > left:
             continue
         try:
-            measured[shape] = times = rehearse(
+            measured[shape] = times = benchmark_step(
                 run.model,
                 run.training,
                 run.data.batch_size,
@@ -119,11 +119,11 @@ def estimate_run_times(runs: Sequence[PlannedRun], *, seconds: float) -> list[Ru
             )
         except torch.OutOfMemoryError:
             continue
-        seconds_per_flop = times.micro_batch / times.windows / run.window_flops
+        seconds_per_flop = times.micro_batch / times.sequences / run.sequence_flops
     return [_run_time(run, measured.get(run.shape), seconds_per_flop) for run in runs]
 
 
-_LEAST_PASSES = 3
+_MIN_PASSES = 3
 """A rehearsal makes two passes over a window forwards and backwards, and a shorter one to validate."""
 
 
@@ -132,17 +132,17 @@ def _run_time(run: PlannedRun, times: StepTimes | None, seconds_per_flop: float)
     training, data = run.training, run.data
     measured = times is not None
     if times is None:
-        window = run.window_flops * seconds_per_flop
+        window = run.sequence_flops * seconds_per_flop
         times = StepTimes(1, window, 0.0, window / 3)  # of the operations a forward pass has a third
-    windows_per_step = data.batch_size * training.accumulate_grad_batches
-    step = windows_per_step * times.micro_batch / times.windows + times.update
+    sequences_per_step = data.batch_size * training.accumulate_grad_batches
+    step = sequences_per_step * times.micro_batch / times.sequences + times.update
     in_training, at_the_end = _validation_tokens(run)
     passes = (training.max_steps - 1) // training.val_every_n_steps  # the last one comes after the last step
     validated = passes * in_training + at_the_end
-    validation = validated / data.block_size * times.validation / times.windows
+    validation = validated / data.block_size * times.validation / times.sequences
     return RunTime(
         training.max_steps * step + validation,
-        windows_per_step * data.block_size / step,
+        sequences_per_step * data.block_size / step,
         measured,
         validates=validated > 0,
     )

@@ -29,7 +29,7 @@ _REPEATS = 5
 class StepTimes:
     """What the parts of training took at best, in seconds."""
 
-    windows: int
+    sequences: int
     """In the micro-batch that was timed."""
     micro_batch: float
     """Its forward and backward pass."""
@@ -39,10 +39,10 @@ class StepTimes:
     """A forward pass of as many windows, with the loss."""
 
 
-def rehearse(
+def benchmark_step(
     model_config: ModelConfig,
     config: TrainingConfig,
-    windows: int,
+    sequences: int,
     block_size: int,
     *,
     seconds: float = 0.0,
@@ -71,7 +71,7 @@ def rehearse(
         module.model.use_blocked_attention()
     # Gradients outlive a micro-batch only where steps accumulate.
     accumulate = 1 if grow else min(config.accumulate_grad_batches, 2)
-    stopwatch = _Stopwatch(windows, block_size, model_config.vocab_size, seconds, grow=grow)
+    stopwatch = _StepTimer(sequences, block_size, model_config.vocab_size, seconds, grow=grow)
     with quiet_lightning():
         trainer = pl.Trainer(
             accelerator=device,
@@ -91,12 +91,12 @@ def rehearse(
     return stopwatch.times
 
 
-class _Stopwatch(Callback):
+class _StepTimer(Callback):
     """Hands out batches, times what becomes of them, and ends the rehearsal with a validation."""
 
-    def __init__(self, windows: int, block_size: int, vocab_size: int, seconds: float, *, grow: bool) -> None:
-        self._windows = 1 if grow else windows
-        self._most_windows = windows
+    def __init__(self, sequences: int, block_size: int, vocab_size: int, seconds: float, *, grow: bool) -> None:
+        self._sequences = 1 if grow else sequences
+        self._max_sequences = sequences
         self._block_size = block_size
         self._vocab_size = vocab_size
         self._seconds = seconds
@@ -111,14 +111,14 @@ class _Stopwatch(Callback):
     def times(self) -> StepTimes:
         """The result for the largest micro-batch."""
         # The shortest: first ones take memory and choose kernels, and others share the machine with something else.
-        return StepTimes(self._windows, min(self._passes[self._windows]), min(self._updates), self._validation)
+        return StepTimes(self._sequences, min(self._passes[self._sequences]), min(self._updates), self._validation)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
             yield self._batch()
 
     def _batch(self) -> tuple[Tensor, Tensor]:
-        ids = torch.randint(self._vocab_size, (self._windows, self._block_size + 1))
+        ids = torch.randint(self._vocab_size, (self._sequences, self._block_size + 1))
         return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
@@ -141,11 +141,11 @@ class _Stopwatch(Callback):
             return
         self._steps = trainer.global_step
         self._updates.append(_now() - self._backward_done)
-        used, passes = _now() - self._first, self._passes[self._windows]
-        if self._steps < 2 or self._timed != self._windows:
+        used, passes = _now() - self._first, self._passes[self._sequences]
+        if self._steps < 2 or self._timed != self._sequences:
             return
-        if self._windows < self._most_windows and used + 5 * passes[-1] <= self._seconds:  # two of twice the size
-            self._windows = min(2 * self._windows, self._most_windows)
+        if self._sequences < self._max_sequences and used + 5 * passes[-1] <= self._seconds:  # two of twice the size
+            self._sequences = min(2 * self._sequences, self._max_sequences)
         elif len(passes) < 2 or (len(passes) <= _REPEATS and used + 1.5 * passes[-1] <= self._seconds):
             return
         else:
