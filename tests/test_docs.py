@@ -9,12 +9,17 @@ import pytest
 
 from tiny_lm.cli import main
 from tiny_lm.config import find_config
+from tiny_lm.data import BinDataConfig
+from tiny_lm.dataset import DatasetConfig
 from tiny_lm.model import load_model_config, num_parameters
+from tiny_lm.tokenizer import TokenizerConfig
+from tiny_lm.training import TrainingConfig
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "dev" / "LOG.md"]
 DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 GROUPS = ("data", "export", "tokenizer")
+TUTORIAL_CONFIGS = {"dataset.yaml", "tokenizer.yaml", "model.yaml", "data.yaml", "training.yaml"}
 
 
 def commands() -> list[str]:
@@ -43,8 +48,21 @@ def test_every_command_in_the_documents_exists(
     for option in (word for word in words if word.startswith("--")):
         assert option.partition("=")[0] in shown, f"{' '.join(command)} has no {option}"
     for option, kind in (("--config", "tokenizers" if command != ["data", "download"] else "datasets"),):
-        if option in words:
+        if option in words and words[words.index(option) + 1] not in TUTORIAL_CONFIGS:
             find_config(kind, words[words.index(option) + 1])
+
+
+def test_tutorial_configs_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    for block, name in re.findall(r"```yaml\n(# (.*?)\n.*?)```", text, flags=re.DOTALL):
+        Path(name).write_text(block, encoding="utf-8")
+    assert {path.name for path in tmp_path.iterdir()} == TUTORIAL_CONFIGS
+    assert TokenizerConfig.from_yaml("tokenizer.yaml").dataset_config == "dataset.yaml"
+    assert DatasetConfig.from_yaml("dataset.yaml").source == "local"
+    TrainingConfig.from_yaml("training.yaml")
+    BinDataConfig.from_yaml("data.yaml")
+    assert f"parameters      {num_parameters(load_model_config('model.yaml')):,}\n" in text
 
 
 def test_links_lead_somewhere() -> None:
