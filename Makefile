@@ -31,14 +31,17 @@ $(VENV)/installed-dev: $(VENV)/installed requirements/dev.lock
 quickstart: $(VENV)/installed
 	$(BIN)/tiny-lm quickstart
 
-# One process a core, each with whole files: what a file's tests share is built once. Each computes with all cores, whose
-# threads sleep while they wait: they would take them from the other process otherwise (three times as slow).
+# One process a core, each with whole files: what a file's tests share is built once. tests/conftest.py puts the files that
+# take longest first, so that no process is left alone with one. Each computes with all cores, whose threads sleep while
+# they wait: they would take them from the other process otherwise (three times as slow).
+IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/installed-dev
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(IN_PARALLEL)
 
 # What takes long and has a shorter relative above: many kills, every family compiled, gigabytes.
 test-deep: $(VENV)/installed-dev
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -m deep
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(IN_PARALLEL) -m deep
 
 # Opens the report and the demo in Chromium, which Debian's packages bring where we may install them.
 $(VENV)/installed-browser: $(VENV)/installed-dev
@@ -180,7 +183,7 @@ NEWEST_PYTHON ?= $(firstword $(wildcard $(foreach minor,14 13 12,$(HOME)/.pyenv/
 
 test-lowest test-newest: test-%: .venv-%/installed
 	.venv-$*/bin/python --version
-	PYTHONPATH=$(CURDIR) OMP_WAIT_POLICY=passive .venv-$*/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile -W ignore::DeprecationWarning $(FAST_TESTS)
+	PYTHONPATH=$(CURDIR) OMP_WAIT_POLICY=passive .venv-$*/bin/python -m pytest $(IN_PARALLEL) -W ignore::DeprecationWarning $(FAST_TESTS)
 
 # Mutants of small real files, read by every reader: tests/fuzz/fuzz.py
 FUZZ_MUTANTS ?= 10000

@@ -17,6 +17,28 @@ from tiny_lm.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 ROOT = Path(__file__).parent.parent
 
 
+_LONGEST_FIRST = (
+    "test_cli_pipeline.py",
+    "test_training_profiles.py",
+    "test_cli_signals.py",
+    "test_scripts.py",
+    "test_cli_demo.py",
+    "test_training_parallel.py",
+    "test_training_resume.py",
+    "test_training_launch.py",
+    "test_export_onnx.py",
+    "test_export_hub.py",
+    "test_cli_helpers.py",
+    "test_dataset_huggingface.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the files that take minutes first: one of them at the end would keep a process busy alone."""
+    rank = {name: number for number, name in enumerate(_LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_core_for_children() -> None:
     """Give what the tests start (the command line, a killed run) one core each, so that they do not fight.
