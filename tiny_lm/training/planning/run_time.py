@@ -30,16 +30,23 @@ class Speed:
     """One pass over the whole validation stream."""
 
 
+_MAX_MEASURED_STEPS = 30
+_MIN_MEASURED_STEPS = 4
+
+
 def measure_speed(
-    model_config: ModelConfig, training_config: TrainingConfig, data_config: BinDataConfig, *, steps: int = 30
+    model_config: ModelConfig, training_config: TrainingConfig, data_config: BinDataConfig, *, seconds: float = 12.0
 ) -> Speed:
-    """Train for ``steps`` optimizer steps into a temporary folder, in the way of a real run.
+    """Train for about ``seconds``, at most 30 optimizer steps, into a temporary folder, in the way of a real run.
 
     The first half of the steps, in which memory is taken and kernels are chosen, is not counted.
 
     Raises:
         UserError: a signal stopped it.
     """
+    times = benchmark_step(model_config, training_config, data_config.batch_size, data_config.block_size)
+    affordable = int(seconds / (times.micro_batch * training_config.accumulate_grad_batches + times.update))
+    steps = min(max(affordable, _MIN_MEASURED_STEPS), _MAX_MEASURED_STEPS)
     short = replace(training_config, max_steps=steps, log_every_n_steps=steps // 2, save_every_n_steps=steps)
     with scratch_folder(name="tiny-lm-speed") as folder, Path(os.devnull).open("w") as nowhere:
         silent = Console(file=nowhere)
