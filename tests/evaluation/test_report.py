@@ -161,7 +161,7 @@ def damage(name: str, content: bytes) -> Callable[[Run], None]:
             damage("run.json", b'{"metrics": 3, "environment": [], "memory": null, "configs": 1}'),
             "no final metrics yet",
         ),
-        (damage("checkpoints/best.ckpt", b"junk"), "is damaged or no checkpoint"),
+        (damage("checkpoints/best.ckpt", b"junk"), "is damaged or not a checkpoint"),
         (damage("evaluation.json", b'{"loss": "low"}'), "is not an evaluation that this version reads"),
         (damage("metrics.jsonl", b'{"step": 3, "train_loss": NaN}\n\xff\n{"st'), "No metrics were logged yet"),
         (damage("samples.md", b"## Step 3\n\n> a\n"), "step 3"),

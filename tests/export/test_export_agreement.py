@@ -118,7 +118,7 @@ def raise_epsilon(model: Transformer) -> None:
 
 
 def change_rotary_base(model: Transformer) -> None:
-    model.rope = RoPE(model.config.context_length, model.config.head_size, model.config.rope_theta * 1.01)
+    model.rope = RoPE(model.config.head_size, model.config.context_length, model.config.rope_theta * 1.01)
 
 
 def pair_neighbours(model: Transformer) -> None:

@@ -105,7 +105,7 @@ def test_a_checkpoint_of_another_family_than_its_config(command: str, refused: R
     assert "was trained with another model config: n_layers is 2 and not 3" in refused(command, copied.best_checkpoint)
     (copied.configs / "model.yaml").unlink()
     change_checkpoint(copied, lambda checkpoint: checkpoint[CHECKPOINT_KEY]["model"].update(architecture="qwen3"))
-    assert "best.ckpt: its weights do not fit its config" in refused(command)
+    assert "best.ckpt: its weights do not match its config" in refused(command)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -134,7 +134,7 @@ def test_a_weight_that_is_no_number_and_a_damaged_file(command: str, refused: Re
         checkpoint["state_dict"]["model.blocks.0.ffn.w1.weight"][3, 3] = float("nan")
 
     change_checkpoint(copied, spoil)
-    assert "best.ckpt: blocks.0.ffn.w1.weight holds NaN or infinity" in refused(command)
+    assert "best.ckpt: blocks.0.ffn.w1.weight contains NaN or infinity" in refused(command)
     copied.best_checkpoint.write_bytes(copied.best_checkpoint.read_bytes()[:5000])
     assert "best.ckpt: is damaged" in refused(command)
 

@@ -5,7 +5,7 @@ import torch
 from families import FAMILIES, family_model
 from reference import randomize
 
-from tiny_lm.model import RoPE, attend, blocked_attention, reference_attention, rotate
+from tiny_lm.model import RoPE, apply_rotary_emb, attend, blocked_attention, reference_attention
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)])
@@ -47,11 +47,11 @@ def test_gradients_of_fused_attention_equal_those_of_the_reference():
 
 def test_rope_keeps_lengths_and_sees_only_distances():
     torch.manual_seed(0)
-    rope = RoPE(context_length=64, head_size=16, theta=10_000.0)
+    rope = RoPE(dim=16, max_seq_len=64, theta=10_000.0)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
 
     def turned(x, position):
-        return rotate(x, rope(torch.tensor([position])))
+        return apply_rotary_emb(x, rope(torch.tensor([position])))
 
     def score(query_position, key_position):
         return (turned(q, query_position) * turned(k, key_position)).sum()
@@ -62,12 +62,13 @@ def test_rope_keeps_lengths_and_sees_only_distances():
 
 
 def test_rope_tables_stay_float32_and_survive_a_build_without_memory():
-    fresh = RoPE(context_length=64, head_size=16, theta=10_000.0)
-    rope = RoPE(context_length=64, head_size=16, theta=10_000.0).to(torch.bfloat16)
+    fresh = RoPE(dim=16, max_seq_len=64, theta=10_000.0)
+    rope = RoPE(dim=16, max_seq_len=64, theta=10_000.0).to(torch.bfloat16)
     assert rope.cos.dtype == torch.float32
-    assert rotate(torch.randn(1, 2, 3, 16, dtype=torch.bfloat16), rope(torch.arange(3))).dtype == torch.bfloat16
+    x = torch.randn(1, 2, 3, 16, dtype=torch.bfloat16)
+    assert apply_rotary_emb(x, rope(torch.arange(3))).dtype == torch.bfloat16
     with torch.device("meta"):
-        empty = RoPE(context_length=64, head_size=16, theta=10_000.0)
+        empty = RoPE(dim=16, max_seq_len=64, theta=10_000.0)
     empty.to_empty(device="cpu")
     assert torch.equal(empty.cos, fresh.cos) and torch.equal(rope.sin, fresh.sin)
     assert not fresh.state_dict()

@@ -9,7 +9,13 @@ from families import FAMILIES, family_config, family_model
 from reference import randomize
 from torch import nn
 
-from tiny_lm.model import GPT2, Llama3, Qwen3, SmallLM, build_model
+from tiny_lm.errors import UserError
+from tiny_lm.model import GPT2, GPT2Config, Llama3, Qwen3, SmallLM, build_model
+from tiny_lm.model.activation import GELU
+from tiny_lm.model.architectures.gpt2 import GPT2Block
+from tiny_lm.model.architectures.llama3 import Llama3Block
+from tiny_lm.model.feedforward import FeedForward, SwiGLU
+from tiny_lm.model.position import LearnedPositionalEmbedding, RoPE
 
 IDS = torch.randint(61, (2, 17), generator=torch.Generator().manual_seed(0))
 
@@ -23,6 +29,23 @@ def gradients(model, ids=IDS):
     model.zero_grad()
     loss_of(model, ids).backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def test_documented_constructors_take_keywords_and_build_the_same_model():
+    sizes = {"vocab_size": 61, "context_length": 24, "d_model": 32, "n_layers": 2, "n_heads": 4}
+    dropouts = {"emb_dropout": 0.1, "attn_dropout": 0.1, "resid_dropout": 0.1, "ffn_dropout": 0.1}
+    model = GPT2(**sizes, d_ff=64, **dropouts)
+    assert isinstance(model.blocks[0], GPT2Block)
+    assert model.state_dict().keys() == GPT2(GPT2Config(**sizes, d_ff=64)).state_dict().keys()
+    assert isinstance(Llama3(**sizes).blocks[0], Llama3Block)
+    with pytest.raises(UserError, match="did you mean 'd_model'"):
+        GPT2(**{**sizes, "d_modle": 32})
+    with pytest.raises(UserError, match="ffn_dropout: must equal resid_dropout=0.0"):
+        GPT2(**sizes, ffn_dropout=0.1)
+    x, positions = torch.zeros(1, 3, 32), torch.arange(3)
+    assert LearnedPositionalEmbedding(24, 32)(x, positions).shape == SwiGLU(32, 48)(x).shape == x.shape
+    assert isinstance(FeedForward(d_model=32, d_ff=64).activation, GELU)
+    assert RoPE(8, 24)(positions)[0].shape == (1, 3, 8)
 
 
 def test_each_family_has_its_class():

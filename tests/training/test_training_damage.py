@@ -69,7 +69,7 @@ def replace_with_another_model(path: Path, run: Run) -> None:
     ("replace", "message"),
     [
         (replace_with_folder, "last.ckpt: is a folder"),
-        (replace_with_dangling_link, "last.ckpt: is a link to a file that is not there"),
+        (replace_with_dangling_link, "last.ckpt: is a link to a missing file"),
         (replace_with_pipe, "last.ckpt: is not a file"),
         (replace_with_another_model, "last.ckpt: holds another model than"),
     ],

@@ -202,12 +202,12 @@ def test_damaged_and_foreign_checkpoints(fit: Fit, run: Run, tmp_path: Path) -> 
 
     truncated = tmp_path / "truncated.ckpt"
     truncated.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"truncated.ckpt: is damaged or no checkpoint"):
+    with pytest.raises(UserError, match=r"truncated.ckpt: is damaged or not a checkpoint"):
         read_checkpoint(truncated)
 
     foreign = tmp_path / "foreign.ckpt"
     torch.save({"state_dict": {}}, foreign)
-    with pytest.raises(UserError, match=r"foreign.ckpt: is no checkpoint of tiny-lm"):
+    with pytest.raises(UserError, match=r"foreign.ckpt: is not a tiny-lm checkpoint"):
         read_checkpoint(foreign)
 
     with pytest.raises(UserError, match=r"missing.ckpt: no such checkpoint"):
@@ -228,11 +228,11 @@ def test_a_pickle_in_disguise_is_refused_and_not_run(tmp_path: Path) -> None:
     evidence = tmp_path / "executed"
     plain = tmp_path / "plain.ckpt"
     plain.write_bytes(pickle.dumps(Bomb(evidence)))
-    with pytest.raises(UserError, match="is damaged or no checkpoint"):
+    with pytest.raises(UserError, match="is damaged or not a checkpoint"):
         read_checkpoint(plain)
     zipped = tmp_path / "zipped.ckpt"
     torch.save({"tiny_lm": Bomb(evidence)}, zipped)
-    with pytest.raises(UserError, match="refused, since it is damaged or holds more than weights"):
+    with pytest.raises(UserError, match="rejected: damaged, or contains more than weights"):
         read_checkpoint(zipped)
     assert not evidence.exists()
     function, arguments = Bomb(evidence).__reduce__()

@@ -243,7 +243,7 @@ def test_where_all_are_damaged_nothing_is_gone_on_from(fit: Fit, run: Run) -> No
 def test_a_damaged_checkpoint_that_is_named_is_an_error(fit: Fit, run: Run) -> None:
     fit(max_steps=4)
     spoil(run.step_checkpoint(4), "bit-flipped")
-    with pytest.raises(UserError, match=r"step-00000004.ckpt: is damaged \(the check sum of its part .* is another\)"):
+    with pytest.raises(UserError, match=r"step-00000004.ckpt: is damaged \(wrong checksum of its part .*\)"):
         fit(resume_from=run.step_checkpoint(4), max_steps=8)
 
 

@@ -13,7 +13,7 @@ from tiny_lm.errors import UserError
 from tiny_lm.export.gguf_vocabulary import Vocabulary
 from tiny_lm.export.source import Source
 from tiny_lm.model import ModelConfig, build_model
-from tiny_lm.model.huggingface_weights import rows, to_huggingface_state
+from tiny_lm.model.huggingface_weights import to_huggingface_state, weight_mappings
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -54,11 +54,11 @@ def gguf_tensors(config: ModelConfig, state: Mapping[str, Tensor]) -> Iterator[t
     )
     names = gguf.get_tensor_name_map(architecture, config.n_layers)
     theirs = to_huggingface_state(config, state)
-    for row in rows(config):
-        name = names.get_name(row.theirs, try_suffixes=(".weight", ".bias"))
-        assert name is not None, f"the gguf package has no name for {row.theirs}"
-        tensor = theirs[row.theirs].float()
-        tensor = tensor.T if row.transposed else tensor
+    for mapping in weight_mappings(config):
+        name = names.get_name(mapping.theirs, try_suffixes=(".weight", ".bias"))
+        assert name is not None, f"the gguf package has no name for {mapping.theirs}"
+        tensor = theirs[mapping.theirs].float()
+        tensor = tensor.T if mapping.transposed else tensor
         if config.architecture == "llama3" and ".attn_q." in name:
             tensor = interleave_pairs(tensor, config.n_heads)
         elif config.architecture == "llama3" and ".attn_k." in name:

@@ -122,7 +122,9 @@ def load_checkpoint_source(
         )
     for name, weight in loaded.model.state_dict().items():
         if not bool(torch.isfinite(weight).all()):
-            raise UserError(f"{checkpoint}: {name} holds NaN or infinity; export an earlier checkpoint (step-*.ckpt)")
+            raise UserError(
+                f"{checkpoint}: {name} contains NaN or infinity; export an earlier checkpoint (step-*.ckpt)"
+            )
     run = Run(checkpoint.resolve().parent.parent)
     in_run = run.metadata_file.is_file()
     name = run.name if in_run else checkpoint.stem

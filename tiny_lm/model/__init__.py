@@ -1,5 +1,7 @@
-"""Language models: one transformer, four families."""
+"""Language models: one transformer, four architectures."""
 
+from tiny_lm.model.activation import GELU
+from tiny_lm.model.architectures import GPT2, GPT2Block, Llama3, Llama3Block, Qwen3, SmallLM, build_model
 from tiny_lm.model.attention import MultiHeadAttention, attend, blocked_attention, reference_attention
 from tiny_lm.model.cache import KVCache
 from tiny_lm.model.config import (
@@ -16,19 +18,24 @@ from tiny_lm.model.config import (
     num_parameters,
     parameter_table,
 )
-from tiny_lm.model.layers import FeedForward, LayerNorm, LearnedPositionalEmbedding, RMSNorm, RoPE, SwiGLU, rotate
-from tiny_lm.model.transformer import GPT2, Llama3, Qwen3, SmallLM, Transformer, build_model
+from tiny_lm.model.feedforward import FeedForward, SwiGLU
+from tiny_lm.model.normalization import LayerNorm, RMSNorm
+from tiny_lm.model.position import LearnedPositionalEmbedding, RoPE, apply_rotary_emb
+from tiny_lm.model.transformer import Transformer
 
 __all__ = [
     "FAMILY_NAMES",
+    "GELU",
     "GPT2",
     "MODEL_CONFIGS",
     "FeedForward",
+    "GPT2Block",
     "GPT2Config",
     "KVCache",
     "LayerNorm",
     "LearnedPositionalEmbedding",
     "Llama3",
+    "Llama3Block",
     "Llama3Config",
     "ModelConfig",
     "MultiHeadAttention",
@@ -40,6 +47,7 @@ __all__ = [
     "SmallLMConfig",
     "SwiGLU",
     "Transformer",
+    "apply_rotary_emb",
     "attend",
     "blocked_attention",
     "build_model",
@@ -49,5 +57,4 @@ __all__ = [
     "num_parameters",
     "parameter_table",
     "reference_attention",
-    "rotate",
 ]

@@ -1,6 +1,6 @@
-"""Keys and values of what a model has read.
+"""KV cache.
 
-Shapes: B rows, T new tokens, S tokens seen (cached and new), G key and value heads, K head size.
+Shapes: B rows, T new tokens, S all tokens (cached and new), G key-value heads, K head size.
 """
 
 from collections.abc import Sequence
@@ -10,35 +10,35 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of the tokens that a model has read, so that each is computed once.
+    """Keys and values of earlier tokens, so that each is computed once.
 
-    Every row is a text of its own length, and new tokens stand behind those that the row holds. Memory is taken once,
-    for ``max_length`` tokens a row. Setting a row's length to a smaller number forgets its last tokens. Only this class
-    knows how many tokens are held: the model asks it for positions and mask.
+    Every row is a sequence of its own length, to which new tokens are appended. Memory for ``max_length`` tokens per
+    row is allocated once. Setting a row's length to a smaller number drops its last tokens. Only this class knows the
+    number of cached tokens: the model asks it for positions and mask.
 
     Attributes:
         keys: one tensor [B, G, max_length, K] per layer.
         values: one tensor [B, G, max_length, K] per layer.
-        lengths: number of tokens that each row holds.
+        lengths: number of cached tokens per row.
     """
 
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], lengths: Sequence[int] | None = None) -> None:
-        """Keep what is new in ``keys`` and ``values``, of which each row holds ``lengths`` tokens already (or none)."""
+        """Use ``keys`` and ``values`` as storage, in which each row has ``lengths`` tokens already (default: none)."""
         self.keys, self.values = keys, values
         self.batch_size, _, self.max_length, _ = keys[0].shape
         self.lengths = list(lengths or [0] * self.batch_size)
-        self._end = 0  # no row sees keys from here on
-        self._places: tuple[Tensor, Tensor] | None = None  # rows [B, 1] and positions [B, T], where rows differ
+        self._end = 0  # no row attends to keys from here on
+        self._indices: tuple[Tensor, Tensor] | None = None  # rows [B, 1] and positions [B, T], if lengths differ
 
     def prepare(self, batch_size: int, count: int) -> tuple[Tensor, Tensor | None]:
         """Return positions and mask of the next ``count`` tokens of each row.
 
         Returns:
-            positions [T], or [B, T] where rows differ in length, and which tokens each may see: [T, S], [B, 1, T, S],
-            or None where plain causality says so.
+            positions [T], or [B, T] if rows differ in length, and the mask: [T, S], [B, 1, T, S], or None if plain
+            causal attention is right.
 
         Raises:
-            ValueError: the cache was made for another number of rows, or a row has no room for them.
+            ValueError: the cache has another number of rows, or a row has too little room.
         """
         if batch_size != self.batch_size:
             raise ValueError(f"the cache is for a batch of {self.batch_size}, not of {batch_size}")
@@ -48,38 +48,38 @@ class KVCache:
         self._end = longest + count
         device = self.keys[0].device
         if min(self.lengths) == longest:
-            self._places = None
+            self._indices = None
             positions = torch.arange(longest, self._end, device=device)  # [T]
             if longest == 0 or count == 1:
                 return positions, None
             return positions, torch.ones(count, self._end, dtype=torch.bool, device=device).tril(longest)
-        held = torch.tensor(self.lengths, device=device)[:, None]  # [B, 1]
-        positions = held + torch.arange(count, device=device)  # [B, T]
-        self._places = torch.arange(batch_size, device=device)[:, None], positions
+        cached = torch.tensor(self.lengths, device=device)[:, None]  # [B, 1]
+        positions = cached + torch.arange(count, device=device)  # [B, T]
+        self._indices = torch.arange(batch_size, device=device)[:, None], positions
         return positions, torch.arange(self._end, device=device) <= positions[:, None, :, None]  # [B, 1, T, S]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store new ``keys`` and ``values`` [B, G, T, K] of ``layer``; return all of that layer, [B, G, S, K] each."""
         stored = self.keys[layer], self.values[layer]
         for store, new in zip(stored, (keys, values), strict=True):
-            if self._places is None:
+            if self._indices is None:
                 store[:, :, self._end - new.shape[2] : self._end] = new
             else:
-                rows, positions = self._places
+                rows, positions = self._indices
                 store[rows, :, positions] = new.transpose(1, 2).to(store.dtype)  # [B, T, G, K]
         k, v = (store[:, :, : self._end].to(keys.dtype) for store in stored)
         return k, v
 
     def advance(self, count: int) -> None:
-        """Count ``count`` more tokens in each row, once all layers have stored them."""
+        """Add ``count`` to each row's length, once all layers have stored their tokens."""
         self.lengths = [length + count for length in self.lengths]
 
     def rows(self, start: int, stop: int, lengths: Sequence[int]) -> "KVCache":
-        """Return the rows from ``start`` to before ``stop`` as a cache of ``lengths``, which shares their memory."""
+        """Return rows ``start`` to ``stop`` (exclusive) as a cache with ``lengths`` that shares their memory."""
         keys, values = ([layer[start:stop] for layer in layers] for layers in (self.keys, self.values))
         return KVCache(keys, values, lengths)
 
     def copy_row(self, source: int, target: int, length: int) -> None:
-        """Copy the first ``length`` tokens of a row to another one; only the memory, not the row's length."""
+        """Copy the first ``length`` tokens of a row to another one; lengths are not changed."""
         for layer in (*self.keys, *self.values):
             layer[target, :, :length] = layer[source, :, :length]

@@ -1,4 +1,4 @@
-"""Reading the model out of a training checkpoint, without executing anything that the file may hold."""
+"""Load a model from a training checkpoint, without executing anything the file may contain."""
 
 import pickle
 import re
@@ -13,24 +13,25 @@ import torch
 
 from tiny_lm.errors import UserError
 from tiny_lm.files import check_name
+from tiny_lm.model.architectures import build_model
 from tiny_lm.model.config import ModelConfig, model_config_from_dict
-from tiny_lm.model.transformer import Transformer, build_model
+from tiny_lm.model.transformer import Transformer
 
 CHECKPOINT_KEY = "tiny_lm"
-"""Key of a Lightning checkpoint under which ours is kept: ``model`` (its config), ``tokenizer_hash`` and more."""
+"""Key of our metadata in a Lightning checkpoint: ``model`` (the config), ``tokenizer_hash`` and more."""
 
 AVERAGE_KEY = "average"
-"""Key of a checkpoint for the moving average of the weights, if the run keeps one; who uses the model gets that."""
+"""Key of the weights' moving average, if the run keeps one; it is then what is loaded."""
 
 _TENSOR = re.compile(r"/data/\d+$")
-"""Parts of a checkpoint that hold a tensor's values."""
+"""Zip members with a tensor's values."""
 
-_MODULE_PREFIX = "model."  # CausalLMModule holds the network as its attribute `model`
+_MODULE_PREFIX = "model."  # CausalLMModule has the network as its attribute `model`
 
 
 @dataclass(frozen=True)
 class CheckpointModel:
-    """A model as a checkpoint holds it."""
+    """A model loaded from a checkpoint."""
 
     model: Transformer
     config: ModelConfig
@@ -39,35 +40,35 @@ class CheckpointModel:
 
 
 def read_checkpoint(path: Path, *, mmap: bool = True, whole: bool = False) -> dict[str, Any]:
-    """Read a checkpoint of ours onto the CPU with ``weights_only=True``, which admits tensors and plain values only.
+    """Load a tiny-lm checkpoint onto the CPU with ``weights_only=True``, which allows tensors and plain values only.
 
     Args:
-        path: a ``.ckpt`` file that training wrote.
-        mmap: read tensors from the file when they are used; not for what is kept while the file may be replaced.
-        whole: read the file from end to end first, to find damage that loading would not.
+        path: a ``.ckpt`` file written by training.
+        mmap: read tensors from the file on first use; not for tensors used while the file may be replaced.
+        whole: verify the whole file first, to find damage that loading would not.
 
     Raises:
-        UserError: the file is missing, damaged, no checkpoint of tiny-lm, or holds more than weights.
+        UserError: the file is missing, damaged, not a tiny-lm checkpoint, or contains more than weights.
     """
     _check_readable(path)
-    # torch.save writes a zip file; anything else would be read as a bare pickle, which is not even tried.
+    # torch.save writes a zip file; anything else would be read as a bare pickle.
     if not _is_zip(path):
-        raise UserError(f"{path}: is damaged or no checkpoint (not a zip file as torch.save writes it)")
+        raise UserError(f"{path}: is damaged or not a checkpoint (not a zip file as torch.save writes it)")
     check_whole(path, weights=whole)
     try:
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: refused, since it is damaged or holds more than weights and values") from None
-    except Exception as error:  # a pickle that is not what it should be ends in an exception of any class
+        raise UserError(f"{path}: rejected: damaged, or contains more than weights and plain values") from None
+    except Exception as error:  # a malformed pickle can raise any exception
         first_line = str(error).partition("\n")[0]
         raise UserError(f"{path}: is damaged and cannot be read ({first_line or type(error).__name__})") from None
     if not _is_ours(checkpoint):
-        raise UserError(f"{path}: is no checkpoint of tiny-lm")
+        raise UserError(f"{path}: is not a tiny-lm checkpoint")
     return checkpoint
 
 
 def _check_readable(path: Path) -> None:
-    """Check that a checkpoint is a file that this user may read.
+    """Check that a checkpoint is a readable file.
 
     Raises:
         UserError: it is not.
@@ -80,50 +81,50 @@ def _check_readable(path: Path) -> None:
         with path.open("rb"):
             pass
     except FileNotFoundError:
-        what = "is a link to a file that is not there" if path.is_symlink() else "no such checkpoint"
+        what = "is a link to a missing file" if path.is_symlink() else "no such checkpoint"
         raise UserError(f"{path}: {what}") from None
     except OSError as error:
         raise UserError(f"{path}: could not be read ({error.strerror or error})") from None
 
 
 def _is_zip(path: Path) -> bool:
-    with suppress(Exception):  # at the end it looks like one
+    with suppress(Exception):  # the file may only look like one
         return zipfile.is_zipfile(path)
     return False
 
 
 def check_whole(path: Path, *, weights: bool = True) -> None:
-    """Read a file that ``torch.save`` wrote and compare its parts with their check sums, as loading does not.
+    """Verify the checksums of a file written by ``torch.save``, which loading does not.
 
     Args:
         path: the file.
-        weights: read also the values of tensors, which is nearly all of the file; else only what describes them.
+        weights: also verify the tensors' values, which are nearly all of the file.
 
     Raises:
-        UserError: a part is missing, or another than was written.
+        UserError: a part is missing or damaged.
     """
     try:
         with zipfile.ZipFile(path) as file:
             for part in file.infolist():
-                # Packed parts, which torch.save never writes, could unpack to more than any memory holds.
+                # Compressed parts, which torch.save never writes, could expand beyond any memory.
                 if part.compress_type != zipfile.ZIP_STORED:
                     raise UserError(
-                        f"{path}: is damaged or was not written by tiny-lm (its part {part.filename} is packed)"
+                        f"{path}: is damaged or was not written by tiny-lm (its part {part.filename} is compressed)"
                     )
-                if (weights or not _TENSOR.search(part.filename)) and not _is_sum_right(file, part):
-                    raise UserError(f"{path}: is damaged (the check sum of its part {part.filename} is another)")
+                if (weights or not _TENSOR.search(part.filename)) and not _has_valid_checksum(file, part):
+                    raise UserError(f"{path}: is damaged (wrong checksum of its part {part.filename})")
     except UserError:
         raise
-    except Exception as error:  # zipfile has no class for all the ways in which a file can be no zip file
+    except Exception as error:  # zipfile raises many classes for malformed files
         raise UserError(f"{path}: is damaged ({error})") from None
 
 
-def _is_sum_right(file: zipfile.ZipFile, part: zipfile.ZipInfo) -> bool:
+def _has_valid_checksum(file: zipfile.ZipFile, part: zipfile.ZipInfo) -> bool:
     with file.open(part) as content:
         try:
             while content.read(2**20):
                 pass
-        except zipfile.BadZipFile:  # raised at the end, where the sum is compared
+        except zipfile.BadZipFile:  # raised at the end, where the checksum is compared
             return False
     return True
 
@@ -144,14 +145,14 @@ def _are_weights(weights: Any) -> bool:
 
 
 def load_checkpoint_model(path: Path, *, config: ModelConfig | None = None) -> CheckpointModel:
-    """Build the model of a checkpoint, on the CPU and in evaluation mode.
+    """Build a checkpoint's model, on the CPU and in evaluation mode.
 
     Args:
-        path: a ``.ckpt`` file that training wrote.
-        config: what the caller believes the model to be; it must equal what the checkpoint says.
+        path: a ``.ckpt`` file written by training.
+        config: the expected config, if any; it must equal the checkpoint's.
 
     Raises:
-        UserError: as :func:`read_checkpoint`, or the weights do not fit the config.
+        UserError: as for :func:`read_checkpoint`, or the weights do not match the config.
     """
     checkpoint = read_checkpoint(path)
     ours = checkpoint[CHECKPOINT_KEY]
@@ -160,8 +161,8 @@ def load_checkpoint_model(path: Path, *, config: ModelConfig | None = None) -> C
         theirs, expected = config.to_dict(), stored.to_dict()
         keys = sorted(key for key in {*theirs, *expected} if theirs.get(key) != expected.get(key))
         if config.architecture != stored.architecture:
-            keys = ["architecture"]  # the rest follows from it
-        differences = ", ".join(f"{key} is {expected.get(key)} and not {theirs.get(key)}" for key in keys)
+            keys = ["architecture"]  # the other differences follow from it
+        differences = ", ".join(f"{key} is {expected.get(key)}, not {theirs.get(key)}" for key in keys)
         raise UserError(f"{path}: was trained with another model config: {differences}")
     model = build_model(stored)
     stored_weights = checkpoint.get(AVERAGE_KEY, checkpoint["state_dict"])
@@ -170,7 +171,7 @@ def load_checkpoint_model(path: Path, *, config: ModelConfig | None = None) -> C
         model.load_state_dict(weights)
     except RuntimeError as error:
         problem = " ".join(str(error).split())
-        raise UserError(f"{path}: its weights do not fit its config ({problem[:200]})") from None
+        raise UserError(f"{path}: its weights do not match its config ({problem[:200]})") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return CheckpointModel(model.eval(), stored, ours["tokenizer_hash"], int(checkpoint["global_step"]))

@@ -1,7 +1,7 @@
-"""What a model is: one config class per family, and its parameter count in closed form.
+"""Model configs: one class per family, and parameter counts in closed form.
 
-A config names the parts its family is made of (``position``, ``norm``, ``feed_forward``, ``qk_norm``, the biases);
-:class:`~tiny_lm.model.transformer.Transformer` puts exactly these together.
+A config names the parts of its family (``position``, ``norm``, ``feed_forward``, ``qk_norm``, the biases), from which
+:class:`~tiny_lm.model.transformer.Transformer` is built.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ _Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Dropouts(NamedTuple):
-    """Dropout probabilities by place."""
+    """Dropout probabilities."""
 
     embedding: float
     attention: float
@@ -31,48 +31,50 @@ class Dropouts(NamedTuple):
 
 @config_dataclass
 class _TransformerConfig(Config):
-    """What all families share."""
+    """Keys shared by all families."""
 
     folder: ClassVar[str] = "models"
     position: ClassVar[Literal["learned", "rope"]]
     norm: ClassVar[Literal["layernorm", "rmsnorm"]]
     feed_forward: ClassVar[Literal["gelu", "swiglu"]]
-    qk_norm: ClassVar[bool] = False  # an RMSNorm over each head of q and k
-    out_bias: ClassVar[bool]  # a bias on the attention's output projection
+    qk_norm: ClassVar[bool] = False  # RMSNorm over each head of q and k
+    out_bias: ClassVar[bool]  # bias on the attention's output projection
 
     architecture: Literal["gpt2", "llama3", "smalllm", "qwen3"]
-    vocab_size: int = Field(ge=1, le=2**22, description="number of token ids, special tokens included")
-    context_length: int = Field(ge=1, le=2**20, description="most tokens that the model can see at once")
+    vocab_size: int = Field(ge=1, le=2**22, description="number of token ids, including special tokens")
+    context_length: int = Field(ge=1, le=2**20, description="maximum number of tokens the model attends over")
     d_model: _Width = Field(description="width of the residual stream")
     n_layers: int = Field(ge=1, le=2**10, description="number of blocks")
     n_heads: _Heads = Field(description="number of query heads")
     dropout: _Probability = Field(default=0.0, description="default of the three dropouts below")
     emb_dropout: _Probability | None = Field(default=None, description="dropout after the embeddings")
     attn_dropout: _Probability | None = Field(default=None, description="dropout on the attention weights")
-    resid_dropout: _Probability | None = Field(default=None, description="dropout on what a block adds")
+    resid_dropout: _Probability | None = Field(
+        default=None, description="dropout on the output of attention and feed-forward"
+    )
     qkv_bias: bool = Field(default=False, description="biases on the query, key and value projections")
     tie_word_embeddings: bool = Field(
-        default=True, description="the output head is the token embedding; false: a matrix of its own"
+        default=True, description="share the token embedding with the output head; false: a separate matrix"
     )
     residual_init: Literal["scaled", "zero"] = Field(
         default="scaled",
-        description="start of what writes to the residual stream: GPT-2's 0.02 / sqrt(2 n_layers), or zero",
+        description="initial weights of the residual projections: GPT-2's 0.02 / sqrt(2 n_layers), or zero",
     )
 
     @property
     def dropouts(self) -> Dropouts:
-        """The three dropout probabilities; ``dropout`` stands in for those that are null."""
+        """The three dropout probabilities; ``dropout`` is the default of those that are null."""
         given = (self.emb_dropout, self.attn_dropout, self.resid_dropout)
         return Dropouts(*(self.dropout if value is None else value for value in given))
 
     @property
     def head_size(self) -> int:
-        """Width of one attention head."""
+        """Size of an attention head."""
         return self.d_model // self.n_heads
 
     @property
     def kv_heads(self) -> int:
-        """Number of key and value heads."""
+        """Number of key-value heads."""
         return self.n_heads
 
     @model_validator(mode="after")
@@ -83,7 +85,7 @@ class _TransformerConfig(Config):
 
 @config_dataclass
 class _GELUConfig(_TransformerConfig):
-    """The families with LayerNorm, a GELU feed-forward and biases."""
+    """Families with LayerNorm, a GELU feed-forward and biases."""
 
     norm: ClassVar[Literal["layernorm", "rmsnorm"]] = "layernorm"
     feed_forward: ClassVar[Literal["gelu", "swiglu"]] = "gelu"
@@ -96,13 +98,13 @@ class _GELUConfig(_TransformerConfig):
 
     @property
     def ffn_size(self) -> int:
-        """Width inside the feed-forward."""
+        """Hidden size of the feed-forward."""
         return 4 * self.d_model if self.d_ff is None else self.d_ff
 
 
 @config_dataclass
 class GPT2Config(_GELUConfig):
-    """GPT-2: learned positions, LayerNorm, GELU, biases everywhere but (as an option) on q, k and v."""
+    """GPT-2: learned positions, LayerNorm, GELU, biases everywhere but on q, k and v, where they are optional."""
 
     position: ClassVar[Literal["learned", "rope"]] = "learned"
 
@@ -121,29 +123,29 @@ class SmallLMConfig(_GELUConfig):
 
 @config_dataclass
 class _SwiGLUConfig(_TransformerConfig):
-    """The families with rotary positions, RMSNorm, SwiGLU and grouped key and value heads."""
+    """Families with rotary positions, RMSNorm, SwiGLU and grouped-query attention."""
 
     position: ClassVar[Literal["learned", "rope"]] = "rope"
     norm: ClassVar[Literal["layernorm", "rmsnorm"]] = "rmsnorm"
     feed_forward: ClassVar[Literal["gelu", "swiglu"]] = "swiglu"
     out_bias: ClassVar[bool] = False
 
-    n_kv_heads: _Heads | None = Field(default=None, description="number of key and value heads; null: n_heads")
+    n_kv_heads: _Heads | None = Field(default=None, description="number of key-value heads; null: n_heads")
     ffn_hidden_dim: _Width | None = Field(
         default=None, description="width of the feed-forward; null: 2/3 x 4 x d_model, rounded up to multiple_of"
     )
-    multiple_of: _Width = Field(default=256, description="what a computed ffn_hidden_dim is a multiple of")
+    multiple_of: _Width = Field(default=256, description="round a computed ffn_hidden_dim up to a multiple of this")
     rope_theta: float = Field(default=10_000.0, gt=1, le=1e12, description="base of the rotary wavelengths")
     norm_eps: float = Field(default=1e-6, gt=0, le=0.1, description="epsilon of the RMSNorms")
 
     @property
     def kv_heads(self) -> int:
-        """Number of key and value heads."""
+        """Number of key-value heads."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
     def ffn_size(self) -> int:
-        """Width inside the feed-forward."""
+        """Hidden size of the feed-forward."""
         if self.ffn_hidden_dim is not None:
             return self.ffn_hidden_dim
         return -(-(8 * self.d_model // 3) // self.multiple_of) * self.multiple_of
@@ -151,7 +153,7 @@ class _SwiGLUConfig(_TransformerConfig):
 
 @config_dataclass
 class Llama3Config(_SwiGLUConfig):
-    """Llama 3: rotary positions, RMSNorm, SwiGLU, grouped-query attention, no biases unless asked for."""
+    """Llama 3: rotary positions, RMSNorm, SwiGLU, grouped-query attention, optional biases."""
 
     architecture: Literal["llama3"] = "llama3"
     ffn_bias: bool = Field(default=False, description="biases in the feed-forward")
@@ -159,20 +161,20 @@ class Llama3Config(_SwiGLUConfig):
 
 @config_dataclass
 class Qwen3Config(_SwiGLUConfig):
-    """Qwen3: Llama 3 with an RMSNorm over each head of q and k, and a head size of its own."""
+    """Qwen3: Llama 3 with an RMSNorm over each head of q and k, and an independent head size."""
 
     qk_norm: ClassVar[bool] = True
 
     architecture: Literal["qwen3"] = "qwen3"
-    # The key is known so that a Llama 3 file becomes a Qwen3 file by its architecture alone.
+    # Accepted so that changing `architecture` alone turns a Llama 3 config into a Qwen3 config.
     ffn_bias: Literal[False] = Field(default=False, description="always false: Qwen3ForCausalLM has no such biases")
     head_dim: Annotated[int, Field(ge=1, le=2**12)] | None = Field(
-        default=None, description="width of one attention head; null: d_model / n_heads"
+        default=None, description="size of an attention head; null: d_model / n_heads"
     )
 
     @property
     def head_size(self) -> int:
-        """Width of one attention head."""
+        """Size of an attention head."""
         return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
 
 
@@ -185,11 +187,11 @@ MODEL_CONFIGS: Mapping[str, type[ModelConfig]] = {
     "qwen3": Qwen3Config,
 }
 FAMILY_NAMES: Mapping[str, str] = {"gpt2": "GPT-2", "llama3": "Llama 3", "smalllm": "SmallLM", "qwen3": "Qwen3"}
-"""The families as people read them."""
+"""Display names."""
 
 
 def _check_sizes(config: ModelConfig) -> None:
-    """Raise a ValueError where sizes contradict one another."""
+    """Raise ValueError if sizes are inconsistent."""
     head_size_is_given = config.architecture == "qwen3" and config.head_dim is not None
     if not head_size_is_given and config.d_model % config.n_heads:
         raise ValueError(f"d_model {config.d_model} is not divisible by n_heads {config.n_heads}")
@@ -210,15 +212,15 @@ def _check_sizes(config: ModelConfig) -> None:
 
 
 def load_model_config(path: str | Path, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
-    """Load the config of a model of any family.
+    """Load a model config of any family.
 
     Args:
         path: a YAML file, or the name of a shipped config such as ``gpt2-8k-2l``. Its key ``architecture`` names the
-            family; absent means ``gpt2``.
-        overrides: values by key that win over the file.
+            family; the default is ``gpt2``.
+        overrides: values by key that take precedence over the file.
 
     Raises:
-        UserError: the file is missing or is no valid model config.
+        UserError: the file is missing or is not a valid model config.
     """
     file = find_config("models", path)
     values = override(read_yaml(file), overrides or {})
@@ -226,22 +228,24 @@ def load_model_config(path: str | Path, overrides: Mapping[str, Any] | None = No
 
 
 def model_config_from_dict(values: Mapping[str, Any], *, source: str = "config") -> ModelConfig:
-    """Build the config of the family that ``values["architecture"]`` names; absent means ``gpt2``.
+    """Build the config of the family ``values["architecture"]``; the default is ``gpt2``.
 
     Args:
         values: plain values by key, as :meth:`Config.to_dict` returns them.
-        source: what an error names as the place.
+        source: prefix of error messages.
 
     Raises:
-        UserError: the family is unknown, or the values are no valid config of it.
+        UserError: the family is unknown or a value is invalid.
     """
     architecture = values.get("architecture", "gpt2")
     kind = MODEL_CONFIGS.get(architecture) if isinstance(architecture, str) else None
     if kind is None:
         hint = nearest(str(architecture), MODEL_CONFIGS)
-        raise UserError(f"{source}: architecture: {shorten(architecture)} is no model family{hint}")
+        raise UserError(f"{source}: architecture: unknown model family {shorten(architecture)}{hint}")
     if "architecture" not in values and "n_kv_heads" in values:
-        raise UserError(f"{source}: has the key 'n_kv_heads', so it is no GPT-2; add the line 'architecture: llama3'")
+        raise UserError(
+            f"{source}: has the key 'n_kv_heads', which GPT-2 does not; add the line 'architecture: llama3'"
+        )
     return kind.from_dict(values, source=source)
 
 
@@ -249,22 +253,22 @@ def model_config_from_dict(values: Mapping[str, Any], *, source: str = "config")
 
 
 _INTO_FFN = {"gelu": 1, "swiglu": 2}
-"""Matrices of a feed-forward that lead from d_model to the inner width; one more leads back."""
+"""Input matrices of a feed-forward; there is one output matrix besides."""
 
 
 def block_matrices(config: ModelConfig) -> tuple[int, int]:
-    """Return the number of weights in the matrices of one block: those of attention, and those of the feed-forward."""
+    """Return the number of weights in one block's matrices: (attention, feed-forward)."""
     heads = 2 * config.n_heads + 2 * config.kv_heads  # of q and the output, of k and v
     attention = config.d_model * heads * config.head_size
     return attention, (_INTO_FFN[config.feed_forward] + 1) * config.d_model * config.ffn_size
 
 
 def parameter_table(config: ModelConfig) -> dict[str, int]:
-    """Return the number of parameters of each part, in closed form.
+    """Count the parameters of each part, in closed form.
 
     Returns:
-        counts by ``embedding``, ``positions``, ``attention``, ``feed-forward``, ``norms`` and ``head``; a tied head is
-        0 because it is the embedding. The sum is what the model really holds.
+        counts by ``embedding``, ``positions``, ``attention``, ``feed-forward``, ``norms`` and ``head``; a tied head
+        counts 0. The sum is the model's actual number of parameters.
     """
     d, ffn, layers = config.d_model, config.ffn_size, config.n_layers
     queries, keys = config.n_heads * config.head_size, config.kv_heads * config.head_size
@@ -284,22 +288,22 @@ def parameter_table(config: ModelConfig) -> dict[str, int]:
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Return the number of parameters of the model, the tied head counted once."""
+    """Return the number of parameters; a tied head is not counted again."""
     return sum(parameter_table(config).values())
 
 
 def flops_per_token(config: ModelConfig, length: int) -> int:
-    """Return the floating-point operations that training on one token takes, in closed form.
+    """Return the floating-point operations per training token, in closed form.
 
-    ``6 N + 12 L H K T``, as PaLM counts for its model FLOPs utilisation (Chowdhery et al. 2022, arXiv:2204.02311,
+    ``6 N + 12 L H K T``, as PaLM counts for its model FLOPs utilization (Chowdhery et al. 2022, arXiv:2204.02311,
     appendix B): 2 for each weight that multiplies the token in the forward pass and 4 in the backward pass, and the
-    same for the products of queries with keys and of weights with values. N are the weights of all matrices, with the
-    head and without the embedding, which is a look-up. Attention counts all T x T pairs, as is usual,
-    though a causal kernel may skip half of them; what gradient checkpointing computes again is not counted.
+    same for the products of queries with keys and of weights with values. N are the weights of all matrices, including
+    the head but not the embedding, which is a look-up. Attention counts all T x T pairs, as is usual, though a causal
+    kernel may skip half of them; recomputation by gradient checkpointing is not counted.
 
     Args:
         config: the config of any family.
-        length: number of tokens T in a training window.
+        length: number of tokens T in a training sequence.
     """
     matrices = config.n_layers * sum(block_matrices(config)) + config.vocab_size * config.d_model
     return 6 * matrices + 12 * config.n_layers * config.n_heads * config.head_size * length

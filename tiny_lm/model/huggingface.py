@@ -1,4 +1,4 @@
-"""The four families as Hugging Face's ``config.json`` describes them, in both directions.
+"""Convert model configs to and from Hugging Face's ``config.json``.
 
 | family  | class in transformers    |
 |---------|--------------------------|
@@ -7,7 +7,7 @@
 | smalllm | ``Starcoder2ForCausalLM``|
 | qwen3   | ``Qwen3ForCausalLM``     |
 
-There is one table of keys per family, read both ways; ``huggingface_weights`` has the tables of tensors.
+There is one table of keys per family, used in both directions; ``huggingface_weights`` has the tables of tensors.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ ARCHITECTURES = {
     "smalllm": "Starcoder2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-"""The class of transformers that computes what a family computes."""
+"""The equivalent class of transformers."""
 
 _MODEL_TYPES = {"gpt2": "gpt2", "llama3": "llama", "smalllm": "starcoder2", "qwen3": "qwen3"}
 
@@ -35,14 +35,14 @@ _REQUIRED = object()
 
 
 @dataclass(frozen=True)
-class Key:
-    """A key of ``config.json`` that says what one of our fields says.
+class ConfigKey:
+    """A key of ``config.json`` that corresponds to a field of our config.
 
     Attributes:
         theirs: the key.
-        attribute: attribute of our config with the value in force.
+        attribute: attribute of our config with the effective value.
         field: field of our config that takes the value.
-        default: what transformers takes where the key is absent.
+        default: the default in transformers.
     """
 
     theirs: str
@@ -52,14 +52,14 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Fact:
-    """A key of ``config.json`` whose value our family fixes.
+class FixedConfigKey:
+    """A key of ``config.json`` whose value is fixed by the family.
 
     Attributes:
         theirs: the key.
-        value: what we write.
-        equals: further values that mean the same.
-        default: what transformers takes where the key is absent.
+        value: the value we write.
+        equals: other values with the same meaning.
+        default: the default in transformers.
     """
 
     theirs: str
@@ -69,54 +69,54 @@ class Fact:
 
 
 _SHARED_KEYS = (
-    Key("vocab_size", "vocab_size", "vocab_size"),
-    Key("max_position_embeddings", "context_length", "context_length"),
-    Key("hidden_size", "d_model", "d_model"),
-    Key("num_hidden_layers", "n_layers", "n_layers"),
-    Key("num_attention_heads", "n_heads", "n_heads"),
+    ConfigKey("vocab_size", "vocab_size", "vocab_size"),
+    ConfigKey("max_position_embeddings", "context_length", "context_length"),
+    ConfigKey("hidden_size", "d_model", "d_model"),
+    ConfigKey("num_hidden_layers", "n_layers", "n_layers"),
+    ConfigKey("num_attention_heads", "n_heads", "n_heads"),
 )
-_TIED_BY_DEFAULT = Key("tie_word_embeddings", "tie_word_embeddings", "tie_word_embeddings", default=True)
+_TIED_BY_DEFAULT = ConfigKey("tie_word_embeddings", "tie_word_embeddings", "tie_word_embeddings", default=True)
 _SWIGLU_KEYS = (
     *_SHARED_KEYS,
-    Key("intermediate_size", "ffn_size", "ffn_hidden_dim"),
-    Key("num_key_value_heads", "kv_heads", "n_kv_heads", default=None),
-    Key("rms_norm_eps", "norm_eps", "norm_eps", default=1e-6),
-    Key("attention_bias", "qkv_bias", "qkv_bias", default=False),
+    ConfigKey("intermediate_size", "ffn_size", "ffn_hidden_dim"),
+    ConfigKey("num_key_value_heads", "kv_heads", "n_kv_heads", default=None),
+    ConfigKey("rms_norm_eps", "norm_eps", "norm_eps", default=1e-6),
+    ConfigKey("attention_bias", "qkv_bias", "qkv_bias", default=False),
     dataclasses.replace(_TIED_BY_DEFAULT, default=False),
 )
-_KEYS: Mapping[str, tuple[Key, ...]] = {
+_KEYS: Mapping[str, tuple[ConfigKey, ...]] = {
     "gpt2": (
-        Key("vocab_size", "vocab_size", "vocab_size"),
-        Key("n_positions", "context_length", "context_length"),
-        Key("n_embd", "d_model", "d_model"),
-        Key("n_layer", "n_layers", "n_layers"),
-        Key("n_head", "n_heads", "n_heads"),
-        Key("n_inner", "ffn_size", "d_ff", default=None),
+        ConfigKey("vocab_size", "vocab_size", "vocab_size"),
+        ConfigKey("n_positions", "context_length", "context_length"),
+        ConfigKey("n_embd", "d_model", "d_model"),
+        ConfigKey("n_layer", "n_layers", "n_layers"),
+        ConfigKey("n_head", "n_heads", "n_heads"),
+        ConfigKey("n_inner", "ffn_size", "d_ff", default=None),
         _TIED_BY_DEFAULT,
     ),
-    "smalllm": (*_SHARED_KEYS, Key("intermediate_size", "ffn_size", "d_ff"), _TIED_BY_DEFAULT),
-    "llama3": (*_SWIGLU_KEYS, Key("mlp_bias", "ffn_bias", "ffn_bias", default=False)),
-    "qwen3": (*_SWIGLU_KEYS, Key("head_dim", "head_size", "head_dim", default=128)),
+    "smalllm": (*_SHARED_KEYS, ConfigKey("intermediate_size", "ffn_size", "d_ff"), _TIED_BY_DEFAULT),
+    "llama3": (*_SWIGLU_KEYS, ConfigKey("mlp_bias", "ffn_bias", "ffn_bias", default=False)),
+    "qwen3": (*_SWIGLU_KEYS, ConfigKey("head_dim", "head_size", "head_dim", default=128)),
 }
-# The tanh form of GELU under the one name that every engine computes as such.
+# The tanh form of GELU, under the one name that every engine implements correctly.
 _TANH_GELU = ("gelu_pytorch_tanh", ("gelu_new", "gelu_fast"))
-_SWIGLU_FACTS = (Fact("hidden_act", "silu", ("swish",), default="silu"),)
-_FACTS: Mapping[str, tuple[Fact, ...]] = {
+_SWIGLU_FIXED = (FixedConfigKey("hidden_act", "silu", ("swish",), default="silu"),)
+_FIXED_KEYS: Mapping[str, tuple[FixedConfigKey, ...]] = {
     "gpt2": (
-        Fact("activation_function", *_TANH_GELU, default="gelu_new"),
-        Fact("layer_norm_epsilon", 1e-5, default=1e-5),
-        Fact("scale_attn_weights", True, default=True),
-        Fact("scale_attn_by_inverse_layer_idx", False, default=False),
-        Fact("add_cross_attention", False, default=False),
+        FixedConfigKey("activation_function", *_TANH_GELU, default="gelu_new"),
+        FixedConfigKey("layer_norm_epsilon", 1e-5, default=1e-5),
+        FixedConfigKey("scale_attn_weights", True, default=True),
+        FixedConfigKey("scale_attn_by_inverse_layer_idx", False, default=False),
+        FixedConfigKey("add_cross_attention", False, default=False),
     ),
     "smalllm": (
-        Fact("hidden_act", *_TANH_GELU, default="gelu_pytorch_tanh"),
-        Fact("norm_epsilon", 1e-5, default=1e-5),
-        Fact("use_bias", True, default=True),
-        Fact("sliding_window", None),
+        FixedConfigKey("hidden_act", *_TANH_GELU, default="gelu_pytorch_tanh"),
+        FixedConfigKey("norm_epsilon", 1e-5, default=1e-5),
+        FixedConfigKey("use_bias", True, default=True),
+        FixedConfigKey("sliding_window", None),
     ),
-    "llama3": _SWIGLU_FACTS,
-    "qwen3": (*_SWIGLU_FACTS, Fact("use_sliding_window", False, default=False)),
+    "llama3": _SWIGLU_FIXED,
+    "qwen3": (*_SWIGLU_FIXED, FixedConfigKey("use_sliding_window", False, default=False)),
 }
 _DROPOUTS = {
     "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
@@ -129,22 +129,22 @@ _DROPOUTS = {
 def to_huggingface_config(
     config: ModelConfig, *, bos_id: int | None, eos_id: int | None, pad_id: int | None, dtype: Dtype = "float32"
 ) -> dict[str, Any]:
-    """Return the content of the ``config.json`` that makes transformers build our model.
+    """Return the ``config.json`` with which transformers builds the equivalent model.
 
-    Older and newer names of a thing stand side by side where engines read only one of them: ``dtype`` and
+    Both the older and the newer name of a key are written where engines read only one of them: ``dtype`` and
     ``torch_dtype``, ``rope_parameters`` and ``rope_theta``, ``n_positions`` and ``n_ctx``.
 
     Args:
         config: the config of any family.
-        bos_id: token that begins a text.
-        eos_id: token that ends one.
-        pad_id: token that fills a batch.
-        dtype: of the weights beside it.
+        bos_id: beginning-of-sequence token.
+        eos_id: end-of-sequence token.
+        pad_id: padding token.
+        dtype: dtype of the weights.
     """
     family = config.architecture
     content: dict[str, Any] = {"architectures": [ARCHITECTURES[family]], "model_type": _MODEL_TYPES[family]}
     content |= {key.theirs: getattr(config, key.attribute) for key in _KEYS[family]}
-    content |= {fact.theirs: fact.value for fact in _FACTS[family]}
+    content |= {fixed.theirs: fixed.value for fixed in _FIXED_KEYS[family]}
     content |= dict.fromkeys(_DROPOUTS[family], 0.0)
     if family == "gpt2":
         content["n_ctx"] = config.context_length
@@ -160,22 +160,22 @@ def to_huggingface_config(
 
 
 def from_huggingface_config(content: Mapping[str, Any], *, source: str = "config.json") -> ModelConfig:
-    """Return the config of our model that computes what a ``config.json`` describes.
+    """Return our config for the model that a ``config.json`` describes.
 
-    Biases that a class always has (q, k and v of GPT-2 and Starcoder2) are there in ours too; dropout is 0.
+    Biases that a class always has (q, k and v of GPT-2 and Starcoder2) are enabled; dropout is 0.
 
     Args:
-        content: a ``config.json``.
-        source: what an error names as the place.
+        content: parsed ``config.json``.
+        source: prefix of error messages.
 
     Raises:
-        UserError: it is of another class, or has a part that our families do not have.
+        UserError: the class or one of its options is not supported.
     """
     family = _family(content, source)
-    for fact in _FACTS[family]:
-        value = content.get(fact.theirs, fact.default)
-        if value not in (fact.value, *fact.equals):
-            raise UserError(f"{source}: {fact.theirs} is {shorten(value)}, but our {family} has {fact.value!r} only")
+    for fixed in _FIXED_KEYS[family]:
+        value = content.get(fixed.theirs, fixed.default)
+        if value not in (fixed.value, *fixed.equals):
+            raise UserError(f"{source}: {fixed.theirs} is {shorten(value)}, but {family} only supports {fixed.value!r}")
     if content.get("quantization_config"):
         raise UserError(f"{source}: the weights are quantized; export or download the model without quantization")
     values: dict[str, Any] = {"architecture": family}
@@ -190,7 +190,7 @@ def from_huggingface_config(content: Mapping[str, Any], *, source: str = "config
     if family in ("llama3", "qwen3"):
         values["rope_theta"] = theta
     config = model_config_from_dict(values, source=source)
-    _check_rest(config, content, theta, source)
+    _check_redundant_keys(config, content, theta, source)
     return config
 
 
@@ -201,23 +201,23 @@ def _family(content: Mapping[str, Any], source: str) -> str:
         if name in (known, _MODEL_TYPES[family]):
             return family
     hint = nearest(str(name), ARCHITECTURES.values())
-    raise UserError(f"{source}: {shorten(name)} is no class that tiny-lm has{hint}")
+    raise UserError(f"{source}: unsupported class {shorten(name)}{hint}")
 
 
 def _rope_theta(content: Mapping[str, Any], source: str) -> float:
-    """Return the base of the rotary wavelengths; transformers 5 keeps it in ``rope_parameters``."""
+    """Return the base of the rotary wavelengths, which transformers 5 keeps in ``rope_parameters``."""
     parameters = content.get("rope_parameters") or content.get("rope_scaling") or {}
     if not isinstance(parameters, dict):
-        raise UserError(f"{source}: rope_parameters is {shorten(parameters)}, no mapping")
+        raise UserError(f"{source}: rope_parameters is {shorten(parameters)}, not a mapping")
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default" or parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"{source}: scales or shortens its rotary positions ({shorten(parameters)}), which ours do not")
+        raise UserError(f"{source}: scaled or partial rotary positions are not supported ({shorten(parameters)})")
     theta: float = parameters.get("rope_theta", content.get("rope_theta", 10_000.0))
     return theta
 
 
-def _check_rest(config: ModelConfig, content: Mapping[str, Any], theta: float, source: str) -> None:
-    """Check the keys that say again what follows from others in our families."""
+def _check_redundant_keys(config: ModelConfig, content: Mapping[str, Any], theta: float, source: str) -> None:
+    """Check the keys that are redundant in our families."""
     expected: list[tuple[str, Any, Any]] = []
     if config.architecture == "smalllm":
         expected.append(("num_key_value_heads", config.n_heads, content.get("num_key_value_heads", 2)))
@@ -226,4 +226,4 @@ def _check_rest(config: ModelConfig, content: Mapping[str, Any], theta: float, s
         expected.append(("head_dim", config.head_size, content["head_dim"]))
     for key, ours, theirs in expected:
         if ours != theirs:
-            raise UserError(f"{source}: {key} is {shorten(theirs)}, but our {config.architecture} has {ours} here")
+            raise UserError(f"{source}: {key} is {shorten(theirs)}, but {config.architecture} requires {ours}")

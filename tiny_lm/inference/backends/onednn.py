@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from tiny_lm.model import MultiHeadAttention, Transformer, attend
-from tiny_lm.model.layers import FeedForward, SwiGLU
+from tiny_lm.model.feedforward import FeedForward, SwiGLU
 
 _FEW_ROWS = 32
 """The layout is the best one for products with about so many vectors; for one it is as good as any."""
