@@ -40,7 +40,7 @@ def test_documented_constructors_take_keywords_and_build_the_same_model():
     assert isinstance(Llama3(**sizes).blocks[0], Llama3Block)
     with pytest.raises(UserError, match="did you mean 'd_model'"):
         GPT2(**{**sizes, "d_modle": 32})
-    with pytest.raises(UserError, match="ffn_dropout: must equal resid_dropout=0.0"):
+    with pytest.raises(UserError, match=r"ffn_dropout: must equal resid_dropout=0\.0"):
         GPT2(**sizes, ffn_dropout=0.1)
     x, positions = torch.zeros(1, 3, 32), torch.arange(3)
     assert LearnedPositionalEmbedding(24, 32)(x, positions).shape == SwiGLU(32, 48)(x).shape == x.shape
