@@ -100,9 +100,9 @@ def test_a_checkpoint_of_another_family_than_its_config(command: str, refused: R
     config = load_model_config(copied.configs / "model.yaml")
     load_model_config("turbo-qwen").save(copied.configs / "model.yaml")
     line = refused(command)
-    assert "best.ckpt: was trained with another model config: architecture is llama3 and not qwen3" in line
+    assert "best.ckpt: was trained with another model config: architecture is llama3, not qwen3" in line
     dataclasses.replace(config, n_layers=3).save(copied.configs / "model.yaml")
-    assert "was trained with another model config: n_layers is 2 and not 3" in refused(command, copied.best_checkpoint)
+    assert "was trained with another model config: n_layers is 2, not 3" in refused(command, copied.best_checkpoint)
     (copied.configs / "model.yaml").unlink()
     change_checkpoint(copied, lambda checkpoint: checkpoint[CHECKPOINT_KEY]["model"].update(architecture="qwen3"))
     assert "best.ckpt: its weights do not match its config" in refused(command)

@@ -192,7 +192,7 @@ def damage(folder, how):
         ("pickle", "pickled weights are not supported"),
         ("cut", "is damaged or not a safetensors file"),
         ("noise", "is damaged or not a safetensors file"),
-        ("nan", r"token_emb\.weight holds NaN"),
+        ("nan", r"token_emb\.weight contains NaN"),
         ("shape", r"has the shape \(60, 32\), but the config says \(61, 32\)"),
         ("missing", "is missing$"),
         ("extra", r"unexpected tensor 'something\.else'"),
@@ -249,7 +249,7 @@ def test_weights_of_eight_bits_are_named(tmp_path):
     for dtype, name in ((torch.int8, "int8"), (torch.float8_e4m3fn, "float8_e4m3fn")):
         changed = {key: tensor.to(dtype) if "mlp" in key else tensor for key, tensor in state.items()}
         write_folder(tmp_path, config, changed)
-        with pytest.raises(UserError, match=f"is stored as {name}; weights are read as float32"):
+        with pytest.raises(UserError, match=f"is stored as {name}; weights must be float32"):
             load_huggingface_model(tmp_path)
 
 

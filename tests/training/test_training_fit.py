@@ -295,5 +295,5 @@ def test_a_checkpoint_moved_elsewhere_still_loads(fit: Fit, run: Run, tmp_path: 
     fit(max_steps=1)
     shutil.copy(run.last_checkpoint, tmp_path / "copy.ckpt")
     assert load_checkpoint_model(tmp_path / "copy.ckpt").config == model()
-    with pytest.raises(UserError, match="was trained with another model config: d_model is 32 and not 64"):
+    with pytest.raises(UserError, match="was trained with another model config: d_model is 32, not 64"):
         load_checkpoint_model(tmp_path / "copy.ckpt", config=model(d_model=64))
