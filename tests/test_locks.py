@@ -18,7 +18,7 @@ _CODE = """
 import os, sys
 from contextlib import ExitStack
 from pathlib import Path
-from tiny_lm.files import atomic_folder, atomic_path
+from tiny_lm.files import atomic_folder, atomic_path, open_output
 from tiny_lm.locks import lock_folder
 with {held}:
     if not {fork} or os.fork() == 0:
@@ -127,6 +127,43 @@ def test_two_processes_do_not_write_one_output_folder(tmp_path: Path) -> None:
     with atomic_folder(out) as folder:  # the other one was killed
         (folder / "new").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_two_processes_do_not_write_one_output_file(tmp_path: Path) -> None:
+    out = tmp_path / "out.txt"
+    refused = pytest.raises(UserError, match=r"out\.txt: another process is writing there")
+    with held(f"open_output(Path({str(out)!r}))"):
+        with refused, open_output(out):
+            pass
+        (tmp_path / "link").symlink_to(out)
+        with (
+            pytest.raises(UserError, match=r"out\.txt: another process is writing there"),
+            open_output(tmp_path / "link"),
+        ):
+            pass
+        with open_output(tmp_path / "out.tx") as file:  # another file
+            file.write(b"other")
+        write_text(out, "a file of ours, which is written at once")
+    with open_output(out) as file:  # the other one was killed
+        file.write(b"new")
+        file.flush()
+        with pytest.raises(UserError, match="another process is writing there"), open_output(out):
+            pass
+    assert out.read_bytes() == b"new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out.tx", "out.txt"]
+
+
+def test_the_temporary_file_of_an_output_is_not_written_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("kept")
+    temporary = tmp_path / ".out.txt.0.tmp"
+    temporary.symlink_to("precious")
+    with pytest.raises(UserError, match=r"out\.txt: could not be written"), open_output(tmp_path / "out.txt"):
+        pass
+    temporary.unlink()
+    temporary.hardlink_to(tmp_path / "precious")
+    with open_output(tmp_path / "out.txt") as file:
+        file.write(b"new")
+    assert (tmp_path / "precious").read_text() == "kept"
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 from tiny_lm.console import print_result
 from tiny_lm.errors import UserError
-from tiny_lm.locks import HAS_LOCKS, is_abandoned, keep_open, lock_folder, try_lock
+from tiny_lm.locks import HAS_LOCKS, claim_file, is_abandoned, keep_open, lock_folder, try_lock
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.(tmp|old)")
 
@@ -29,7 +29,7 @@ JSON, control characters that a terminal obeys, and lone surrogates, which UTF-8
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
     """Yield a temporary file beside ``path``; rename it to ``path`` when the block ends without an exception.
 
     The file is synced to disk before the rename, so a reader (or a machine that loses power) sees the old file or the
@@ -37,15 +37,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
     while the block runs: one that a killed process left is known by that, and is removed by the next writer of
     ``path``.
 
+    Args:
+        path: the file to write.
+        exclusive: refuse to write beside another process that writes ``path`` exclusively; else the last one wins.
+
     Raises:
-        UserError: the disk is full, or the folder cannot be written.
+        UserError: the disk is full, the folder cannot be written, or another process is writing ``path``.
     """
     temporary = path
     with ExitStack() as stack:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             _remove_abandoned(path.parent, _prefix(path))
-            temporary = _create_temporary(path, stack)
+            temporary = (_claim_temporary if exclusive else _create_temporary)(path, stack)
             yield temporary
             with temporary.open("r+b") as file:  # Windows syncs only what is open for writing
                 os.fsync(file.fileno())
@@ -121,6 +125,17 @@ def _create_temporary(path: Path, stack: ExitStack, *, folder: bool = False) -> 
         os.close(descriptor)  # another process took it for abandoned before it was locked
 
 
+def _claim_temporary(path: Path, stack: ExitStack) -> Path:
+    """Create a temporary file as above, under one name for all who write ``path``.
+
+    Raises:
+        UserError: another process has it.
+    """
+    temporary = path.with_name(f"{_prefix(path)}0.tmp")
+    claimed = stack.enter_context(claim_file(temporary, f"{path}: {_OUTPUT_IN_USE}"))
+    return temporary if claimed else _create_temporary(path, stack)
+
+
 def _remove(path: Path) -> None:
     """Remove a temporary file or folder of ours; where that fails, the error that came before matters more."""
     if path.is_dir() and not path.is_symlink():
@@ -151,7 +166,7 @@ def open_output(path: Path) -> Iterator[BinaryIO]:
     points to is replaced.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or another process is writing it.
     """
     try:
         if is_stdout(path):
@@ -164,7 +179,8 @@ def open_output(path: Path) -> Iterator[BinaryIO]:
             with path.open("wb") as file:
                 yield file
         else:
-            with atomic_path(Path(os.path.realpath(path))) as temporary, temporary.open("wb") as file:
+            target = Path(os.path.realpath(path))
+            with atomic_path(target, exclusive=True) as temporary, temporary.open("wb") as file:
                 yield file
     except OSError as error:
         if error.filename not in (None, str(path)) or isinstance(error, BrokenPipeError):

@@ -213,6 +213,45 @@ def lock_file(path: Path, in_use: str, *, shared: bool = False) -> Iterator[None
                 os.close(opened)
 
 
+@contextmanager
+def claim_file(path: Path, in_use: str) -> Iterator[bool]:
+    """Create a temporary file that one process at a time may have; remove it at the end, unless it was renamed.
+
+    What a killed process left under this name is taken over. Yields False, and creates nothing, where the system or the
+    disk has no locks.
+
+    Raises:
+        UserError: ``in_use``: another process has it.
+        OSError: it cannot be created, or is not a regular file of one name.
+    """
+    while HAS_LOCKS:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _NO_FOLLOW | _NO_BLOCK, 0o666)
+        status = os.fstat(descriptor)
+        try:
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                raise OSError(errno.EEXIST, "what is there is not a temporary file", str(path))
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in _BUSY:
+                raise UserError(in_use) from None
+            if error.errno == errno.EEXIST:
+                raise
+            path.unlink(missing_ok=True)
+            break
+        if not _is_at(path, _identity(status)):  # the process that had it renamed or removed it in the meantime
+            os.close(descriptor)
+            continue
+        with keep_open(descriptor):
+            try:
+                yield True
+            finally:
+                if _is_at(path, _identity(status)):
+                    path.unlink()
+        return
+    yield False
+
+
 def open_append(path: Path) -> int:
     """Return a descriptor that appends to a file of ours; a link in its place is not followed.
 

@@ -5,7 +5,7 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tiny_lm.errors import UserError
 
@@ -16,23 +16,37 @@ JSON_LIMIT = 32 * 2**20
 def read_bytes(path: Path, *, limit: int) -> bytes:
     """Read a file whole.
 
+    Raises:
+        UserError: the file is missing, not a regular file, or larger than ``limit`` bytes.
+    """
+    with open_regular(path) as file:
+        try:
+            content = file.read(limit + 1)
+        except OSError as error:
+            raise UserError(f"{path}: could not be read ({error.strerror or error})") from error
+    if len(content) > limit:
+        raise UserError(f"{path}: larger than {limit} bytes, which no file of this kind is")
+    return content
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading.
+
     A pipe or a device under the name of a file would never end, or have no size: neither is opened.
 
     Raises:
-        UserError: the file is missing, not a regular file, or larger than ``limit`` bytes.
+        UserError: the file is missing or not a regular file.
     """
     try:
         # Without O_NONBLOCK, opening a pipe waits for a writer.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        with os.fdopen(descriptor, "rb") as file:  # refuses a folder
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise UserError(f"{path}: is not a regular file; replace it")
-            content = file.read(limit + 1)
+        file = os.fdopen(descriptor, "rb")  # refuses a folder
     except OSError as error:
         raise UserError(f"{path}: could not be read ({error.strerror or error})") from error
-    if len(content) > limit:
-        raise UserError(f"{path}: larger than {limit} bytes, which no file of this kind is")
-    return content
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        file.close()
+        raise UserError(f"{path}: is not a regular file; replace it")
+    return file
 
 
 def read_text(path: Path, *, limit: int = JSON_LIMIT, errors: str = "strict") -> str:

@@ -1,4 +1,7 @@
-"""Signals that ask a command to end: they end it as an error would, so that its temporary files are removed."""
+"""Signals that ask a command to end: they end it as an error would, so that its temporary files are removed.
+
+SIGUSR1 is among them since SLURM users have it sent as a warning before the time limit (``--signal=USR1@120``).
+"""
 
 import signal
 import threading
@@ -8,8 +11,8 @@ from types import FrameType
 
 TERMINATING_SIGNALS = tuple(
     getattr(signal, name)
-    for name in ("SIGTERM", "SIGHUP")
-    if hasattr(signal, name)  # Windows has no SIGHUP
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1")
+    if hasattr(signal, name)  # Windows has SIGTERM only
 )
 
 
@@ -22,9 +25,14 @@ class Terminated(SystemExit):
         self.name = signal.Signals(number).name
 
 
+def is_handled_elsewhere(number: int) -> bool:
+    """Whether a signal is ignored, or has a handler that is not ours."""
+    return signal.getsignal(number) not in (signal.SIG_DFL, _terminate)
+
+
 @contextmanager
 def signals_as_exceptions() -> Iterator[None]:
-    """Raise :class:`Terminated` where SIGTERM or SIGHUP arrives while the block runs, instead of ending at once.
+    """Raise :class:`Terminated` where one of ``TERMINATING_SIGNALS`` arrives in the block, instead of ending at once.
 
     A second signal ends the process at once. A signal that is ignored (nohup) stays ignored, and one that somebody
     else handles stays theirs.

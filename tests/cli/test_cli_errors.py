@@ -97,6 +97,13 @@ def test_a_tokenizer_does_not_see_what_the_stream_holds_out(files: Path, cli: Ca
     }
 
 
+def test_a_tokenizer_that_is_yet_to_be_trained(files: Path, cli: Callable[..., object]) -> None:
+    result = cli("tokenize", "--config", "bpe.yaml", "--set", "tokenizer.output_dir=my tokenizer")
+    assert result.code == 2
+    command = "tiny-lm tokenizer train --config bpe.yaml --set 'tokenizer.output_dir=my tokenizer'"
+    assert f"my tokenizer: no tokenizer yet; train it first with `{command}`" in result.stderr
+
+
 def test_a_tokenizer_config_that_was_changed_after_the_training(files: Path, cli: Callable[..., object]) -> None:
     cli(*TOKENIZER)
     with (files / "bpe.yaml").open("a") as file:

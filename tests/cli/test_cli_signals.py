@@ -13,7 +13,7 @@ import pytest
 
 PROGRAM = [sys.executable, "-c", "from tiny_lm.cli import main; main()"]
 IGNORING = "import os, signal, sys; signal.signal(signal.{0}, signal.SIG_IGN); os.execv(sys.argv[1], sys.argv[1:])"
-TERMINATING = [signal.SIGTERM, signal.SIGHUP]
+TERMINATING = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
@@ -98,15 +98,16 @@ def lines(path: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def test_a_closed_terminal_stops_training_with_a_checkpoint(
-    start: Callable[..., subprocess.Popen[str]], tmp_path: Path, stream_folder: Path
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_closed_terminal_or_a_warning_of_slurm_stops_training_with_a_checkpoint(
+    number: signal.Signals, start: Callable[..., subprocess.Popen[str]], tmp_path: Path, stream_folder: Path
 ) -> None:
     """A terminal that closes sends SIGHUP twice: the second one comes while the checkpoint is being written."""
     process = start(*train_words(tmp_path, stream_folder))
     run = tmp_path / "runs" / "r"
     wait_for(lambda: lines(run / "metrics.jsonl") >= 2, process)
-    process.send_signal(signal.SIGHUP)
-    process.send_signal(signal.SIGHUP)
+    process.send_signal(number)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert (run / "checkpoints" / "last.ckpt").is_file()

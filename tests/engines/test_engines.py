@@ -6,6 +6,7 @@ import signal
 import socket
 import stat
 import sys
+import time
 import venv
 from pathlib import Path
 
@@ -188,6 +189,18 @@ def test_a_second_signal_ends_an_engine_that_does_not_stop(how: signal.Signals, 
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{url}/health", trust_env=False)
     assert list((tmp_path / "tmp").iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+def test_an_engine_does_not_outlive_a_killed_command(gguf: Path, tmp_path: Path) -> None:
+    path = put_on_path(tmp_path / "bin", STAND_IN.format(python=sys.executable, code=0))
+    with engine_process("llamacpp", gguf, tmp_path, PATH=path) as engine:
+        engine.wait_for("/v1 answers for bear (llamacpp)", 60)
+        assert engine.stop(signal.SIGKILL) == -signal.SIGKILL
+        deadline = time.monotonic() + 60
+        while "stand-in: told to stop" not in engine.log.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def test_what_a_killed_engine_command_leaves_is_removed_by_the_next(gguf: Path, tmp_path: Path) -> None:

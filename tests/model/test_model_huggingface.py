@@ -68,7 +68,7 @@ def test_a_folder_of_transformers_becomes_our_model(folder):
     from transformers import AutoModelForCausalLM
 
     ours, config = load_huggingface_model(folder)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
     ids = torch.randint(config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-4)
@@ -79,7 +79,7 @@ def test_shards_and_half_precision(folder):
     from transformers import AutoModelForCausalLM
 
     whole, _ = load_huggingface_model(folder)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    theirs = AutoModelForCausalLM.from_pretrained(folder).bfloat16()
     (folder / "model.safetensors").unlink()
     theirs.save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("model-*.safetensors"))) > 1

@@ -92,12 +92,17 @@ def tokenize(
     if dry_run:
         print_configs([("tokenizer", tokenizer_config), ("dataset", dataset_config)])
         return
+    train_command = shell_command(
+        "tiny-lm", "tokenizer", "train", "--config", config, *(word for s in settings or [] for word in ("--set", s))
+    )
+    if tokenizer_folder is None and not any(Path(tokenizer_config.output_dir).glob("*")):
+        raise UserError(f"{tokenizer_config.output_dir}: no tokenizer yet; train it first with `{train_command}`")
     tokenizer = load_tokenizer(tokenizer_folder or tokenizer_config.output_dir)
     if tokenizer_folder is None and not matches_config(tokenizer, tokenizer_config):
         raise UserError(
             f"{tokenizer_config.output_dir}: was not trained with {config} as it is now (its type, special tokens or "
             "split pattern differ); train it again with "
-            f"`{shell_command('tiny-lm', 'tokenizer', 'train', '--config', config)}`"
+            f"`{train_command}`"
         )
     chosen = check_errors(errors)
     split_within = survey(tokenizer_config, dataset_config, seed=seed, errors=chosen)

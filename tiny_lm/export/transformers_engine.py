@@ -43,8 +43,10 @@ class TransformersEngine:
         logging.disable_progress_bar()
         try:
             self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            # transformers 4 calls it torch_dtype, and before 4.56 ends in a TypeError on dtype.
+            key = "dtype" if hasattr(transformers.PretrainedConfig, "dtype") else "torch_dtype"
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True
+                folder, local_files_only=True, **{key: torch.float32}
             )
         finally:
             logging.set_verbosity(verbosity)

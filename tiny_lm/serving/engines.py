@@ -34,6 +34,16 @@ and vLLM refuses to chat. It looks at each content before the role: llama.cpp pu
 where a template never looks at them.
 """
 
+_WITH_PARENT = (
+    "import ctypes, os, signal, sys\n"
+    "ctypes.CDLL(None).prctl(1, signal.SIGTERM)\n"  # PR_SET_PDEATHSIG, which survives exec
+    "for number in (signal.SIGPIPE, signal.SIGXFSZ):\n"
+    "    signal.signal(number, signal.SIG_DFL)\n"  # Python ignores them
+    "if os.getppid() == int(sys.argv[1]):\n"
+    "    os.execvp(sys.argv[2], sys.argv[2:])\n"
+)
+"""Becomes the command in its arguments, which gets SIGTERM when its parent dies, by SIGKILL too (Linux)."""
+
 _READY_SECONDS = {"llamacpp": 120.0, "vllm": 900.0, "transformers": 300.0}
 _END_SECONDS = 30.0
 
@@ -80,7 +90,7 @@ def run_engine(
     kind: str = "F16",
     tell: Callable[[str], None] = lambda line: None,
 ) -> int:
-    """Serve a model with another engine until it ends or a signal stops us (Ctrl-C, SIGTERM, SIGHUP).
+    """Serve a model with another engine until it ends or a signal stops us (Ctrl-C, SIGTERM, SIGHUP, SIGUSR1).
 
     A run is exported and proven first, into a temporary folder; an export is served as it is. Call it from the main
     thread.
@@ -312,9 +322,10 @@ def _gguf_facts(file: Path) -> _GGUFFacts:
 def _running(command: Command) -> Iterator["subprocess.Popen[bytes]"]:
     """Start it; in the end make sure that it is gone. What it prints goes to standard error."""
     environment = {**os.environ, **command.environment}
+    before = [sys.executable, "-I", "-c", _WITH_PARENT, str(os.getpid())] if sys.platform == "linux" else []
     # In a session of its own, so that Ctrl-C reaches it through us, once.
     process = subprocess.Popen(
-        command.words, stdin=subprocess.DEVNULL, stdout=sys.stderr, env=environment, start_new_session=True
+        [*before, *command.words], stdin=subprocess.DEVNULL, stdout=sys.stderr, env=environment, start_new_session=True
     )
     try:
         yield process

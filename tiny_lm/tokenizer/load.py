@@ -40,6 +40,8 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
                 "; its tokenizer.json was saved by another program: `tiny-lm import` makes a run of a model's folder "
                 "with config.json and model.safetensors, and the tokenizer is in the run's folder tokenizer/"
             )
+        elif not folder.exists():
+            raise UserError(f"{folder}: no such tokenizer folder; `tiny-lm tokenizer train` writes one")
         raise UserError(f"{folder}: holds no tokenizer (metadata.json is missing){hint}")
     metadata = read_json(file)
     if not isinstance(metadata, dict) or "kind" not in metadata:

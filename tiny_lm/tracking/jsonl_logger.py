@@ -14,6 +14,7 @@ from pytorch_lightning.loggers.logger import Logger
 from tiny_lm.errors import UserError
 from tiny_lm.files import atomic_path
 from tiny_lm.locks import open_append
+from tiny_lm.reading import open_regular
 from tiny_lm.runs import parse_event
 
 
@@ -62,7 +63,7 @@ class JsonlLogger(Logger):
             return
         with (
             atomic_path(self._path) as temporary,
-            self._path.open("rb") as before,
+            open_regular(self._path) as before,
             temporary.open("wb") as after,
         ):
             for line in before:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from tiny_lm.errors import UserError
 from tiny_lm.runs import Run
-from tiny_lm.signals import TERMINATING_SIGNALS
+from tiny_lm.signals import TERMINATING_SIGNALS, is_handled_elsewhere
 from tiny_lm.training.callbacks.base import StepCallback
 from tiny_lm.training.callbacks.loss_spikes import LossSpikeDetector
 from tiny_lm.training.callbacks.tokens import TokensMonitor
@@ -86,11 +86,11 @@ class CheckpointWriter(StepCallback):
 
 
 class GracefulStop(Callback):
-    """Turns Ctrl-C, SIGTERM and SIGHUP into "finish this step, write a checkpoint, stop".
+    """Turns Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 into "finish this step, write a checkpoint, stop".
 
     A second Ctrl-C stops at once. A closed terminal often sends SIGHUP twice (the shell does, and the kernel), so a
     second one of the others changes nothing. Signals that whoever started this process ignores (nohup, or ``&`` in a
-    script, which ignores Ctrl-C) stay ignored.
+    script, which ignores Ctrl-C) stay ignored, and a handler that somebody else set for SIGUSR1 stays.
     """
 
     def __init__(self, writer: CheckpointWriter, console: Console) -> None:
@@ -102,7 +102,8 @@ class GracefulStop(Callback):
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Take over the signals."""
         for number in (signal.SIGINT, *TERMINATING_SIGNALS):
-            if signal.getsignal(number) != signal.SIG_IGN:
+            foreign = number == getattr(signal, "SIGUSR1", None) and is_handled_elsewhere(number)
+            if signal.getsignal(number) != signal.SIG_IGN and not foreign:
                 self._previous[number] = signal.signal(number, self._request)
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:

@@ -1,5 +1,6 @@
 """``samples.md``: what the model in training tells at each validation."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,19 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.strategies import FSDPStrategy
 
-from tiny_lm.files import write_text
+from tiny_lm.errors import UserError
+from tiny_lm.files import atomic_path
 from tiny_lm.inference import TextGenerator
-from tiny_lm.reading import read_text
+from tiny_lm.locks import open_append
+from tiny_lm.reading import open_regular
 from tiny_lm.runs import Run
 from tiny_lm.tokenizer import Tokenizer
 from tiny_lm.training.config import TrainingConfig
 
 TEMPERATURE = 0.8
 SEED = 0
+
+_LINE_LIMIT = 2**20  # bytes: memory stays small, whatever the file holds
 
 
 class SampleWriter:
@@ -52,8 +57,13 @@ class SampleWriter:
         for prompt in self._prompts:
             story = generator.generate(prompt, self._tokens, temperature=TEMPERATURE, seed=SEED)
             lines += [_quote(prompt, story), ""]
-        before = read_text(self._path, errors="replace") if self._path.exists() else self._header()
-        write_text(self._path, before.rstrip("\n") + "\n\n" + "\n".join(lines))
+        # Appended, since a long run's file is large. Half a section of a killed run is of a step after its checkpoint.
+        text = "\n".join(["" if self._path.exists() else self._header(), *lines])
+        try:
+            with os.fdopen(open_append(self._path), "ab") as file:
+                file.write(text.encode(errors="backslashreplace"))  # a name may hold bytes that are not UTF-8
+        except OSError as error:
+            raise UserError(f"{self._path}: could not be written ({error.strerror or error})") from error
 
     def _header(self) -> str:
         return (
@@ -67,10 +77,13 @@ def truncate_samples(path: Path, step: int) -> None:
     """Forget the sections of steps after ``step``, which a resumed run is about to write again."""
     if not path.exists():
         return
-    text = read_text(path, errors="replace")
-    header, *sections = re.split(r"^(?=## Step [0-9]{1,18}$)", text, flags=re.MULTILINE)
-    kept = [section for section in sections if int(section.split(maxsplit=3)[2]) <= step]
-    write_text(path, "".join([header, *kept]))
+    is_kept = True
+    with atomic_path(path) as temporary, open_regular(path) as before, temporary.open("wb") as after:
+        while line := before.readline(_LINE_LIMIT):
+            if heading := re.fullmatch(rb"## Step ([0-9]{1,18})\r?\n?", line):
+                is_kept = int(heading[1]) <= step
+            if is_kept and (line.endswith(b"\n") or len(line) == _LINE_LIMIT):  # else its process was killed
+                after.write(line)
 
 
 def _quote(prompt: str, story: str) -> str:
