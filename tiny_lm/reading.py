@@ -40,7 +40,11 @@ def open_regular(path: Path) -> BinaryIO:
     try:
         # Without O_NONBLOCK, opening a pipe waits for a writer.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-        file = os.fdopen(descriptor, "rb")  # refuses a folder
+        try:
+            file = os.fdopen(descriptor, "rb")
+        except OSError:  # a folder
+            os.close(descriptor)
+            raise
     except OSError as error:
         raise UserError(f"{path}: could not be read ({error.strerror or error})") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):

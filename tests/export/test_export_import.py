@@ -99,6 +99,10 @@ def test_what_would_yield_other_ids_is_refused(foreign: Path, tmp_path: Path) ->
     change(file, pre_tokenizer=whole["pre_tokenizer"], model={**whole["model"], "merges": swapped})
     with pytest.raises(UserError, match="merges are not in the order"):
         import_model(foreign, tmp_path / "run")
+    for key, value in {"dropout": 0.1, "continuing_subword_prefix": "##", "end_of_word_suffix": "</w>"}.items():
+        change(file, model={**whole["model"], key: value})
+        with pytest.raises(UserError, match=rf"has a {key} \("):
+            import_model(foreign, tmp_path / "run")
     change(file, model={**whole["model"], "type": "Unigram"})
     with pytest.raises(UserError, match="is no byte-level BPE"):
         import_model(foreign, tmp_path / "run")

@@ -328,14 +328,15 @@ def _running(command: Command) -> Iterator["subprocess.Popen[bytes]"]:
         [*before, *command.words], stdin=subprocess.DEVNULL, stdout=sys.stderr, env=environment, start_new_session=True
     )
     try:
-        yield process
-    finally:
-        process.terminate()
         try:
-            process.wait(timeout=_END_SECONDS)
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            process.kill()
-            process.wait()
+            yield process
+        finally:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=_END_SECONDS)
+    finally:  # a second signal, at any moment, gets here
+        process.kill()
+        process.wait()
 
 
 def _wait_until_ready(engine: str, command: Command, process: "subprocess.Popen[bytes]", place: Place) -> None:

@@ -42,6 +42,9 @@ def load_huggingface_tokenizer(folder: Path) -> Tokenizer:
         raise UserError(f"{file}: is no byte-level BPE, the one kind that is imported from others")
     if content.get("normalizer"):
         raise UserError(f"{file}: normalizes text before it is split, which no tokenizer of tiny-lm does")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise UserError(f"{file}: has a {key} ({shorten(model[key])}), which no tokenizer of tiny-lm has")
     pattern = _pattern(content.get("pre_tokenizer"), file)
     added = _added(content, file)
     tokens = [token for token in vocabulary(model, str(file)) if token not in added]

@@ -58,7 +58,7 @@ class SampleWriter:
             story = generator.generate(prompt, self._tokens, temperature=TEMPERATURE, seed=SEED)
             lines += [_quote(prompt, story), ""]
         # Appended, since a long run's file is large. Half a section of a killed run is of a step after its checkpoint.
-        text = "\n".join(["" if self._path.exists() else self._header(), *lines])
+        text = "\n".join([*([] if self._path.exists() else [self._header()]), *lines, ""])
         try:
             with os.fdopen(open_append(self._path), "ab") as file:
                 file.write(text.encode(errors="backslashreplace"))  # a name may hold bytes that are not UTF-8
