@@ -91,7 +91,7 @@ def test_samples_of_a_very_long_run_do_not_stop_it(tmp_path: Path) -> None:
     path = tmp_path / "samples.md"
     section = b"## Step 2\n\n> " + b"x" * 2**20 + b"\n\n"
     path.write_bytes(section * 40 + b"## Step 5\n\n> gone\n\n## Ste")  # killed while it wrote
-    drop_samples_after(path, 2)
+    truncate_samples(path, 2)
     assert path.read_bytes() == section * 40
 
 
