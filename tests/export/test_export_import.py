@@ -101,7 +101,7 @@ def test_what_would_yield_other_ids_is_refused(foreign: Path, tmp_path: Path) ->
         import_model(foreign, tmp_path / "run")
     for key, value in {"dropout": 0.1, "continuing_subword_prefix": "##", "end_of_word_suffix": "</w>"}.items():
         change(file, model={**whole["model"], key: value})
-        with pytest.raises(UserError, match=rf"has a {key} \("):
+        with pytest.raises(UserError, match=rf"sets {key} \("):
             import_model(foreign, tmp_path / "run")
     change(file, model={**whole["model"], "type": "Unigram"})
     with pytest.raises(UserError, match="is no byte-level BPE"):

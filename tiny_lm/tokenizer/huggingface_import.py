@@ -44,7 +44,7 @@ def load_huggingface_tokenizer(folder: Path) -> Tokenizer:
         raise UserError(f"{file}: normalizes text before it is split, which no tokenizer of tiny-lm does")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
-            raise UserError(f"{file}: has a {key} ({shorten(model[key])}), which no tokenizer of tiny-lm has")
+            raise UserError(f"{file}: sets {key} ({shorten(model[key])}), which tiny-lm does not support")
     pattern = _pattern(content.get("pre_tokenizer"), file)
     added = _added(content, file)
     tokens = [token for token in vocabulary(model, str(file)) if token not in added]
