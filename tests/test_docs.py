@@ -1,5 +1,6 @@
 """What the documents say: the commands exist with their options, the links lead somewhere, the figures are true."""
 
+import ast
 import re
 import shlex
 import sys
@@ -18,6 +19,7 @@ from tiny_lm.training import TrainingConfig
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "dev" / "LOG.md"]
 DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 GROUPS = ("data", "export", "tokenizer")
 TUTORIAL_CONFIGS = {"dataset.yaml", "tokenizer.yaml", "model.yaml", "data.yaml", "training.yaml"}
 
@@ -78,3 +80,24 @@ def test_the_readme_tells_the_true_size_of_the_quickstart_model() -> None:
 def test_no_placeholder_is_left() -> None:
     for document in DOCUMENTS:
         assert "@@" not in document.read_text(encoding="utf-8"), document
+
+
+def defined_names(path: Path) -> set[str]:
+    """Every function and class of a module; methods as `Class.method`."""
+    names = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, (*FUNCTIONS, ast.ClassDef)):
+            names.add(node.name)
+            names |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, FUNCTIONS)}
+    return names
+
+
+def test_walks_through_the_code_are_true() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    walks = text.partition("\n## Five walks\n")[2].partition("\n## ")[0].split("\n\n**")[1:]
+    assert len(walks) == 5
+    for walk in walks:
+        stops = re.findall(r"^\d\. `(tiny_lm/\S+)`: `(\S+)`", walk, flags=re.MULTILINE)
+        assert 3 <= len(stops) == len(re.findall(r"^\d\.", walk, flags=re.MULTILINE)) <= 7
+        for file, name in stops:
+            assert name in defined_names(ROOT / file), f"{file} has no {name}"
