@@ -1,11 +1,11 @@
-"""Everything that is printed goes through here: streams that survive a lost reader, and text that is safe to show.
+"""Output: streams that survive a closed reader, and text that is safe on a terminal.
 
-* :func:`guard_streams` is called once, by the command line. From then on a failed write (a closed pipe or terminal, a
-  full disk, a descriptor that was closed from the start) raises nowhere, so ``print`` never ends or changes work.
-* :func:`print_result` is for text that is the point of a command: there, a failed write ends the command.
+* :func:`guard_streams` is called once, by the command line. After that a failed write (a closed pipe or terminal, a
+  full disk, a closed descriptor) does not raise, so ``print`` never interrupts work.
+* :func:`print_result` is for the result of a command: there, a failed write ends the command.
 * :func:`print_message` and :func:`print_error` write single lines to standard error; :func:`make_console` builds the
-  consoles of rich, which take every string literally.
-* :func:`visible` shows control characters instead of sending them to a terminal; :func:`shell_command` quotes commands.
+  rich consoles, which print strings literally.
+* :func:`visible` makes control characters visible; :func:`shell_command` quotes commands.
 """
 
 import codecs
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 READER_GONE = 128 + 13
-"""Exit code of a command whose result nobody reads: what a shell reports for a program that SIGPIPE killed."""
+"""Exit code if nobody reads the result: as a shell reports for a program killed by SIGPIPE."""
 
-# --- text that is safe to show ---------------------------------------------------------------------------------------
+# --- text that is safe to print --------------------------------------------------------------------------------------
 
 _INVISIBLE = re.compile(
     "[\x00-\x09\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
@@ -39,14 +39,14 @@ _INVISIBLE = re.compile(
 )
 _UNDECODABLE = re.compile("[\udc80-\udcff]")  # bytes of a file name that are not UTF-8
 _PROGRESS_BAR = r"\r|\t|\x1b\[(?:\?25[hl]|\d*[AK]|[\d;]*m)"
-"""What progress bars of rich and tqdm send to a terminal; none of it writes anywhere but to its own lines."""
+"""Escape sequences of the progress bars of rich and tqdm; they affect only their own lines."""
 _UNSAFE = re.compile(f"({_PROGRESS_BAR})|{_INVISIBLE.pattern}")
 
 
 def visible(text: object) -> str:
-    r"""Return ``text`` with control characters, marks of direction and the like shown, as ``\u202e``; line ends stay.
+    r"""Return ``text`` with control and bidi characters visible, as ``\u202e``; newlines stay.
 
-    In a JSON document the result is the same document: such characters stand inside its strings only.
+    A JSON document keeps its meaning: such characters occur only inside its strings.
     """
     return _INVISIBLE.sub(_escape, str(text))
 
@@ -61,15 +61,15 @@ def _escape(match: "re.Match[str]") -> str:
 
 
 def one_line(text: object) -> str:
-    """Return ``text`` as one line that is safe to print, whatever the names and foreign messages in it hold."""
+    """Return ``text`` as one line that is safe to print."""
     text = _UNDECODABLE.sub(lambda half: f"\\x{ord(half[0]) - 0xDC00:02x}", str(text))
     return visible(" ".join(text.replace("\r\n", "\n").split("\n")).strip())
 
 
 def shell_command(*words: object) -> str:
-    """Return a command as a user can paste it into a shell.
+    """Return a command, quoted for a shell.
 
-    Paths that begin with a dash are given as ``./-name``, and control characters as a shell's ``$'...'``.
+    Paths that start with a dash become ``./-name``, and control characters are quoted as ``$'...'``.
     """
     return " ".join(map(_quote, words))
 
@@ -89,15 +89,15 @@ def _shell_escape(character: str) -> str:
     return "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
 
 
-# --- streams that survive a lost reader ------------------------------------------------------------------------------
+# --- streams that survive a closed reader ----------------------------------------------------------------------------
 
 
 class GuardedFile(io.RawIOBase):
-    """Writes to a file, and goes on as if all was well when that fails.
+    """Writes to a file and ignores failures.
 
     Attributes:
-        error: why a write failed first; None if none did.
-        is_terminal: whether it was a terminal at first: one that is closed no longer says so.
+        error: of the first failed write, if any.
+        is_terminal: whether it was a terminal at the start: a closed one no longer reports it.
     """
 
     def __init__(self, file: io.RawIOBase) -> None:
@@ -116,11 +116,11 @@ class GuardedFile(io.RawIOBase):
         return False
 
     def fileno(self) -> int:
-        """Return the descriptor, which child processes get."""
+        """Return the descriptor, which child processes inherit."""
         return self._file.fileno()
 
     def write(self, data: Any) -> int:
-        """Write all of ``data``, or as much of it as the file takes; return its size in any case."""
+        """Write as much of ``data`` as possible; return its full size in any case."""
         rest = memoryview(data).cast("B")
         size = len(rest)
         try:
@@ -132,16 +132,15 @@ class GuardedFile(io.RawIOBase):
                     rest = rest[written:]
         except OSError as error:
             self.error = self.error or error
-        except ValueError:  # the file was closed under us
+        except ValueError:  # the file was closed
             self.error = self.error or OSError(errno.EBADF, os.strerror(errno.EBADF))
         return size
 
 
 class TerminalText(io.TextIOWrapper):
-    """A text stream that shows control characters where it is a terminal, and writes text as it is elsewhere.
+    """A text stream that makes control characters visible on a terminal, and writes text unchanged elsewhere.
 
-    Other libraries draw their progress bars on standard error, so there the few sequences that bars need are let
-    through.
+    Other libraries show progress bars on standard error, so there the escape sequences of bars are passed through.
     """
 
     def __init__(self, file: Any, *, with_progress_bars: bool) -> None:
@@ -157,7 +156,7 @@ class TerminalText(io.TextIOWrapper):
 
 
 def _encode_rest(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Encode what UTF-8 cannot: names that are not UTF-8 get their bytes back, other lone surrogates become U+FFFD."""
+    """Encode surrogates: names that are not UTF-8 get their bytes back, other lone surrogates become U+FFFD."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]
@@ -166,10 +165,10 @@ def _encode_rest(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def guard_streams() -> None:
-    """Make standard output and standard error survive whatever becomes of their readers, and Ctrl-C end quietly.
+    """Make standard output and error survive closed readers, and Ctrl-C exit without a traceback.
 
-    Descriptors 0 to 2 that are closed are opened on the null device, or the next file opened would get their number
-    and everything printed would go into it.
+    Closed descriptors 0 to 2 are opened on the null device; otherwise the next opened file would get their number and
+    everything printed.
     """
     codecs.register_error("tiny_lm.output", _encode_rest)
     for descriptor in range(3):
@@ -185,17 +184,17 @@ def guard_streams() -> None:
 
 
 def _guarded(stream: Any, *, with_progress_bars: bool) -> Any:
-    if stream is None:  # it was closed when Python started
+    if stream is None:  # closed when Python started
         raw: Any = Path(os.devnull).open("wb", buffering=0)  # noqa: SIM115
     else:
         binary = getattr(stream, "buffer", None)
         raw = getattr(binary, "raw", binary)
         if isinstance(raw, GuardedFile) or not isinstance(raw, io.RawIOBase):
-            return stream  # guarded already, or not a real file: a test or a notebook reads it
+            return stream  # already guarded, or not a real file (tests, notebooks)
         with suppress(OSError, ValueError):
             stream.flush()
     file: Any = GuardedFile(raw)
-    # Standard error has no buffer: signal handlers print, and a buffer cannot be entered twice.
+    # Standard error is unbuffered: signal handlers print, and a buffer is not reentrant.
     return TerminalText(file if with_progress_bars else io.BufferedWriter(file), with_progress_bars=with_progress_bars)
 
 
@@ -203,10 +202,10 @@ def _guarded(stream: Any, *, with_progress_bars: bool) -> Any:
 
 
 def print_result(*values: object, end: str = "\n") -> None:
-    """Print what the command was asked for to standard output, at once.
+    """Print the result of a command to standard output and flush.
 
     Raises:
-        SystemExit: nobody reads it any more; without a message, as with other programs in a pipe.
+        SystemExit: the reader is gone; without a message, as with other programs in a pipe.
         UserError: it could not be written.
     """
     print(*values, end=end, flush=True)
@@ -220,20 +219,20 @@ def print_result(*values: object, end: str = "\n") -> None:
 
 
 def print_message(text: object, *, end: str = "\n") -> None:
-    """Print a message to standard error: a warning, what is being done, the next command."""
+    """Print a message to standard error: a warning, progress, the next command."""
     print(visible(text), end=end, file=sys.stderr, flush=True)
 
 
 def print_error(error: object) -> None:
-    """Print what is wrong in one line on standard error."""
+    """Print an error as one line to standard error."""
     print_message(f"error: {one_line(error)}")
 
 
 def make_console(*, stderr: bool = True, **options: Any) -> "Console":
-    """Return a console of rich that prints every string literally, in table cells too: styles are given by Text.
+    """Return a rich console that prints strings literally, also in table cells; use Text for styles.
 
     Args:
-        stderr: whether it prints to standard error; else to standard output.
+        stderr: print to standard error instead of standard output.
         options: as of ``rich.console.Console``.
     """
     return _console_class()(stderr=stderr, **{"soft_wrap": True, **options})
@@ -244,7 +243,7 @@ def _console_class() -> "Callable[..., Console]":
     from rich.console import Console
 
     class LiteralConsole(Console):
-        """Reads no markup, emoji codes or highlights into a string: it may be a path or a model's text."""
+        """Ignores markup, emoji codes and highlights in strings, which may be paths or generated text."""
 
         def render_str(self, text: str, **options: Any) -> "Text":
             options.update(markup=False, emoji=False, highlight=False)
@@ -254,7 +253,7 @@ def _console_class() -> "Callable[..., Console]":
 
 
 def styled(text: object, style: str) -> "Text":
-    """Return ``text`` in a style of rich, such as bold."""
+    """Return ``text`` in a rich style, such as bold."""
     from rich.text import Text
 
     return Text(visible(text), style=style)
@@ -264,7 +263,7 @@ def styled(text: object, style: str) -> "Text":
 
 
 def _silence_interrupts() -> None:
-    """Let Ctrl-C end the process without a traceback, also a second one while the first is being handled."""
+    """Exit on Ctrl-C without a traceback, also on a second one while the first is handled."""
     if sys.excepthook is sys.__excepthook__:
         sys.excepthook = _report_uncaught
     if sys.unraisablehook is sys.__unraisablehook__:
@@ -277,6 +276,6 @@ def _report_uncaught(kind: type[BaseException], error: BaseException, traceback:
 
 
 def _report_unraisable(unraisable: Any) -> None:
-    """Report an error in a finalizer or while Python ends."""
+    """Report an error in a finalizer or at exit."""
     if not issubclass(unraisable.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all."""
+"""Atomic writes of files and folders."""
 
 import glob
 import json
@@ -19,9 +19,9 @@ from tiny_lm.locks import HAS_LOCKS, claim_file, is_abandoned, keep_open, lock_f
 
 _TEMPORARY = re.compile(r"\..+\.\d+\.(tmp|old)")
 
-_LOCK_SECONDS = 10.0  # names are given in no time, but the disk may be slow
+_LOCK_SECONDS = 10.0  # a rename is instant, but the disk may be slow
 
-_OUTPUT_IN_USE = "another process is writing there; wait for its end, or choose another name"
+_OUTPUT_IN_USE = "another process is writing there; wait until it has finished, or choose another name"
 
 _NOT_IN_JSON_TEXT = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """What :func:`to_json` escapes besides what JSON itself requires: characters that end a line for Unicode but not for
@@ -33,9 +33,8 @@ def atomic_path(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
     """Yield a temporary file beside ``path``; rename it to ``path`` when the block ends without an exception.
 
     The file is synced to disk before the rename, so a reader (or a machine that loses power) sees the old file or the
-    whole new one. When the block raises, the temporary file is removed and ``path`` is left as it was. It is locked
-    while the block runs: one that a killed process left is known by that, and is removed by the next writer of
-    ``path``.
+    complete new one. If the block raises, the temporary file is removed and ``path`` is unchanged. It is locked while
+    the block runs, so that the next writer of ``path`` recognizes and removes one that a killed process left.
 
     Args:
         path: the file to write.
@@ -55,21 +54,21 @@ def atomic_path(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
                 os.fsync(file.fileno())
             temporary.replace(path)
         except OSError as error:
-            # None: a write to a file that is open, on a full disk.
+            # None: a write to an open file on a full disk.
             ours = {None, str(temporary), str(path), *map(str, path.parents)}
             if error.filename not in ours and not str(error.filename).startswith(str(path.parent / _prefix(path))):
-                raise  # the block read something else
+                raise  # from something else in the block
             raise UserError(f"{path}: could not be written ({error.strerror or error})") from error
 
 
 @contextmanager
 def scratch_folder(folder: Path | None = None, *, name: str = "scratch") -> Iterator[Path]:
-    """Yield a temporary folder, which only its user may read; it is removed at the end: move out what is to stay.
+    """Yield a temporary folder that only the user may read; it is removed at the end.
 
     Those of the same name that killed processes left are removed first.
 
     Args:
-        folder: where to create it; None for the system's place for temporary files.
+        folder: its parent; by default the system's folder for temporary files.
         name: part of its name.
 
     Raises:
@@ -88,21 +87,21 @@ def scratch_folder(folder: Path | None = None, *, name: str = "scratch") -> Iter
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Raise what goes wrong while a file is written as an error that names ``path``, the file that it will be."""
+    """Turn an OSError of the block into a UserError that names ``path``, the final name of the file."""
     try:
         yield
     except OSError as error:
         if error.filename is not None and path.name not in str(error.filename):
-            raise  # the block read something else
+            raise  # from something else in the block
         raise UserError(f"{path}: could not be written ({error.strerror or error})") from error
 
 
 def _prefix(path: Path) -> str:
-    return f".{path.name[:60]}."  # with what follows it must not be longer than a name may be
+    return f".{path.name[:60]}."  # short enough for the maximum length of a name
 
 
 def _temporary_name(path: Path, suffix: str = "tmp") -> Path:
-    """Return a new name beside ``path``. A process number would not do: in containers all are 1."""
+    """Return a random name beside ``path``. A process id would not be unique: in containers all are 1."""
     return path.with_name(f"{_prefix(path)}{secrets.randbelow(10**12)}.{suffix}")
 
 
@@ -114,7 +113,7 @@ def _create_temporary(path: Path, stack: ExitStack, *, folder: bool = False) -> 
             temporary.mkdir()
         else:
             os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-        if not HAS_LOCKS:  # Windows, which renames no open file
+        if not HAS_LOCKS:  # Windows, where open files cannot be renamed
             stack.callback(_remove, temporary)
             return temporary
         descriptor = os.open(temporary, os.O_RDONLY if folder else os.O_RDWR)
@@ -122,7 +121,7 @@ def _create_temporary(path: Path, stack: ExitStack, *, folder: bool = False) -> 
             stack.callback(_remove, temporary)
             stack.enter_context(keep_open(descriptor))
             return temporary
-        os.close(descriptor)  # another process took it for abandoned before it was locked
+        os.close(descriptor)  # another process removed it before it was locked
 
 
 def _claim_temporary(path: Path, stack: ExitStack) -> Path:
@@ -137,7 +136,7 @@ def _claim_temporary(path: Path, stack: ExitStack) -> Path:
 
 
 def _remove(path: Path) -> None:
-    """Remove a temporary file or folder of ours; where that fails, the error that came before matters more."""
+    """Remove a temporary file or folder, ignoring errors: an earlier one matters more."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -146,7 +145,7 @@ def _remove(path: Path) -> None:
 
 
 def _remove_abandoned(folder: Path, prefix: str) -> bool:
-    """Remove the temporary files and folders of this prefix that no process holds; return whether any is held."""
+    """Remove the unlocked temporary files and folders of this prefix; return whether any is locked."""
     in_use = False
     with suppress(OSError):
         for path in [Path(entry.path) for entry in os.scandir(folder) if entry.name.startswith(prefix)]:
@@ -160,10 +159,10 @@ def _remove_abandoned(folder: Path, prefix: str) -> bool:
 
 @contextmanager
 def open_output(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that the user named for writing: whole or not at all, where it is a file.
+    """Open a file that the user named for writing, atomically if it is a regular file.
 
-    ``-`` and ``/dev/stdout`` are standard output; a pipe or a device is written as it is. A link stays a link: what it
-    points to is replaced.
+    ``-`` and ``/dev/stdout`` are standard output; a pipe or a device is written directly. The target of a link is
+    replaced, not the link.
 
     Raises:
         UserError: it cannot be written, or another process is writing it.
@@ -172,9 +171,9 @@ def open_output(path: Path) -> Iterator[BinaryIO]:
         if is_stdout(path):
             sys.stdout.flush()
             yield sys.stdout.buffer
-            print_result(end="")  # which ends the command where nobody reads it
+            print_result(end="")  # ends the command if nobody reads it
         elif path.is_dir():
-            raise UserError(f"{path}: is a folder, but a file is to be written; choose another name")
+            raise UserError(f"{path}: is a folder, not a file; choose another name")
         elif path.exists() and (not path.is_file() or str(path).startswith(("/dev/std", "/dev/fd/", "/proc/"))):
             with path.open("wb") as file:
                 yield file
@@ -189,7 +188,7 @@ def open_output(path: Path) -> Iterator[BinaryIO]:
 
 
 def is_stdout(path: Path) -> bool:
-    """Whether a path that the user named means standard output."""
+    """Return whether a path that the user named is standard output."""
     return str(path) in ("-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1")
 
 
@@ -197,13 +196,13 @@ def is_stdout(path: Path) -> bool:
 def atomic_folder(folder: Path, *, replaceable: str | None = None) -> Iterator[Path]:
     """Yield a temporary folder; give it the name ``folder`` when the block ends without an exception.
 
-    It lies beside ``folder``, or inside it where that is a mount point or its parent cannot be written: then the files
-    are moved up at the end, ``replaceable`` as the last one. When the block raises, the temporary folder is removed and
-    ``folder`` is left as it was. A link to a folder stays a link.
+    It is created beside ``folder``, or inside it if that is a mount point or its parent is not writable: then the files
+    are moved up at the end, ``replaceable`` last. If the block raises, the temporary folder is removed and ``folder``
+    is unchanged. A link to a folder stays a link.
 
     Args:
         folder: may exist if it is empty.
-        replaceable: name of a file by which a folder that may be replaced is known; None: none may be.
+        replaceable: name of a file that marks a folder that may be replaced; None: none may be.
 
     Raises:
         UserError: ``folder`` is a file or holds files that must not be lost, another process is writing it, or it
@@ -223,19 +222,19 @@ def atomic_folder(folder: Path, *, replaceable: str | None = None) -> Iterator[P
                 temporary = _create_temporary(beside, stack, folder=True)
             yield temporary
             with lock_folder(beside.parent, _OUTPUT_IN_USE, wait=_LOCK_SECONDS):
-                check_free(folder, replaceable=replaceable)  # others may have written there in the meantime
+                check_free(folder, replaceable=replaceable)  # others may have written there meanwhile
                 (_move_up if inside else _swap)(temporary, target, replaceable)
         except OSError as error:
             if error.filename is not None and not Path(str(error.filename)).is_relative_to(target.parent):
-                raise  # the block read something else
+                raise  # from something else in the block
             raise UserError(f"{folder}: could not be written ({error.strerror or error})") from error
 
 
 def _can_be_renamed(folder: Path) -> bool:
-    """Whether a folder is no mount point, and its parent may be changed."""
+    """Return whether a folder is not a mount point and its parent is writable."""
     if os.path.ismount(folder) or not os.access(folder.parent, os.W_OK | os.X_OK):
         return False
-    try:  # a folder of the same disk that is mounted here (mount --bind, docker run -v) shows nowhere else
+    try:  # bind mounts of the same disk (mount --bind, docker run -v) are listed only here
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return True
@@ -243,14 +242,14 @@ def _can_be_renamed(folder: Path) -> bool:
 
 
 def _swap(temporary: Path, target: Path, replaceable: str | None) -> None:
-    """Rename a temporary folder to ``target``, after what is there."""
+    """Rename a temporary folder to ``target``, replacing what exists."""
     old = _temporary_name(target, "old")
     if not target.exists():
         temporary.rename(target)
         return
     target.rename(old)
     try:
-        _check_content(old, target, replaceable)  # by now nobody writes there any more
+        _check_content(old, target, replaceable)  # nobody can write there any more
         temporary.rename(target)
     except BaseException:
         if not target.exists():
@@ -260,7 +259,7 @@ def _swap(temporary: Path, target: Path, replaceable: str | None) -> None:
 
 
 def _restore_replaced(target: Path) -> None:
-    """Give a folder its name back that a process was about to replace when it was killed; else remove what it left."""
+    """Restore a folder that a killed process was about to replace; otherwise remove what it left."""
     with suppress(OSError):
         for old in target.parent.glob(f"{glob.escape(_prefix(target))}*.old"):
             if _TEMPORARY.fullmatch(old.name) and old.is_dir():
@@ -271,7 +270,7 @@ def _restore_replaced(target: Path) -> None:
 
 
 def _move_up(temporary: Path, target: Path, replaceable: str | None) -> None:
-    """Move what is in a folder inside ``target`` to ``target``, in the place of what is there."""
+    """Move the contents of a folder inside ``target`` up into ``target``, replacing what exists."""
     last = [replaceable] if replaceable else []
     for entry in sorted(target.iterdir(), key=lambda entry: entry.name not in last):
         if _counts(entry):
@@ -281,35 +280,35 @@ def _move_up(temporary: Path, target: Path, replaceable: str | None) -> None:
 
 
 def check_free(folder: Path, *, replaceable: str | None = None) -> None:
-    """Check that a folder may be written anew, as :func:`atomic_folder` does.
+    """Check that :func:`atomic_folder` may write a folder.
 
     Raises:
         UserError: it is a file, or holds files that must not be lost.
     """
     check_name(folder)
     if folder.resolve() == Path.cwd() or folder.resolve() in Path.cwd().parents:
-        where = "is where you are" if folder.resolve() == Path.cwd() else "holds the folder where you are"
-        raise UserError(f"{folder}: {where}; name a folder of its own")
+        where = "is the working directory" if folder.resolve() == Path.cwd() else "contains the working directory"
+        raise UserError(f"{folder}: {where}; choose another folder")
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file, but a folder is to be written; choose another name")
+        raise UserError(f"{folder}: is a file, not a folder; choose another name")
     if folder.is_dir():
         _check_content(folder, folder, replaceable)
 
 
 def check_name(path: Path) -> None:
-    """Check that the libraries below us, which take names in UTF-8 only, can open a path.
+    """Check that libraries that accept only UTF-8 paths can open a path.
 
     Raises:
-        UserError: it holds bytes that are not UTF-8.
+        UserError: it is not UTF-8.
     """
     try:
-        str(path).encode()  # as given: a working directory of any name does no harm
+        str(path).encode()  # as given: the name of the working directory does not matter
     except UnicodeEncodeError:
         raise UserError(f"{path}: holds bytes that are not UTF-8, with which torch cannot open it; rename it") from None
 
 
 def _check_content(folder: Path, name: Path, replaceable: str | None) -> None:
-    """Check that what a folder holds may be lost; errors call it ``name``."""
+    """Check that the contents of a folder may be replaced; errors name it ``name``."""
     try:
         entries = [entry.name for entry in folder.iterdir() if _counts(entry)]
     except OSError as error:
@@ -324,27 +323,27 @@ def _check_content(folder: Path, name: Path, replaceable: str | None) -> None:
 
 
 def _counts(entry: Path) -> bool:
-    """Whether an entry of a folder is content, and neither temporary nor what each disk has at its root."""
+    """Return whether an entry of a folder is content, not a temporary file or ``lost+found``."""
     return not _TEMPORARY.fullmatch(entry.name) and entry.name != "lost+found"
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in ``folder`` and below it, and none in use."""
+    """Remove the temporary files that killed processes left in and below ``folder``."""
     for temporary in folder.rglob(".*.tmp"):
         if _TEMPORARY.fullmatch(temporary.name) and (not HAS_LOCKS or is_abandoned(temporary)):
             _remove(temporary)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8, atomically; what UTF-8 cannot hold (bytes of a file's name) is escaped."""
+    """Write ``text`` as UTF-8, atomically; lone surrogates (bytes of file names) are escaped."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
-    """Return ``value`` as JSON that stays on one line (without ``indent``) for every reader of lines.
+    """Return ``value`` as JSON, on one line without ``indent``, for any definition of a line.
 
-    Python's ``str.splitlines`` and many HTTP clients end a line at U+0085, U+2028 and U+2029 too, so these are escaped.
+    ``str.splitlines`` and many HTTP clients also split at U+0085, U+2028 and U+2029, so these are escaped.
 
     Raises:
         ValueError: a number is infinite or NaN, which JSON does not have.

@@ -1,9 +1,9 @@
-"""Locks on folders in use: shared by processes that read, exclusive for one that writes.
+"""Locks on folders in use: shared for readers, exclusive for a writer.
 
-A folder is locked through its own descriptor (``flock``): that needs no file and no permission to write, and the system
-releases it when the process ends, however it ends. Forked children close their copies, so that they do not keep the
-lock of a parent that was killed. On a network disk such a lock holds between the processes of one machine;
-:func:`lock_file` holds between machines. Where a system or a disk has no locks (Windows among them), nothing is locked.
+A folder is locked through its own descriptor (``flock``): this needs neither a lock file nor write permission, and the
+system releases it when the process ends. Forked children close their copies, so that they do not hold the lock of a
+killed parent. On a network disk such a lock holds between the processes of one machine; :func:`lock_file` holds between
+machines. Where locks are not supported (such as on Windows), nothing is locked.
 """
 
 import errno
@@ -25,15 +25,15 @@ except ImportError:  # Windows
 
 _BUSY = (errno.EACCES, errno.EAGAIN)
 _NO_FOLLOW: int = getattr(os, "O_NOFOLLOW", 0)
-_NO_BLOCK: int = getattr(os, "O_NONBLOCK", 0)  # a pipe in the place of a file must not keep us waiting
+_NO_BLOCK: int = getattr(os, "O_NONBLOCK", 0)  # opening a pipe in place of a file must not block
 
 _descriptors: set[int] = set()  # open and locked by this process
-_exclusive: set[tuple[int, int]] = set()  # folders that it locks exclusively, by device and inode
-_locked_files: dict[tuple[int, int], list[int]] = {}  # the descriptors of files that it locks, by device and inode
+_exclusive: set[tuple[int, int]] = set()  # folders locked exclusively, by device and inode
+_locked_files: dict[tuple[int, int], list[int]] = {}  # descriptors of locked files, by device and inode
 
 
 def _close_after_fork() -> None:
-    """Close the locked descriptors in a forked child: the lock would otherwise last as long as the child."""
+    """Close the locked descriptors in a forked child, which would otherwise hold the locks."""
     for descriptor in _descriptors:
         with suppress(OSError):
             os.close(descriptor)
@@ -50,18 +50,17 @@ if hasattr(os, "register_at_fork"):
 def lock_folder(
     folder: Path, in_use: str, *, shared: bool = False, wait: float = 0.0, create: bool = False
 ) -> Iterator[None]:
-    """Lock a folder while the block runs. A process that locks it exclusively already may lock it again.
+    """Lock a folder while the block runs. A process that holds it exclusively may lock it again.
 
     Args:
         folder: what to lock.
-        in_use: says in the error what another process does there, and what to do about it.
-        shared: several may hold such a lock at once, but none beside an exclusive one.
+        in_use: error text: what another process does there, and what to do.
+        shared: several processes may hold such a lock, but none beside an exclusive one.
         wait: seconds to wait for others to release it.
-        create: create the folder where it is missing, and at the end remove what was created and is still empty.
+        create: create missing folders, and remove them at the end if they are still empty.
 
     Raises:
-        UserError: another process holds a lock that does not go together with this one, or the folder could not be
-            created.
+        UserError: another process holds a conflicting lock, or the folder could not be created.
     """
     created: list[Path] = []
     if create:
@@ -76,7 +75,7 @@ def lock_folder(
         with _locked(folder, in_use, shared, wait):
             yield
     finally:
-        with suppress(OSError):  # one is not empty, and so is each above it
+        with suppress(OSError):  # not empty, and neither are its parents
             for path in created:
                 path.rmdir()
 
@@ -87,7 +86,7 @@ def _locked(folder: Path, in_use: str, shared: bool, wait: float) -> Iterator[No
     while True:
         try:
             descriptor = os.open(folder, os.O_RDONLY)
-        except OSError:  # a folder that may not be listed, or Windows
+        except OSError:  # no read permission, or Windows
             yield
             return
         key = _identity(os.fstat(descriptor))
@@ -103,7 +102,7 @@ def _locked(folder: Path, in_use: str, shared: bool, wait: float) -> Iterator[No
             time.sleep(0.05)
         elif _is_at(folder, key):
             break
-        else:  # it was renamed or removed in the meantime
+        else:  # it was renamed or removed meanwhile
             os.close(descriptor)
     with keep_open(descriptor, shared=shared):
         yield
@@ -121,19 +120,19 @@ def _is_at(path: Path, identity: tuple[int, int]) -> bool:
 
 
 def try_lock(descriptor: int, *, shared: bool = False) -> bool:
-    """Lock an open file or folder without waiting; return False where another process holds it."""
+    """Lock an open file or folder without waiting; return False if another process holds it."""
     if not HAS_LOCKS:
         return True
     try:
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in _BUSY  # otherwise a disk without locks: there the user must take care
+        return error.errno not in _BUSY  # otherwise the disk does not support locks
     return True
 
 
 @contextmanager
 def keep_open(descriptor: int, *, shared: bool = False) -> Iterator[None]:
-    """Close a locked descriptor at the end of the block, which releases its lock; forked children close it at once."""
+    """Close a locked descriptor at the end of the block, which releases its lock; forked children close it too."""
     key = _identity(os.fstat(descriptor))
     _descriptors.add(descriptor)
     if not shared:
@@ -149,17 +148,17 @@ def keep_open(descriptor: int, *, shared: bool = False) -> Iterator[None]:
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether no process holds a lock on ``path``, a temporary file or folder that its writer locks."""
+    """Return whether no process holds a lock on ``path``, a temporary file or folder that its writer locks."""
     if not HAS_LOCKS:
         return False
     try:
-        # Open for writing, as network disks want it of an exclusive lock.
+        # Open for writing, as network disks require for an exclusive lock.
         descriptor = os.open(path, (os.O_RDONLY if path.is_dir() else os.O_RDWR) | _NO_FOLLOW | _NO_BLOCK)
     except OSError:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # held, or a disk without locks
+    except OSError:  # locked, or a disk without locks
         return False
     finally:
         os.close(descriptor)
@@ -168,15 +167,15 @@ def is_abandoned(path: Path) -> bool:
 
 @contextmanager
 def lock_file(path: Path, in_use: str, *, shared: bool = False) -> Iterator[None]:
-    """Lock a file, between machines where their network disk has locks. A shared lock needs no right to write it.
+    """Lock a file, also between machines if the network disk supports it. A shared lock needs no write permission.
 
-    A process that locks the file already may lock it again. Such a lock ends when the process closes *any* descriptor
-    of the file, so all of them are closed together, at the end of the outermost block.
+    A process that holds the lock may lock again. Such a lock ends when the process closes *any* descriptor of the file,
+    so all are closed together, at the end of the outermost block.
 
     Args:
-        path: the file; an exclusive lock creates it, and a link in its place is not followed.
-        in_use: says in the error what another process does there, and what to do about it.
-        shared: several may hold such a lock at once; where the file is missing, nothing is locked.
+        path: the file; an exclusive lock creates it. Links are not followed.
+        in_use: error text: what another process does there, and what to do.
+        shared: several processes may hold such a lock; if the file is missing, nothing is locked.
 
     Raises:
         UserError: another process holds it, or it could not be created.
@@ -199,8 +198,8 @@ def lock_file(path: Path, in_use: str, *, shared: bool = False) -> Iterator[None
     descriptors.append(descriptor)
     _descriptors.add(descriptor)
     try:
-        if not (is_nested and shared):  # which would turn an exclusive lock of this process into a shared one
-            try:  # not flock: a lock of this kind reaches other machines, and belongs to this process alone
+        if not (is_nested and shared):  # it would downgrade an exclusive lock of this process
+            try:  # not flock: this lock works between machines, and belongs to the process
                 fcntl.lockf(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in _BUSY:
@@ -253,7 +252,7 @@ def claim_file(path: Path, in_use: str) -> Iterator[bool]:
 
 
 def open_append(path: Path) -> int:
-    """Return a descriptor that appends to a file of ours; a link in its place is not followed.
+    """Return a descriptor that appends to a file, without following links.
 
     Raises:
         OSError: it could not be opened, or is not a regular file.
@@ -267,7 +266,7 @@ def open_append(path: Path) -> int:
 
 
 def _describe_holders(descriptor: int) -> str:
-    """Return the processes that lock an open folder, in parentheses; nothing where the system does not list them."""
+    """Describe the processes that lock an open folder, in parentheses; empty if the system does not list them."""
     inode = str(os.fstat(descriptor).st_ino)
     found = []
     with suppress(OSError):

@@ -199,6 +199,21 @@ class Run:
         raise UserError(f"{self.folder}: has no checkpoint yet; train it first or wait for its first save")
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path that the user gave names a checkpoint file."""
+    return path.suffix == ".ckpt"
+
+
+def is_huggingface_folder(path: Path) -> bool:
+    """Whether a path is a model folder in Hugging Face's layout."""
+    return (path / "config.json").is_file()
+
+
+def run_folder_of(path: Path) -> Path:
+    """Return the run folder of a checkpoint, or the path itself if it is not a checkpoint."""
+    return path.parent.parent if is_checkpoint(path) else path
+
+
 def open_run(path: str | Path) -> Run:
     """Return the run of a folder.
 

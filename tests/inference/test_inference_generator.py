@@ -322,5 +322,5 @@ def test_a_run_that_is_none_or_has_nothing_yet(trained: Run, tmp_path: Path) -> 
 def test_tokenizer_of_another_run_is_refused(trained: Run, tmp_path: Path, stories: list[str]) -> None:
     other = train_tokenizer(TokenizerConfig(name="o", vocab_size=512, dataset_config="x"), stories[:5])
     other.save(tmp_path / "other")
-    with pytest.raises(UserError, match=r"other: is not the tokenizer that .*best.ckpt was trained with"):
+    with pytest.raises(UserError, match=r"other: tokenizer does not match .*best.ckpt"):
         TextGenerator.from_checkpoint(trained.best_checkpoint, tmp_path / "other")

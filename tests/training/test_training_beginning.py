@@ -162,7 +162,7 @@ def test_another_tokenizer_and_what_is_no_model_are_refused(
     )
     (tmp_path / "empty").mkdir()
     for source, told in [
-        (taught("gpt2").folder, "its tokenizer is not the one that wrote the token streams.*tokenize --tokenizer"),
+        (taught("gpt2").folder, "tokenizer does not match the token streams.*tokenize --tokenizer"),
         (tmp_path / "empty", "is neither a run folder nor a model in Hugging Face's layout"),
         (tmp_path / "nowhere", "no such run folder"),
         (tmp_path / "nowhere.ckpt", "no such checkpoint"),

@@ -191,7 +191,7 @@ def test_stream_without_its_tokenizer_or_with_another(
         train(model(), training(), data, run)
     config = TokenizerConfig(name="other", vocab_size=512, dataset_config="x")
     train_tokenizer(config, stories[:3]).save(stream / "tokenizer")
-    with pytest.raises(UserError, match=r"tokenizer: is not the tokenizer that wrote .*train.bin"):
+    with pytest.raises(UserError, match=r"tokenizer: tokenizer does not match .*train.bin"):
         train(model(), training(), data, run)
     assert not run.folder.exists()
 

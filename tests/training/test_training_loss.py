@@ -16,7 +16,7 @@ from tiny_lm.training.loss import LinearCrossEntropy, LossFunction, lean_next_to
 def test_a_fused_cross_entropy_has_the_loss_and_the_gradients_of_torchs_own(
     ignored: int, most_logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loss_module, "_MOST_LOGITS", most_logits)
+    monkeypatch.setattr(loss_module, "_MAX_LOGITS", most_logits)
     torch.manual_seed(0)
     hidden, weight = torch.randn(20, 8, dtype=torch.float64), torch.randn(50, 8, dtype=torch.float64)
     targets = torch.randint(0, 50, (20,))

@@ -167,35 +167,24 @@ def write_streams(
     errors: Literal["strict", "replace"] = "strict",
     split_within: bool = False,
 ) -> "StreamMetadata":
-    """Tokenize both splits of a data set, with a progress bar for each."""
-    from tiny_lm.cli.progress import track
-    from tiny_lm.data.tokenize import tokenize_corpus
-    from tiny_lm.dataset import Split, describe, estimate_bytes, iter_documents
+    """Tokenize a dataset with a progress bar."""
+    from tiny_lm.cli.progress import document_progress
+    from tiny_lm.data.tokenize import tokenize_dataset
+    from tiny_lm.dataset import estimate_bytes
 
-    splits: dict[str, Split] = {"train": "train", "val": "validation"}
-    corpus = {
-        name: track(
-            iter_documents(
-                dataset_config,
-                split,
-                val_split=tokenizer_config.val_split,
-                seed=seed,
-                errors=errors,
-                split_within=split_within,
-            ),
-            f"tokenizing {name}",
-            total_bytes=estimate_bytes(dataset_config, split, val_split=tokenizer_config.val_split),
+    val_split = tokenizer_config.val_split
+    sizes = [estimate_bytes(dataset_config, split, val_split=val_split) for split in ("train", "validation")]
+    total = None if None in sizes else sum(filter(None, sizes))
+    with document_progress("tokenizing", total_bytes=total) as on_document:
+        return tokenize_dataset(
+            tokenizer_config,
+            dataset_config,
+            tokenizer=tokenizer,
+            seed=seed,
+            errors=errors,
+            split_within=split_within,
+            on_document=on_document,
         )
-        for name, split in splits.items()
-    }
-    return tokenize_corpus(
-        tokenizer,
-        corpus,
-        Path(tokenizer_config.tokenized_output_dir),
-        source=describe(dataset_config),
-        seed=seed,
-        num_threads=tokenizer_config.num_threads,
-    )
 
 
 def check_errors(errors: str) -> Literal["strict", "replace"]:

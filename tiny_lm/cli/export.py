@@ -7,6 +7,7 @@ import typer
 
 from tiny_lm.console import print_message, shell_command
 from tiny_lm.errors import UserError
+from tiny_lm.runs import run_folder_of
 
 if TYPE_CHECKING:
     from tiny_lm.export.gguf import GGUFFile
@@ -185,7 +186,7 @@ def load_named_source(
 
     expected = load_model_config(model_config) if model_config else None
     named = TokenizerConfig.from_yaml(tokenizer_config) if tokenizer_config else None
-    folder = tokenizer or (Path(named.output_dir) if named else Run(checkpoint.parent.parent).tokenizer)
+    folder = tokenizer or (Path(named.output_dir) if named else Run(run_folder_of(checkpoint)).tokenizer)
     source = load_checkpoint_source(checkpoint, folder, model_config=expected)
     if named and named.type != source.tokenizer.kind:
         raise UserError(f"{tokenizer_config}: is of type {named.type}, but {folder} holds {source.tokenizer.kind}")

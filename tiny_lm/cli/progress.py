@@ -1,4 +1,4 @@
-"""Progress bars on standard error: for documents that stream by, and for work of several stages."""
+"""Progress bars on standard error: for documents that are streamed, and for work in several stages."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +19,16 @@ from tiny_lm.console import make_console
 
 
 def track(documents: Iterable[str], description: str, *, total_bytes: int | None = None) -> Iterator[str]:
-    """Yield ``documents`` and show their number, the amount of text, its rate and, if known, the time left."""
+    """Yield ``documents`` under a progress bar (see :func:`document_progress`)."""
+    with document_progress(description, total_bytes=total_bytes) as on_document:
+        for document in documents:
+            yield document
+            on_document(document)
+
+
+@contextmanager
+def document_progress(description: str, *, total_bytes: int | None = None) -> Iterator[Callable[[str], None]]:
+    """Yield a function to call with each document; it shows their number, their size, the rate and the time left."""
     columns = [
         TextColumn("{task.description}"),
         BarColumn(bar_width=12),  # all columns together fit into 80 characters
@@ -31,19 +40,23 @@ def track(documents: Iterable[str], description: str, *, total_bytes: int | None
     console = make_console()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(description, total=total_bytes, documents=0)
-        size = 0
-        for count, document in enumerate(documents, start=1):
-            yield document
-            size += len(document)  # characters; for a bar they are bytes enough
+        size = count = 0
+
+        def on_document(document: str) -> None:
+            nonlocal size, count
+            count += 1
+            size += len(document)  # characters: close enough to bytes for a progress bar
             if count % 100 == 0:
                 progress.update(task, completed=size, documents=count)
+
+        yield on_document
 
 
 @contextmanager
 def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a function that is told of a stage's name, its new steps and their total (0: unknown), and shows them.
+    """Yield ``advance(stage, steps, total)``, which shows a bar for each stage; ``total`` 0 is unknown.
 
-    A stage begins when it is first named; each has a bar of its own.
+    A stage starts when it is first named.
     """
     columns = [
         TextColumn("{task.description:<28}"),
@@ -55,7 +68,7 @@ def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
     tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
 
-        def tell(stage: str, steps: int, total: int) -> None:
+        def advance(stage: str, steps: int, total: int) -> None:
             if stage not in tasks:
                 tasks[stage] = progress.add_task(stage, total=total or None, rate="")
             progress.update(tasks[stage], advance=steps)
@@ -63,4 +76,4 @@ def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
             if speed:
                 progress.update(tasks[stage], rate=f"{speed:,.0f}/s" if speed >= 10 else f"{speed:,.1f}/s")
 
-        yield tell
+        yield advance

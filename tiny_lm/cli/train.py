@@ -16,7 +16,7 @@ from tiny_lm.config import parse_overrides, shipped_configs
 from tiny_lm.console import make_console, shell_command
 from tiny_lm.errors import UserError
 from tiny_lm.files import remove_leftovers
-from tiny_lm.runs import RUNS_FOLDER, Run, create_run, new_run_name, number_in, open_run
+from tiny_lm.runs import RUNS_FOLDER, Run, create_run, is_checkpoint, new_run_name, number_in, open_run, run_folder_of
 from tiny_lm.training.launch import check_variables
 
 if TYPE_CHECKING:
@@ -76,11 +76,9 @@ def _run_of(resume: str | None) -> Run | None:
     if resume is None or resume == "auto":
         return None
     path = Path(resume)
-    if path.suffix != ".ckpt":
-        return open_run(path)
-    if not path.is_file():
+    if is_checkpoint(path) and not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
-    return open_run(path.parent.parent)
+    return open_run(run_folder_of(path))
 
 
 def _config_files(profile: str | None, given: dict[str, str | None], resumed: Run | None) -> list[str]:

@@ -2,7 +2,7 @@
 
 from tiny_lm.dataset.config import DatasetConfig, Errors, Filters, Split, Splits
 from tiny_lm.dataset.notes import ReadingNotes
-from tiny_lm.dataset.sources import describe, download, estimate_bytes, iter_documents, write_documents
+from tiny_lm.dataset.sources import describe, download, estimate_bytes, iter_documents, iter_splits, write_documents
 from tiny_lm.dataset.survey import Survey, survey_corpus
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "download",
     "estimate_bytes",
     "iter_documents",
+    "iter_splits",
     "survey_corpus",
     "write_documents",
 ]

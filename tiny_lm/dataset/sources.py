@@ -43,18 +43,39 @@ def iter_documents(
     Raises:
         UserError: the source cannot be reached or read; on the first step of the iterator or wherever the trouble is.
     """
+    for found, text in iter_splits(
+        config, (split,), val_split=val_split, seed=seed, errors=errors, split_within=split_within
+    ):
+        if found == split:
+            yield text
+
+
+def iter_splits(
+    config: DatasetConfig,
+    splits: Iterable[Split] = _SPLITS,
+    *,
+    val_split: float = 0.01,
+    seed: int = 0,
+    errors: Errors = "strict",
+    split_within: bool = False,
+) -> Iterator[tuple[Split, str]]:
+    """Yield documents with their split; a corpus without a validation split is read once and yields both.
+
+    Arguments and errors are those of :func:`iter_documents`; ``splits`` are those to read where the dataset names them.
+    """
     if not 0 <= val_split < 1:
         raise UserError(f"val_split: must be at least 0 and below 1 (it is {val_split})")
     if config.source == "stories" or config.split_name("validation") is not None:
-        yield from apply_filters(_raw_documents(config, split, errors), config.filters)
+        for split in splits:
+            for text in apply_filters(_raw_documents(config, split, errors), config.filters):
+                yield split, text
         return
     for text in apply_filters(_raw_documents(config, "train", errors), config.filters):
         if split_within:
-            part = divide_document(text, val_split)[split == "validation"].strip()
-            if part:
-                yield part
-        elif in_validation(text, val_split, seed) == (split == "validation"):
-            yield text
+            parts = zip(_SPLITS, divide_document(text, val_split), strict=True)
+            yield from ((split, part.strip()) for split, part in parts if part.strip())
+        else:
+            yield _SPLITS[in_validation(text, val_split, seed)], text
 
 
 def _raw_documents(config: DatasetConfig, split: Split, errors: Errors) -> Iterator[str]:

@@ -23,8 +23,8 @@ from tiny_lm.inference import SamplingParams, TextGenerator
 from tiny_lm.inference.request import Completion
 from tiny_lm.inference.scoring import LossStats, loss_by_position, sum_losses
 from tiny_lm.model.checkpoint import load_checkpoint_model
-from tiny_lm.runs import Run, open_run
-from tiny_lm.tokenizer import load_tokenizer
+from tiny_lm.runs import Run, is_checkpoint, open_run, run_folder_of
+from tiny_lm.tokenizer import check_same_tokenizer, load_tokenizer
 
 _MAX_LOGITS = 2**26  # elements in one batch of logits: 256 MB
 
@@ -77,9 +77,8 @@ def load_run(path: str | Path, options: EvaluationOptions) -> LoadedRun:
         UserError: something is missing, damaged, or does not belong to the run.
     """
     path = Path(path)
-    is_checkpoint = path.suffix == ".ckpt"
-    run = open_run(path.parent.parent if is_checkpoint else path)
-    checkpoint = path if is_checkpoint else run.model_checkpoint()
+    run = open_run(run_folder_of(path))
+    checkpoint = path if is_checkpoint(path) else run.model_checkpoint()
     overrides = parse_overrides(list(options.settings), ["data"])["data"]
     config = BinDataConfig.from_yaml(str(run.configs / "data.yaml"), overrides)
     if options.stride is not None and not 1 <= options.stride <= config.block_size:
@@ -87,11 +86,9 @@ def load_run(path: str | Path, options: EvaluationOptions) -> LoadedRun:
     checkpoint_model = load_checkpoint_model(checkpoint)
     train, val = open_stream(config.train_path, config), open_stream(config.val_path, config)
     for name, stream in ((config.train_path, train), (config.val_path, val)):
-        if stream.metadata.tokenizer_hash != checkpoint_model.tokenizer_hash:
-            raise UserError(f"{name}: was not written by the tokenizer that {checkpoint} was trained with")
+        check_same_tokenizer(stream.metadata.tokenizer_hash, checkpoint_model.tokenizer_hash, name, checkpoint)
     tokenizer = load_tokenizer(run.tokenizer)
-    if tokenizer.hash != checkpoint_model.tokenizer_hash:
-        raise UserError(f"{run.tokenizer}: is not the tokenizer that {checkpoint} was trained with")
+    check_same_tokenizer(tokenizer.hash, checkpoint_model.tokenizer_hash, run.tokenizer, checkpoint)
     generator = TextGenerator(checkpoint_model.model.to(fastest_device()), tokenizer)
     return LoadedRun(run, checkpoint, checkpoint_model.step, generator, config, train, val)
 

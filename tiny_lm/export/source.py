@@ -15,8 +15,8 @@ from tiny_lm.dataset.stories import generate_stories
 from tiny_lm.errors import UserError
 from tiny_lm.model import ModelConfig, Transformer, load_model_config
 from tiny_lm.model.checkpoint import load_checkpoint_model
-from tiny_lm.runs import Run, open_run, read_metrics
-from tiny_lm.tokenizer import Tokenizer, load_tokenizer
+from tiny_lm.runs import Run, is_checkpoint, is_huggingface_folder, open_run, read_metrics, run_folder_of
+from tiny_lm.tokenizer import Tokenizer, check_same_tokenizer, load_tokenizer
 
 _VALIDATION_TOKENS = 32_768
 """Most tokens of the validation stream that an export is compared on."""
@@ -80,12 +80,12 @@ def load_source(path: str | Path) -> Source:
         UserError: there is no such run, it is being trained at this moment, or it holds no sound model.
     """
     path = Path(path)
-    if path.suffix == ".ckpt":
-        run = Run(path.parent.parent)
+    if is_checkpoint(path):
+        run = Run(run_folder_of(path))
         return load_checkpoint_source(path, run.tokenizer, model_config=_config_of(run))
     if path.is_file():
         raise UserError(f"{path}: is neither a run folder nor a .ckpt file")
-    if (path / "config.json").is_file() and not (path / "run.json").is_file():
+    if is_huggingface_folder(path) and not Run(path).metadata_file.is_file():
         command = shell_command("tiny-lm", "import", path)
         raise UserError(f"{path}: is a model in Hugging Face's layout; make a run of it first: {command}")
     run = open_run(path)
@@ -113,8 +113,7 @@ def load_checkpoint_source(
     """
     loaded = load_checkpoint_model(checkpoint, config=model_config)
     tokenizer = load_tokenizer(tokenizer_path)
-    if tokenizer.hash != loaded.tokenizer_hash:
-        raise UserError(f"{tokenizer_path}: is not the tokenizer that {checkpoint} was trained with")
+    check_same_tokenizer(tokenizer.hash, loaded.tokenizer_hash, tokenizer_path, checkpoint)
     if tokenizer.vocab_size > loaded.config.vocab_size:
         raise UserError(
             f"{tokenizer_path}: has {tokenizer.vocab_size} tokens, but the model of {checkpoint} only "
@@ -125,7 +124,7 @@ def load_checkpoint_source(
             raise UserError(
                 f"{checkpoint}: {name} contains NaN or infinity; export an earlier checkpoint (step-*.ckpt)"
             )
-    run = Run(checkpoint.resolve().parent.parent)
+    run = Run(run_folder_of(checkpoint.resolve()))
     in_run = run.metadata_file.is_file()
     name = run.name if in_run else checkpoint.stem
     record = run.read_metadata() if in_run else {}

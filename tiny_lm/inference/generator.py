@@ -23,8 +23,8 @@ from tiny_lm.inference.scoring import PromptScore, Score, token_logprobs
 from tiny_lm.model import ModelConfig, Transformer
 from tiny_lm.model.checkpoint import CheckpointModel, load_checkpoint_model
 from tiny_lm.model.huggingface_folder import load_huggingface_model
-from tiny_lm.runs import Run, open_run
-from tiny_lm.tokenizer import Tokenizer, load_tokenizer
+from tiny_lm.runs import Run, is_checkpoint, is_huggingface_folder, open_run, run_folder_of
+from tiny_lm.tokenizer import Tokenizer, check_same_tokenizer, load_tokenizer
 from tiny_lm.tokenizer.huggingface_import import load_huggingface_tokenizer
 
 _ROWS = 64
@@ -73,7 +73,7 @@ class TextGenerator:
             UserError: it is none of them, or damaged.
         """
         path = Path(path)
-        if (path / "config.json").is_file() or path.suffix == ".safetensors":
+        if is_huggingface_folder(path) or path.suffix == ".safetensors":
             return cls.from_export(path, device=device)
         return cls.from_run(path, device=device)
 
@@ -85,8 +85,8 @@ class TextGenerator:
             UserError: there is no such run or checkpoint, or it is damaged.
         """
         path = Path(path)
-        if path.suffix == ".ckpt":
-            return cls.from_checkpoint(path, Run(path.parent.parent).tokenizer, device=device)
+        if is_checkpoint(path):
+            return cls.from_checkpoint(path, Run(run_folder_of(path)).tokenizer, device=device)
         run = open_run(path)
         return cls.from_checkpoint(run.model_checkpoint(), run.tokenizer, device=device)
 
@@ -112,8 +112,7 @@ class TextGenerator:
         """
         loaded: CheckpointModel = load_checkpoint_model(Path(checkpoint_path), config=model_config)
         tokenizer = load_tokenizer(tokenizer_path)
-        if tokenizer.hash != loaded.tokenizer_hash:
-            raise UserError(f"{tokenizer_path}: is not the tokenizer that {checkpoint_path} was trained with")
+        check_same_tokenizer(tokenizer.hash, loaded.tokenizer_hash, tokenizer_path, checkpoint_path)
         return cls(loaded.model.to(choose_device(device)), tokenizer)
 
     @classmethod

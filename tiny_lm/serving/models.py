@@ -12,7 +12,7 @@ from tiny_lm.hardware.device import Device
 from tiny_lm.hardware.memory import free_memory
 from tiny_lm.inference import TextGenerator
 from tiny_lm.model import Transformer
-from tiny_lm.runs import Run
+from tiny_lm.runs import Run, run_folder_of
 from tiny_lm.serving.chat import ChatTemplate, load_chat_template
 from tiny_lm.serving.limits import Limits
 from tiny_lm.serving.scheduler import Scheduler, run_in_thread
@@ -108,7 +108,7 @@ def _is_model(path: Path) -> bool:
 def _name_of(path: Path) -> str:
     path = path.resolve()
     if path.suffix == ".ckpt":
-        return f"{path.parent.parent.name}-{path.stem}"
+        return f"{run_folder_of(path).name}-{path.stem}"
     return path.parent.name if path.is_file() else path.name
 
 
@@ -165,7 +165,7 @@ def check_memory(models: Sequence[ServedModel], limits: Limits) -> int:
 def _template_folder(path: Path) -> Path:
     """Return the folder in which a model's tokenizer lies."""
     if path.suffix == ".ckpt":
-        return Run(path.parent.parent).tokenizer
+        return Run(run_folder_of(path)).tokenizer
     folder = path.parent if path.is_file() else path
     return folder if (folder / "config.json").is_file() else Run(folder).tokenizer
 

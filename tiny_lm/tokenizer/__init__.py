@@ -6,6 +6,7 @@ from tiny_lm.tokenizer.char import CharTokenizer
 from tiny_lm.tokenizer.config import TokenizerConfig
 from tiny_lm.tokenizer.gpt2 import GPT2Tokenizer
 from tiny_lm.tokenizer.load import load_tokenizer
+from tiny_lm.tokenizer.matching import check_same_tokenizer
 from tiny_lm.tokenizer.pickle_import import import_pickled_tokenizer
 from tiny_lm.tokenizer.sentencepiece import SentencePieceTokenizer
 from tiny_lm.tokenizer.train import train_tokenizer
@@ -22,6 +23,7 @@ __all__ = [
     "StreamDecoder",
     "Tokenizer",
     "TokenizerConfig",
+    "check_same_tokenizer",
     "import_pickled_tokenizer",
     "load_tokenizer",
     "train_tokenizer",

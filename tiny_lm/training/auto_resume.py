@@ -96,7 +96,7 @@ def _is_copy(run: Run) -> bool:
     name = run.read_metadata().get("name")
     if not isinstance(name, str) or name in ("", run.name) or Path(name).name != name:
         return False
-    return (run.folder.parent / name / "run.json").is_file()
+    return Run(run.folder.parent / name).metadata_file.is_file()
 
 
 def _differences(run: Run, configs: Sequence[Config]) -> list[str]:

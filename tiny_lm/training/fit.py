@@ -1,4 +1,4 @@
-"""One training run: checks, run folder, Lightning's trainer, and what is written down at the end."""
+"""One training run: the plan, the run folder, Lightning's trainer, and the final metrics."""
 
 import logging
 import math
@@ -12,20 +12,21 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers.logger import Logger
 from rich.console import Console
 
-from tiny_lm.config import Config
 from tiny_lm.console import make_console
 from tiny_lm.data import BinDataConfig
 from tiny_lm.data.bin.data_module import BinTokenDataModule
 from tiny_lm.data.bin.stream import hold_streams
 from tiny_lm.errors import UserError
-from tiny_lm.hardware.device import Device, describe_device, fastest_device
+from tiny_lm.hardware.device import Device, Precision, describe_device, fastest_device
 from tiny_lm.hardware.flops import peak_flops
 from tiny_lm.hardware.memory import is_out_of_memory, peak_memory
 from tiny_lm.model import ModelConfig, flops_per_token, num_parameters
 from tiny_lm.runs import Run, environment, number_in
-from tiny_lm.tokenizer import Tokenizer, load_tokenizer
+from tiny_lm.tokenizer import Tokenizer, check_same_tokenizer, load_tokenizer
 from tiny_lm.tokenizer.chat_template import read_chat_template
 from tiny_lm.tracking.loggers import build_loggers, check_loggers
 from tiny_lm.training.acceleration import choose_compile, keep_freed_memory, prefers_blocked_attention
@@ -44,6 +45,7 @@ from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.distributed import (
     ConfigConsistencyCheck,
     DistributedContext,
+    PerRankBatch,
     describe_sharding,
     get_distributed_context,
     lightning_options,
@@ -52,20 +54,92 @@ from tiny_lm.training.distributed import (
 )
 from tiny_lm.training.initial_weights import load_initial_weights
 from tiny_lm.training.lm_module import CausalLMModule
-from tiny_lm.training.loss import LossFunction, compiled_loss, next_token_loss
+from tiny_lm.training.loss import compiled_loss, next_token_loss
 from tiny_lm.training.precision import choose_precision, describe_choice
 from tiny_lm.training.resume import check_resume, truncate_run
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What came out of a training run."""
+    """How a training run ended."""
 
     run: Run
     finished: bool
-    """False where the run was stopped before its last step; it can be resumed."""
+    """False if the run was stopped before its last step; it can be resumed."""
     steps: int
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """What is trained, where and how: resolved and validated before anything is written."""
+
+    model: ModelConfig
+    training: TrainingConfig
+    data: BinTokenDataModule
+    tokenizer: Tokenizer
+    run: Run
+    resume_from: Path | None
+    device: Device
+    precision: Precision
+    """The precision to train in on ``device``; the training config may name another one."""
+    compiled: bool
+    distributed: DistributedContext
+    batch: PerRankBatch
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimizer step, over all ranks."""
+        return self.data.config.batch_size * self.data.config.block_size * self.training.accumulate_grad_batches
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What determines the order of batches and the optimizer state: a resumed run must match it."""
+        return {
+            "model": self.model.to_dict(),
+            "tokenizer_hash": self.tokenizer.hash,
+            "optimizer": self.training.optimizer,
+            "seed": self.training.seed,
+            "batch_size": self.data.config.batch_size,
+            "block_size": self.data.config.block_size,
+            "stride": self.data.config.training_stride,
+        }
+
+    @property
+    def checkpoint_meta(self) -> dict[str, Any]:
+        """What every checkpoint carries; resuming reports what has changed since."""
+        return {
+            **self.identity,
+            "training": self.training.to_dict(),
+            "data": self.data.config.to_dict(),
+            "precision": self.precision,
+            "device": self.device,
+            "compiled": self.compiled,
+            **self.data.sizes,
+        }
+
+    def run_metadata(self) -> dict[str, Any]:
+        """Return what ``run.json`` says about the model, the data and the machine."""
+        return {
+            "seed": self.training.seed,
+            "device": describe_device(self.device),
+            "processes": self.distributed.world_size,
+            "precision": self.precision,
+            "compiled": self.compiled,
+            "parameters": num_parameters(self.model),
+            "flops_per_token": flops_per_token(self.model, self.data.config.block_size),
+            "peak_flops": asdict(peak_flops(self.device, self.precision)),
+            "name": self.run.name,
+            "tokenizer_hash": self.tokenizer.hash,
+            "tokens_per_step": self.tokens_per_step,
+            **self.data.sizes,
+        }
+
+    def consistency_values(self, resumed_step: int) -> dict[str, Any]:
+        """Return what all ranks must have read identically from their configs and files."""
+        settings = {f"training.{key}": value for key, value in self.training.to_dict().items()}
+        train_tokens = self.data.train_stream.tokens
+        return {"resumed step": resumed_step, "training tokens": train_tokens, **self.identity, **settings}
 
 
 def train(
@@ -83,240 +157,207 @@ def train(
 
     Args:
         model_config: the network.
-        training_config: optimizer, schedule, precision and rhythm.
-        data_config: token streams, windows and batches.
-        run: the run folder to write; it may be new or, when resuming, the run's own.
-        resume_from: a checkpoint to go on from.
-        names: of the three configs, for people.
-        config_files: where the three configs lie, by which ``--resume auto`` finds the run again.
-        console: where progress is shown; standard error by default.
+        training_config: optimizer, schedule, precision and intervals.
+        data_config: token streams, sequences and batches.
+        run: the run folder to write; new, or the resumed run's own.
+        resume_from: a checkpoint to resume from.
+        names: of the three configs, for display.
+        config_files: paths of the three configs, by which ``--resume auto`` finds the run again.
+        console: shows progress; standard error by default.
 
     Raises:
-        UserError: configs, streams, tokenizer and checkpoint do not fit each other, the loss is no longer a number, or
-            disk or memory is full.
+        UserError: configs, streams, tokenizer and checkpoint do not match, the loss is NaN or infinite, or disk or
+            memory is full.
     """
     is_new = not run.metadata_file.exists()
     device = fastest_device()
-    processes = get_distributed_context(training_config, device)
-    share = split_global_batch(data_config.batch_size, training_config.accumulate_grad_batches, processes.world_size)
-    console = (console or make_console()) if processes.is_main else make_console(quiet=True, force_terminal=False)
+    distributed = get_distributed_context(training_config, device)
+    is_main = distributed.is_main
+    console = (console or make_console()) if is_main else make_console(quiet=True, force_terminal=False)
+    plan = _plan(model_config, training_config, data_config, run, resume_from, device, distributed, console)
+    samples = SampleWriter(run, training_config, plan.tokenizer)
+    if device == "cpu":
+        keep_freed_memory()
+    resumed_step = 0
+    if resume_from is not None:
+        finished = run.read_metadata().get("status") == "finished"
+        resumed_step = check_resume(resume_from, plan.checkpoint_meta, console, finished=finished)
+    module = _build_module(plan)
+    metadata = plan.run_metadata()
+    if config_files:
+        metadata["config_files"] = list(config_files)
+    if training_config.init_from and resume_from is None:
+        metadata["init_from"] = load_initial_weights(Path(training_config.init_from), module.model, plan.tokenizer)
+        console.print(f"initial weights: {training_config.init_from}", markup=False)
+    with hold_streams(plan.data.train_stream, plan.data.val_stream), run.claim() if is_main else nullcontext():
+        if is_main:
+            if is_new and run.metadata_file.exists():
+                raise UserError(f"{run.folder}: another process has just trained a run there; choose another run_name")
+            _write_inputs(plan, configs=list(names), **metadata)
+            truncate_run(run, resume_from, resumed_step)
+        return _fit(plan, module, samples, resumed_step, console)
+
+
+def _plan(
+    model_config: ModelConfig,
+    training_config: TrainingConfig,
+    data_config: BinDataConfig,
+    run: Run,
+    resume_from: Path | None,
+    device: Device,
+    distributed: DistributedContext,
+    console: Console,
+) -> TrainingPlan:
+    """Resolve and validate the configs; print how the run trains."""
+    batch = split_global_batch(data_config.batch_size, training_config.accumulate_grad_batches, distributed.world_size)
     data = BinTokenDataModule(
         data_config,
         seed=training_config.seed,
         ignore_index=training_config.ignore_index,
-        micro_batch=share.micro_batch,
+        micro_batch=batch.micro_batch,
     )
-    tokenizer = _check_fit(model_config, data)
+    tokenizer = _load_matching_tokenizer(model_config, data)
     check_loggers(training_config.trackers)
-    stories = SampleWriter(run, training_config, tokenizer)
     precision, precision_reason = choose_precision(training_config, device)
-    tokens_per_step = data_config.batch_size * data_config.block_size * training_config.accumulate_grad_batches
-    compiles, compile_reason = choose_compile(
-        training_config, model_config, tokens_per_step, data_config.block_size, device
+    plan = TrainingPlan(
+        model=model_config,
+        training=training_config,
+        data=data,
+        tokenizer=tokenizer,
+        run=run,
+        resume_from=resume_from,
+        device=device,
+        precision=precision,
+        compiled=False,
+        distributed=distributed,
+        batch=batch,
     )
-    described = describe_choice(device, precision, precision_reason)
-    for line in filter(None, (processes.notice, described, describe_sharding(processes, share), compile_reason)):
+    compiled, compile_reason = choose_compile(
+        training_config, model_config, plan.tokens_per_step, data_config.block_size, device
+    )
+    described = describe_choice(device, precision, precision_reason), describe_sharding(distributed, batch)
+    for line in filter(None, (distributed.notice, *described, compile_reason)):
         console.print(line, markup=False)
-    compiles = compiles and processes.strategy != "fsdp"
-    if device == "cpu":
-        keep_freed_memory()
-    identity = _identity(model_config, training_config, data_config, tokenizer)
-    kept = {  # in every checkpoint; a run that goes on from it tells what differs
-        **identity,
-        "training": training_config.to_dict(),
-        "data": data_config.to_dict(),
-        "precision": precision,
-        "device": device,
-        "compiled": compiles,
-        **data.sizes,
-    }
-    finished = run.read_metadata().get("status") == "finished"
-    resumed_step = 0 if resume_from is None else check_resume(resume_from, kept, console, finished=finished)
-    loss = compiled_loss(precision) if compiles else next_token_loss
-    module = _build_module(model_config, replace(training_config, precision=precision), kept, loss)
-    if prefers_blocked_attention(device, data_config.block_size):
+    return replace(plan, compiled=compiled and distributed.strategy != "fsdp")
+
+
+def _build_module(plan: TrainingPlan) -> CausalLMModule:
+    """Seed torch, enable TF32 and build the module."""
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(plan.training.seed)
+    loss = compiled_loss(plan.precision) if plan.compiled else next_token_loss
+    module = CausalLMModule(plan.model, replace(plan.training, precision=plan.precision), plan.checkpoint_meta, loss)
+    if prefers_blocked_attention(plan.device, plan.data.config.block_size):
         module.model.use_blocked_attention()
-    plan = _plan(identity, training_config, resumed_step, data.train_stream.tokens)
-    agreement = ConfigConsistencyCheck(plan, training_config.seed)
-    loggers = build_loggers(training_config.trackers, run, resumed_step, console)
-    options = {"accelerator": device, "precision": precision, "logger": loggers, **lightning_options(processes, share)}
-    facts = _facts(model_config, data_config, device, processes, kept)
-    facts |= {"name": run.name, "tokenizer_hash": tokenizer.hash}
-    if config_files:
-        facts["config_files"] = list(config_files)
-    facts |= {"tokens_per_step": tokens_per_step, **data.sizes}
-    if training_config.init_from and resume_from is None:
-        facts["init_from"] = load_initial_weights(Path(training_config.init_from), module.model, tokenizer)
-        console.print(f"begins with the weights of {training_config.init_from}", markup=False)
-    with hold_streams(data.train_stream, data.val_stream), run.claim() if processes.is_main else nullcontext():
-        if processes.is_main:
-            if is_new and run.metadata_file.exists():
-                raise UserError(f"{run.folder}: another process has just trained a run there; choose another run_name")
-            _begin(run, (model_config, training_config, data_config), tokenizer, names, **facts)
-            truncate_run(run, resume_from, resumed_step)
-        return _fit(module, data, run, resume_from, processes, agreement, stories, options, console)
+    return module
 
 
-def _build_module(
-    model_config: ModelConfig, config: TrainingConfig, kept: dict[str, Any], loss: LossFunction
-) -> CausalLMModule:
-    """Draw fresh weights from the seed."""
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs that have it
-    torch.manual_seed(config.seed)
-    return CausalLMModule(model_config, config, kept, loss)
-
-
-def _identity(
-    model_config: ModelConfig, training_config: TrainingConfig, data_config: BinDataConfig, tokenizer: Tokenizer
-) -> dict[str, Any]:
-    """Return what decides the order of batches and the state of the optimizer: a resumed run must agree."""
-    return {
-        "model": model_config.to_dict(),
-        "tokenizer_hash": tokenizer.hash,
-        "optimizer": training_config.optimizer,
-        "seed": training_config.seed,
-        "batch_size": data_config.batch_size,
-        "block_size": data_config.block_size,
-        "stride": data_config.training_stride,
-    }
-
-
-def _facts(
-    model_config: ModelConfig,
-    data_config: BinDataConfig,
-    device: Device,
-    processes: DistributedContext,
-    kept: dict[str, Any],
-) -> dict[str, Any]:
-    """Return what ``run.json`` says of the model and of where it is trained."""
-    return {
-        "seed": kept["seed"],
-        "device": describe_device(device),
-        "processes": processes.world_size,
-        "precision": kept["precision"],
-        "compiled": kept["compiled"],
-        "parameters": num_parameters(model_config),
-        "flops_per_token": flops_per_token(model_config, data_config.block_size),
-        "peak_flops": asdict(peak_flops(device, kept["precision"])),
-    }
-
-
-def _plan(
-    identity: dict[str, Any], training_config: TrainingConfig, resumed_step: int, train_tokens: int
-) -> dict[str, Any]:
-    """Return what all processes must have read alike from their configs and files."""
-    settings = {f"training.{key}": value for key, value in training_config.to_dict().items()}
-    return {"resumed step": resumed_step, "training tokens": train_tokens, **identity, **settings}
-
-
-def _begin(
-    run: Run, configs: tuple[Config, Config, Config], tokenizer: Tokenizer, names: Sequence[str], **facts: Any
-) -> None:
-    """Write down what is about to be trained."""
-    for section, config in zip(("model", "training", "data"), configs, strict=True):
+def _write_inputs(plan: TrainingPlan, **metadata: Any) -> None:
+    """Write the resolved configs, the tokenizer and ``run.json`` into the run folder."""
+    run, tokenizer = plan.run, plan.tokenizer
+    for section, config in (("model", plan.model), ("training", plan.training), ("data", plan.data.config)):
         config.save(run.configs / f"{section}.yaml")
-    tokenizer.chat_template = read_chat_template(run.tokenizer) or tokenizer.chat_template  # it may have been put there
+    tokenizer.chat_template = read_chat_template(run.tokenizer) or tokenizer.chat_template  # added by hand, perhaps
     tokenizer.save(run.tokenizer)
-    run.update_metadata(status="running", configs=list(names), environment=environment(), **facts)
+    run.update_metadata(status="running", environment=environment(), **metadata)
 
 
 def _fit(
-    module: CausalLMModule,
-    data: BinTokenDataModule,
-    run: Run,
-    resume_from: Path | None,
-    processes: DistributedContext,
-    agreement: ConfigConsistencyCheck,
-    stories: SampleWriter,
-    options: dict[str, Any],
-    console: Console,
+    plan: TrainingPlan, module: CausalLMModule, samples: SampleWriter, resumed_step: int, console: Console
 ) -> TrainingResult:
-    """Run Lightning's trainer and write down how it ended."""
-    config = module.config
-    event: StepMetrics = {}
-    record = run.read_metadata()
-    ideal = record["flops_per_token"] / record["peak_flops"]["value"] if processes.is_main else None
-    monitor = TokensMonitor(config, event, ideal)
+    """Run Lightning's trainer and record how it ended."""
+    config, run, data, is_main = module.config, plan.run, plan.data, plan.distributed.is_main
+    metrics: StepMetrics = {}
+    earlier_seconds = number_in(run.read_metadata(), "seconds") or 0.0
+    started = time.perf_counter()
+    ideal = flops_per_token(plan.model, data.config.block_size) / peak_flops(plan.device, plan.precision).value
+    monitor = TokensMonitor(config, metrics, ideal)
     average = WeightAverage(config.ema_decay) if config.ema_decay else None
-    validation = Validation(config, data.val_stream, monitor, average, stories, event)
-    guard = LossSpikeDetector(config, run, data, console)
-    writer = CheckpointWriter(run, config.save_every_n_steps, config.keep_checkpoints, validation, monitor, guard)
-    before, started = number_in(record, "seconds") or 0.0, time.perf_counter()
+    validation = Validation(config, data.val_stream, monitor, average, samples, metrics)
+    spikes = LossSpikeDetector(config, run, data, console)
+    writer = CheckpointWriter(run, config.save_every_n_steps, config.keep_checkpoints, validation, monitor, spikes)
+    # They run in this order: metrics are collected before they are written, and the checkpoint is written last.
+    callbacks = [
+        ConfigConsistencyCheck(plan.consistency_values(resumed_step), config.seed),
+        spikes,
+        monitor,
+        *([average] if average else []),
+        GpuStatsMonitor(config.system_metrics_every_n_steps, metrics),
+        validation,
+        MetricsWriter(metrics, console),
+        writer,
+        GracefulStop(writer, console),
+        OptimizerStepProgressBar([monitor, validation], console),
+    ]
     try:
         with quiet_lightning():
-            trainer = pl.Trainer(
-                **options,
-                max_steps=config.max_steps,
-                max_epochs=-1,  # the loader is endless; steps decide
-                limit_val_batches=0,  # Validation does it: a run then resumes exactly, whatever fell on its last step
-                num_sanity_val_steps=0,
-                enable_checkpointing=False,
-                enable_model_summary=False,
-                plugins=[AtomicCheckpointIO(), processes.environment],
-                callbacks=[
-                    agreement,
-                    guard,
-                    monitor,
-                    *([average] if average else []),
-                    GpuStatsMonitor(config.system_metrics_every_n_steps, event),
-                    validation,
-                    MetricsWriter(event, console),
-                    writer,
-                    GracefulStop(writer, console),
-                    OptimizerStepProgressBar([monitor, validation], console),
-                ],
-            )
-            with terminate_on_failure(trainer, processes):
-                trainer.fit(module, datamodule=data, ckpt_path=resume_from, weights_only=True)
+            trainer = _build_trainer(plan, callbacks, build_loggers(config.trackers, run, resumed_step, console))
+            with terminate_on_failure(trainer, plan.distributed):
+                trainer.fit(module, datamodule=data, ckpt_path=plan.resume_from, weights_only=True)
     except BaseException as error:
-        if processes.is_main:
-            with suppress(UserError):  # a full disk takes the record no more than the checkpoint
-                run.update_metadata(
-                    status="stopped" if isinstance(error, (KeyboardInterrupt, SystemExit)) else "failed"
-                )
+        if is_main:
+            stopped = isinstance(error, (KeyboardInterrupt, SystemExit))
+            with suppress(UserError):  # the disk may be full
+                run.update_metadata(status="stopped" if stopped else "failed")
         if is_out_of_memory(error):
             raise UserError(
-                "out of memory: lower batch_size and raise accumulate_grad_batches as much, or set "
+                "out of memory: lower batch_size and raise accumulate_grad_batches by the same factor, or set "
                 "gradient_checkpointing: true"
             ) from None
         raise
     finished = trainer.global_step >= config.max_steps
-    metrics = {**monitor.latest, **validation.latest, "best_val_loss": validation.best_loss}
-    if processes.is_main:
+    final = {**monitor.latest, **validation.latest, "best_val_loss": validation.best_loss}
+    if is_main:
         run.update_metadata(
             status="finished" if finished else "stopped",
             steps=trainer.global_step,
             tokens=monitor.tokens,
-            seconds=round(before + time.perf_counter() - started, 1),
+            seconds=round(earlier_seconds + time.perf_counter() - started, 1),
             memory=peak_memory(),
-            metrics={key: value for key, value in metrics.items() if math.isfinite(value)},
+            metrics={key: value for key, value in final.items() if math.isfinite(value)},
         )
-    return TrainingResult(run, finished, trainer.global_step, metrics)
+    return TrainingResult(run, finished, trainer.global_step, final)
 
 
-def _check_fit(model_config: ModelConfig, data: BinTokenDataModule) -> Tokenizer:
-    """Check that model and streams fit each other; return the tokenizer that wrote the streams."""
+def _build_trainer(plan: TrainingPlan, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
+    return pl.Trainer(
+        accelerator=plan.device,
+        precision=plan.precision,
+        logger=loggers,
+        **lightning_options(plan.distributed, plan.batch),
+        max_steps=plan.training.max_steps,
+        max_epochs=-1,  # the data loader is endless
+        limit_val_batches=0,  # the Validation callback validates, so that a run resumes exactly
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        plugins=[AtomicCheckpointIO(), plan.distributed.environment],
+        callbacks=callbacks,
+    )
+
+
+def _load_matching_tokenizer(model_config: ModelConfig, data: BinTokenDataModule) -> Tokenizer:
+    """Check that model and streams match; return the tokenizer that wrote the streams."""
     check_block_size(model_config, data.config)
     metadata = data.train_stream.metadata
     if metadata.vocab_size > model_config.vocab_size:
         raise UserError(
             f"vocab_size {model_config.vocab_size} of the model config is below the {metadata.vocab_size} tokens of "
-            f"the tokenizer behind {data.config.train_path}"
+            f"the tokenizer of {data.config.train_path}"
         )
     folder = data.train_stream.tokenizer_folder
     tokenizer = load_tokenizer(folder)
-    if tokenizer.hash != metadata.tokenizer_hash:
-        raise UserError(
-            f"{folder}: is not the tokenizer that wrote {data.config.train_path}; run `tiny-lm tokenize` again"
-        )
+    check_same_tokenizer(
+        tokenizer.hash, metadata.tokenizer_hash, folder, data.config.train_path, "run `tiny-lm tokenize` again"
+    )
     return tokenizer
 
 
 def check_block_size(model_config: ModelConfig, data_config: BinDataConfig) -> None:
-    """Check that the model can read a whole window.
+    """Check that a sequence fits into the model's context.
 
     Raises:
-        UserError: it cannot.
+        UserError: it does not.
     """
     if data_config.block_size > model_config.context_length:
         raise UserError(

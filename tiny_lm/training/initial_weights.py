@@ -7,8 +7,8 @@ from tiny_lm.errors import UserError
 from tiny_lm.model import ModelConfig, Transformer
 from tiny_lm.model.checkpoint import load_checkpoint_model
 from tiny_lm.model.huggingface_folder import load_huggingface_model
-from tiny_lm.runs import Run, open_run
-from tiny_lm.tokenizer import Tokenizer
+from tiny_lm.runs import Run, is_checkpoint, is_huggingface_folder, open_run, run_folder_of
+from tiny_lm.tokenizer import Tokenizer, check_same_tokenizer
 from tiny_lm.tokenizer.chat_template import read_chat_template
 from tiny_lm.tokenizer.huggingface_import import load_huggingface_tokenizer
 
@@ -31,23 +31,24 @@ def load_initial_weights(path: Path, model: Transformer, tokenizer: Tokenizer) -
         UserError: nothing of the kind is there, it is damaged, or model or tokenizer is another one.
     """
     origin: dict[str, Any] = {"path": str(path)}
-    if (path / "config.json").is_file():
+    if is_huggingface_folder(path):
         found, _ = load_huggingface_model(path)
         theirs = load_huggingface_tokenizer(path)
         tokenizer_hash, template = theirs.hash, theirs.chat_template
     else:
-        is_checkpoint = path.suffix == ".ckpt"
-        run = Run(path.parent.parent) if is_checkpoint else _open(path)
-        loaded = load_checkpoint_model(path if is_checkpoint else run.model_checkpoint())
+        run = Run(run_folder_of(path)) if is_checkpoint(path) else _open(path)
+        loaded = load_checkpoint_model(path if is_checkpoint(path) else run.model_checkpoint())
         found, tokenizer_hash = loaded.model, loaded.tokenizer_hash
         template = read_chat_template(run.tokenizer)
         origin["step"] = loaded.step
     _check_model(path, found.config, model.config)
-    if tokenizer_hash != tokenizer.hash:
-        raise UserError(
-            f"init_from {path}: its tokenizer is not the one that wrote the token streams, so its tokens mean other "
-            "text; encode the text with its own: tiny-lm tokenize --tokenizer"
-        )
+    check_same_tokenizer(
+        tokenizer_hash,
+        tokenizer.hash,
+        f"init_from {path}",
+        "the token streams",
+        "encode the text with its own: tiny-lm tokenize --tokenizer",
+    )
     model.load_state_dict(found.state_dict())
     if tokenizer.chat_template is None:
         tokenizer.chat_template = template
@@ -57,7 +58,7 @@ def load_initial_weights(path: Path, model: Transformer, tokenizer: Tokenizer) -
 def _open(path: Path) -> Run:
     if not path.exists():
         raise UserError(f"init_from {path}: no such run folder, checkpoint or Hugging Face folder")
-    if path.is_dir() and not (path / "run.json").is_file():
+    if path.is_dir() and not Run(path).metadata_file.is_file():
         raise UserError(f"init_from {path}: is neither a run folder nor a model in Hugging Face's layout")
     return open_run(path)
 

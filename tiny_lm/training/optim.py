@@ -12,6 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from tiny_lm.training.config import TrainingConfig
 from tiny_lm.training.muon import Muon
 
+PARAM_GROUPS = ("hidden", "embeddings", "vectors")
+"""Parameter groups of every optimizer, in this order: hidden matrices, embeddings and head, norms and biases."""
+
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
     """Build the optimizer that the config names; weight decay touches matrices and embeddings only.

@@ -12,6 +12,7 @@ from tiny_lm.data.bin.dataset import IGNORE_INDEX, BinTokenDataset
 from tiny_lm.data.bin.sampler import SequentialBatchSampler, ShuffledBatchSampler
 from tiny_lm.data.bin.stream import TokenStream, open_stream
 from tiny_lm.errors import UserError
+from tiny_lm.tokenizer import check_same_tokenizer
 
 _Loader = DataLoader[tuple[torch.Tensor, torch.Tensor]]
 
@@ -51,8 +52,13 @@ class BinTokenDataModule(pl.LightningDataModule):
         self._first_step = 0
         self.train_stream: TokenStream = open_stream(config.train_path, config)
         self.val_stream: TokenStream = open_stream(config.val_path, config)
-        if self.train_stream.metadata.tokenizer_hash != self.val_stream.metadata.tokenizer_hash:
-            raise UserError(f"{config.train_path} and {config.val_path} were written by different tokenizers")
+        check_same_tokenizer(
+            self.train_stream.metadata.tokenizer_hash,
+            self.val_stream.metadata.tokenizer_hash,
+            config.train_path,
+            config.val_path,
+            "write both with one `tiny-lm tokenize`",
+        )
         self.train_dataset = BinTokenDataset(self.train_stream, config, ignore_index=ignore_index)
         self.val_dataset = BinTokenDataset(self.val_stream, config, every_token=True, ignore_index=ignore_index)
         if config.drop_last and len(self.train_dataset) < config.batch_size:

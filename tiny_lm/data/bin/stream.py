@@ -17,6 +17,7 @@ from tiny_lm.data.metadata import TOKENIZER_FOLDER, StreamMetadata
 from tiny_lm.dataset.find_files import literal_part
 from tiny_lm.errors import UserError
 from tiny_lm.locks import lock_folder
+from tiny_lm.tokenizer import check_same_tokenizer
 
 with suppress(ImportError):  # Windows
     import resource
@@ -87,8 +88,9 @@ def open_stream(path: str, config: BinDataConfig) -> TokenStream:
     first = metadata[0]
     tokens, text_bytes = [], 0
     for file, meta, version in zip(files, metadata, versions, strict=True):
-        if meta.tokenizer_hash != first.tokenizer_hash:
-            raise UserError(f"{file}: written by another tokenizer than {files[0]}; streams of one path must share it")
+        check_same_tokenizer(
+            meta.tokenizer_hash, first.tokenizer_hash, file, files[0], "the shards of a stream must share one"
+        )
         statistics = meta.files.get(file.name)
         if statistics is None:
             raise UserError(f"{file}: is not listed in {file.parent / 'metadata.json'}; run `tiny-lm tokenize` again")

@@ -16,7 +16,7 @@ from tiny_lm.evaluation.results import Evaluation, read_evaluation
 from tiny_lm.model.checkpoint import CheckpointModel, load_checkpoint_model
 from tiny_lm.reading import read_text
 from tiny_lm.runs import Run, number_in, read_metrics
-from tiny_lm.tokenizer import Tokenizer, load_tokenizer
+from tiny_lm.tokenizer import Tokenizer, check_same_tokenizer, load_tokenizer
 
 _TEXT_LIMIT = 64 * 2**20
 
@@ -124,8 +124,7 @@ def _read(file: Path) -> str:
 
 def _load(checkpoint: Path, tokenizer: Tokenizer) -> CheckpointModel:
     model = load_checkpoint_model(checkpoint)
-    if model.tokenizer_hash != tokenizer.hash:
-        raise UserError(f"{checkpoint}: was not trained with the tokenizer in the run folder")
+    check_same_tokenizer(model.tokenizer_hash, tokenizer.hash, checkpoint, "the tokenizer in the run folder")
     return model
 
 

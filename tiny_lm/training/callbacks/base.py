@@ -1,4 +1,4 @@
-"""The callback that acts at the end of optimizer steps, and the metrics that callbacks share."""
+"""Callbacks that run at the end of optimizer steps, and the metrics they share."""
 
 from typing import Any, TypeAlias
 
@@ -10,10 +10,10 @@ StepMetrics: TypeAlias = dict[str, float]
 
 
 class StepCallback(Callback):
-    """A callback that acts at the end of optimizer steps, however many micro-batches are in one.
+    """A callback that runs at the end of optimizer steps, whatever the accumulation.
 
     Attributes:
-        latest: the figures that it noted last, if it notes any.
+        latest: the metrics that it collected last, if any.
     """
 
     latest: StepMetrics
@@ -24,4 +24,4 @@ class StepCallback(Callback):
             self.on_step_end(trainer, module, trainer.global_step)
 
     def on_step_end(self, trainer: pl.Trainer, module: Any, step: int) -> None:
-        """Act after optimizer step ``step``, counted from 1."""
+        """Run after optimizer step ``step``, counted from 1."""

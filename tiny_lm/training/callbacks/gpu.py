@@ -14,20 +14,20 @@ from tiny_lm.training.callbacks.base import StepCallback, StepMetrics
 
 
 class GpuStatsMonitor(StepCallback):
-    """Notes memory and load of the process and, where there is one, of the GPU; what cannot be read is left out."""
+    """Logs memory and load of the process and of the GPU; values that cannot be read are omitted."""
 
     def __init__(self, every_n_steps: int, metrics: StepMetrics) -> None:
-        """Note them every ``every_n_steps`` optimizer steps."""
+        """Log every ``every_n_steps`` optimizer steps."""
         self._every_n_steps = every_n_steps
         self._metrics = metrics
         self._clocks = (0.0, 0.0)
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Begin to count the time of the processor."""
+        """Start measuring CPU time."""
         self._clocks = _clocks()
 
     def on_step_end(self, trainer: pl.Trainer, module: Any, step: int) -> None:
-        """Note the figures of this moment, and the load since the last one."""
+        """Record current metrics, and the load since the last time."""
         if step % self._every_n_steps:
             return
         before, self._clocks = self._clocks, _clocks()
@@ -39,11 +39,11 @@ class GpuStatsMonitor(StepCallback):
             self._metrics["process_memory_mb"] = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
         if torch.cuda.is_available():
             self._metrics["gpu_memory_mb"] = torch.cuda.memory_allocated() / 2**20
-            with suppress(Exception):  # needs nvidia-ml-py (the extra gpu), and a driver that tells
+            with suppress(Exception):  # needs nvidia-ml-py (the extra gpu), and a driver that supports it
                 self._metrics["gpu_utilization_percent"] = torch.cuda.utilization()
                 self._metrics["gpu_temperature_c"] = torch.cuda.temperature()
 
 
 def _clocks() -> tuple[float, float]:
-    """Seconds that the cores have worked for this process, and seconds that have passed."""
+    """Return CPU seconds of this process, and wall-clock seconds."""
     return time.process_time(), time.perf_counter()

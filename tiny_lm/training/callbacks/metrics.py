@@ -9,25 +9,25 @@ from tiny_lm.training.callbacks.base import StepCallback, StepMetrics
 
 
 class MetricsWriter(StepCallback):
-    """Hands what the other callbacks noted in ``event`` to every tracker, as one event for each step that has any.
+    """Passes the metrics that the other callbacks collected in a step to every logger, as one event.
 
-    Lightning's own ``log`` would gather the metrics again at every batch.
+    Lightning's own ``log`` would collect the metrics at every batch.
     """
 
     def __init__(self, metrics: StepMetrics, console: Console) -> None:
-        """Write ``event``, which the callbacks before this one share; print a line for each validation."""
+        """Write ``metrics``, which earlier callbacks fill; print a line for each validation."""
         self._metrics = metrics
         self._console = console
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Hand the resolved configs to every tracker, which starts it."""
+        """Pass the resolved configs to every logger, which starts it."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it
         configs = {"model": module.model.config, "training": module.config, "data": data.config}
         for logger in trainer.loggers:
             logger.log_hyperparams({section: config.to_dict() for section, config in configs.items()})
 
     def on_step_end(self, trainer: pl.Trainer, module: Any, step: int) -> None:
-        """Write the event of this step, if there is one."""
+        """Write the metrics of this step, if any."""
         if not self._metrics:
             return
         for logger in trainer.loggers:

@@ -12,10 +12,10 @@ from tiny_lm.training.callbacks.base import StepCallback
 
 
 class OptimizerStepProgressBar(ProgressBar, StepCallback):
-    """A progress bar that counts optimizer steps, with losses, tokens per second and the time left, in 80 columns."""
+    """A progress bar that counts optimizer steps, with losses, tokens per second and time left, in 80 columns."""
 
     def __init__(self, sources: Sequence[StepCallback], console: Console) -> None:
-        """Show the latest figures of ``sources``."""
+        """Show the latest metrics of ``sources``."""
         super().__init__()
         self._sources = sources
         self._progress = Progress(
@@ -30,26 +30,26 @@ class OptimizerStepProgressBar(ProgressBar, StepCallback):
         )
 
     def disable(self) -> None:
-        """Show nothing: Lightning asks it of all processes but the first."""
+        """Show nothing; Lightning calls it on all ranks but 0."""
         self._progress.disable = True
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Show the bar, at the step where the run stands."""
+        """Show the bar at the current step."""
         self._progress.start()
         self._task = self._progress.add_task("", total=trainer.max_steps, completed=trainer.global_step, figures="")
 
     def on_step_end(self, trainer: pl.Trainer, module: Any, step: int) -> None:
-        """Move the bar."""
+        """Advance the bar."""
         latest = {key: value for source in self._sources for key, value in source.latest.items()}
         figures = [text.format(latest[key]) for key, text in _BAR.items() if key in latest]
         self._progress.update(self._task, completed=step, figures="  ".join(figures))
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._progress.stop()
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._progress.stop()
 
 

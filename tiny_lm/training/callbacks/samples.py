@@ -1,4 +1,4 @@
-"""``samples.md``: what the model in training tells at each validation."""
+"""``samples.md``: completions of fixed prompts, written at each validation."""
 
 import os
 import re
@@ -24,14 +24,14 @@ _LINE_LIMIT = 2**20  # bytes: memory stays small, whatever the file holds
 
 
 class SampleWriter:
-    """Continues the same begun stories again and again and adds them to a file, a section for each step.
+    """Completes the same prompts at each validation and appends them to a file, a section per step.
 
-    The random numbers are the same each time and its own: what changes from section to section is the model, and
-    training draws what it would have drawn without them.
+    The seed is the same each time and the random generator is separate: only the model changes from section to
+    section, and training is not affected.
     """
 
     def __init__(self, run: Run, config: TrainingConfig, tokenizer: Tokenizer) -> None:
-        """Continue ``sample_prompts`` by ``sample_tokens`` tokens.
+        """Complete ``sample_prompts`` with ``sample_tokens`` tokens each.
 
         Raises:
             UserError: the tokenizer cannot encode a prompt.
@@ -42,12 +42,12 @@ class SampleWriter:
         self._prompts = config.sample_prompts if config.sample_tokens else ()
         self._tokens = config.sample_tokens
         for prompt in self._prompts:
-            tokenizer.encode(prompt)  # better refused now than at the first validation
+            tokenizer.encode(prompt)  # fail now rather than at the first validation
 
-    def tell(self, trainer: pl.Trainer, module: Any, step: int, loss: float, tokens: int) -> None:
-        """Tell the stories with the weights as they are, and add a section with the figures of this moment.
+    def on_validation(self, trainer: pl.Trainer, module: Any, step: int, loss: float, tokens: int) -> None:
+        """Append a section with the current loss and samples from the current weights.
 
-        The model must be in evaluation mode. Only the first process tells; with fsdp none, since none has all weights.
+        The model must be in evaluation mode. Only rank 0 writes; with fsdp none does, since none has all weights.
         """
         sharded = isinstance(trainer.strategy, FSDPStrategy)
         if not self._prompts or sharded or not trainer.is_global_zero:
@@ -68,13 +68,13 @@ class SampleWriter:
     def _header(self) -> str:
         return (
             f"# Sample stories of {_escape(self._name)}\n\n"
-            f"At each validation the model continues the same beginnings (in bold) by up to {self._tokens} tokens, at\n"
-            f"temperature {TEMPERATURE} with the same random numbers (seed {SEED}): what changes is the model.\n"
+            f"At each validation the model completes the same prompts (in bold) with up to {self._tokens} tokens, at\n"
+            f"temperature {TEMPERATURE} with the same seed ({SEED}): only the model changes.\n"
         )
 
 
 def truncate_samples(path: Path, step: int) -> None:
-    """Forget the sections of steps after ``step``, which a resumed run is about to write again."""
+    """Remove the sections after ``step``, which a resumed run will write again."""
     if not path.exists():
         return
     is_kept = True
@@ -87,15 +87,15 @@ def truncate_samples(path: Path, step: int) -> None:
 
 
 def _quote(prompt: str, story: str) -> str:
-    """Return a story as a Markdown block quote that shows it as it is, its beginning in bold."""
-    beginning, text = _escape(prompt), _escape(story)
-    if "\n" not in prompt and prompt == prompt.strip() != "":  # or Markdown sees no emphasis
-        text = f"**{beginning}**" + text.removeprefix(beginning)
+    """Return a completion as a Markdown block quote, verbatim, with the prompt in bold."""
+    start, text = _escape(prompt), _escape(story)
+    if "\n" not in prompt and prompt == prompt.strip() != "":  # otherwise Markdown shows no emphasis
+        text = f"**{start}**" + text.removeprefix(start)
     return "  \n".join(f"> {line}" for line in text.split("\n"))  # two spaces keep a line break
 
 
 def _escape(text: str) -> str:
-    """Escape what Markdown or HTML would read as markup, and show control characters as such."""
+    """Escape Markdown and HTML markup, and replace control characters."""
     text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
     text = re.sub(r"([\\`*_\[\]<>&~|$])", r"\\\1", text)
     text = re.sub(r"^(\s*)([#+=-])", r"\1\\\2", text, flags=re.MULTILINE)  # headings and lists

@@ -1,8 +1,4 @@
-"""What happens at the end of optimizer steps: validation, and writing the step's metrics.
-
-The callbacks act in the order in which ``fit.py`` lists them. The first ones note their figures in one event, which
-:class:`MetricsWriter` then writes; the checkpoint comes last, when all that belongs to the step is done.
-"""
+"""Validation at the end of optimizer steps."""
 
 import math
 import time
@@ -22,7 +18,7 @@ from tiny_lm.training.distributed import sum_over_ranks
 
 
 class Validation(StepCallback):
-    """Measures the loss over the validation stream and remembers the best one; then the model tells its stories."""
+    """Measures the loss over the validation stream, tracks the best one, and writes samples."""
 
     def __init__(
         self,
@@ -30,13 +26,13 @@ class Validation(StepCallback):
         stream: TokenStream,
         monitor: TokensMonitor,
         average: WeightAverage | None,
-        stories: SampleWriter,
+        samples: SampleWriter,
         metrics: StepMetrics,
     ) -> None:
         """Validate every ``val_every_n_steps`` optimizer steps, and after the last one over the whole stream."""
         self._config = config
         self._average = average
-        self._stories = stories
+        self._samples = samples
         self._stream = stream
         self._monitor = monitor
         self._metrics = metrics
@@ -45,7 +41,7 @@ class Validation(StepCallback):
         self.best_step = 0
 
     def on_step_end(self, trainer: pl.Trainer, module: Any, step: int) -> None:
-        """Validate if it is time."""
+        """Validate if due."""
         is_last = step == trainer.max_steps
         if step % self._config.val_every_n_steps and not is_last:
             return
@@ -55,7 +51,7 @@ class Validation(StepCallback):
             started = time.perf_counter()
             stats = self._measure(trainer, module, None if is_last else self._config.val_max_tokens)
             seconds = time.perf_counter() - started
-            self._stories.tell(trainer, module, step, stats.loss, self._monitor.tokens)
+            self._samples.on_validation(trainer, module, step, stats.loss, self._monitor.tokens)
             module.train()
         self.latest = {
             "val_loss": stats.loss,
@@ -69,14 +65,14 @@ class Validation(StepCallback):
 
     def _measure(self, trainer: pl.Trainer, module: Any, max_tokens: int | None) -> LossStats:
         batches = trainer.datamodule.val_dataloader(max_tokens)  # type: ignore[attr-defined]  # Lightning sets it
-        network: Any = trainer.model  # as Lightning runs it: a sharded one answers only through its wrapper
+        network: Any = trainer.model  # a sharded model must be called through its wrapper
         with trainer.precision_plugin.forward_context():
             stats = evaluate_loss(network, batches, device=module.device, ignore_index=self._config.ignore_index)
         nats, tokens = sum_over_ranks(trainer, [stats.nats, stats.tokens])
         return LossStats(nats, int(tokens))
 
     def forget_best(self) -> None:
-        """Let the next validation be the best one, whatever came before."""
+        """Reset the best result: the next validation becomes the best."""
         self.best_loss, self.best_step = math.inf, 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,6 +80,6 @@ class Validation(StepCallback):
         return {"best_loss": self.best_loss, "best_step": self.best_step, "latest": self.latest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the best result so far."""
+        """Restore the best result so far."""
         self.best_loss, self.best_step = state_dict["best_loss"], state_dict["best_step"]
         self.latest = state_dict.get("latest", {})
