@@ -107,7 +107,7 @@ def test_two_trainings_of_one_run_name_do_not_share_a_run(folder: Path, commands
         commands.run(*[[*TRAIN, "--set", "training.run_name=r"]] * 2, folder=folder), key=lambda ended: ended.code
     )
     assert (first.code, second.code) == (0, 2), (first, second)
-    assert re.match(r"error: runs/r: (another process|is there already)", second.error)
+    assert re.match(r"error: runs/r: (another process|already exists)", second.error)
     steps = [json.loads(line)["step"] for line in (folder / "runs" / "r" / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
 

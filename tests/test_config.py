@@ -85,14 +85,14 @@ def test_values_keep_their_types_and_survive_a_round_trip(tmp_path: Path) -> Non
         ("size: 3\npair: 1", "pair: input should be a list, such as [1] (it is 1)"),
         ("size: 3\npair: [1, x]", "pair.1: input should be a valid number (it is 'x')"),
         ("size: 3\nname: 2020-01-01", "holds a value that no config has"),
-        ("size: 3\nsize: 4", "example.yaml:2:1: is no valid YAML (the key 'size' stands twice)"),
-        ("size: &a 3\nrate: *a", "is no valid YAML (aliases are not supported)"),
-        ("size: [", "is no valid YAML"),
+        ("size: 3\nsize: 4", "example.yaml:2:1: is not valid YAML (the key 'size' is given twice)"),
+        ("size: &a 3\nrate: *a", "is not valid YAML (aliases are not supported)"),
+        ("size: [", "is not valid YAML"),
         ("- size", "must hold keys and values"),
         ("", "must hold keys and values, but holds None"),
-        ("1: 2", "is no valid YAML (the key 1 is no text)"),
-        ("a: !!python/object/apply:os.system [true]", "is no valid YAML"),
-        ("a: " + "[" * 3000, "is no valid YAML"),
+        ("1: 2", "is not valid YAML (the key 1 is not a string)"),
+        ("a: !!python/object/apply:os.system [true]", "is not valid YAML"),
+        ("a: " + "[" * 3000, "is not valid YAML"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_file_key_and_value(text: str, message: str, tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_overrides_win_and_reach_into_mappings(tmp_path: Path) -> None:
         ("rate=1", "the form is section.key=value"),
         ("model.rate", "the form is section.key=value"),
         ("modell.rate=1", "unknown section 'modell'; did you mean 'model'?"),
-        ("model.rate=[", "is no valid YAML"),
+        ("model.rate=[", "is not valid YAML"),
     ],
 )
 def test_mistakes_in_overrides(setting: str, message: str) -> None:

@@ -1,6 +1,6 @@
 """tiny-lm: pre-train small language models from raw text and ship them everywhere.
 
-Importing this package loads no torch. Other public names live in their rooms, for example
+Importing this package does not load torch. Other public names are in subpackages, for example
 ``tiny_lm.tokenizer.load_tokenizer``.
 """
 
@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for (PEP 562)."""
+    """Import a public name on first access (PEP 562)."""
     if name == "TextGenerator":
         from tiny_lm.inference import TextGenerator
 

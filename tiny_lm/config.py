@@ -6,12 +6,12 @@ A config is a frozen pydantic dataclass that inherits from :class:`Config`::
     class BinDataConfig(Config):
         folder: ClassVar[str] = "data"
         train_path: str
-        block_size: int = Field(ge=1, description="tokens in a window")
+        block_size: int = Field(ge=1, description="tokens in a sequence")
 
     config = BinDataConfig.from_yaml("tinystories-8k", {"block_size": 128})
 
-Whatever is wrong with a file ends in one :class:`~tiny_lm.errors.UserError` that names file, key, value and the
-nearest valid key.
+Any problem with a file raises one :class:`~tiny_lm.errors.UserError` that names file, key, value and the nearest valid
+key.
 """
 
 import dataclasses
@@ -40,13 +40,13 @@ _FILE_LIMIT = 2**20  # bytes; the largest shipped config has under 2,000
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def config_dataclass(cls: type[_T]) -> type[_T]:
-    """Make ``cls`` a frozen, keyword-only pydantic dataclass that refuses unknown keys."""
+    """Make ``cls`` a frozen, keyword-only pydantic dataclass that rejects unknown keys."""
     settings = ConfigDict(extra="forbid", allow_inf_nan=False)
     return cast(type[_T], pydantic_dataclass(frozen=True, kw_only=True, config=settings)(cls))
 
 
 class Config:
-    """What all configs can do; ``folder`` names the folder under ``configs/`` where the YAML files of a kind live."""
+    """Base of all configs; ``folder`` is their folder under ``configs/``."""
 
     folder: ClassVar[str]
 
@@ -56,17 +56,17 @@ class Config:
 
         Args:
             path: a file, or the name of a config such as ``tinystories-8k``.
-            overrides: values by key that win over the file; a dotted key reaches into a mapping (``splits.train``).
+            overrides: values by key that replace those of the file; a dotted key reaches into a mapping.
 
         Raises:
-            UserError: the file is missing or is no valid config of this kind.
+            UserError: the file is missing or not a valid config of this kind.
         """
         file = find_config(cls.folder, path)
         return cls.from_dict(override(read_yaml(file), overrides or {}), source=name_source(file, overrides))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], *, source: str = "config") -> Self:
-        """Build a config from plain values; ``source`` is what an error names as the place."""
+        """Build a config from plain values; ``source`` names their origin in errors."""
         return validate(cls, values, source=source)
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,54 +84,54 @@ class Config:
 
 
 def validate(kind: type[_T], values: Mapping[str, Any], *, source: str) -> _T:
-    """Build the config class ``kind`` from ``values``, strictly: a string is no number and a float no integer.
+    """Build the config class ``kind`` from ``values``, strictly: a string is not a number and a float not an integer.
 
     Raises:
         UserError: naming source, key and value; for an unknown key also the nearest valid one.
     """
     try:
-        # Strict mode on JSON (unlike on Python values) lets a list be a tuple and an int be a float, and nothing more.
+        # Strict mode on JSON (unlike on Python values) accepts a list as a tuple and an int as a float, nothing more.
         text = json.dumps(values)
         return TypeAdapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         raise UserError(f"{source}: {_describe(kind, values, error)}") from None
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{source}: holds a value that no config has ({error})") from None
+        raise UserError(f"{source}: holds a value of an unsupported type ({error})") from None
 
 
 def _describe(kind: type, values: Mapping[str, Any], error: ValidationError) -> str:
-    """Tell the first problem of a pydantic error in one line."""
-    # pydantic reports problems in field order; a misspelt key explains the missing one, so it comes first.
+    """Describe the first problem of a pydantic error in one line."""
+    # pydantic reports problems in field order; a misspelled key explains a missing one, so it comes first.
     problems = sorted(error.errors(), key=lambda problem: problem["type"] != "unexpected_keyword_argument")
     problem = problems[0]
-    place = _place(problem, values)
-    *parents, name = map(str, place)
+    path_in_config = _locate(problem, values)
+    *parents, name = map(str, path_in_config)
     key = ".".join([*parents, name])
     if problem["type"] == "unexpected_keyword_argument":
         return f"unknown key {key!r}{nearest(name, _field_names(kind, parents))}"
     if problem["type"].startswith("missing") and isinstance(problem["loc"][-1], str):
         return f"the key {key!r} is missing"
-    # Where a value may be of several types, each says why it is not of that one.
-    message = " or ".join(_message(other) for other in problems if _place(other, values) == place)
+    # A value of several allowed types has a problem for each.
+    message = " or ".join(_message(other) for other in problems if _locate(other, values) == path_in_config)
     return f"{key}: {message} (it is {shorten(problem['input'])})" if key else message
 
 
-def _place(problem: "ErrorDetails", values: Mapping[str, Any]) -> tuple[int | str, ...]:
-    """Return where the value of a problem stands; behind it pydantic names the type, or the element, that it is not."""
-    *place, last = problem["loc"] or ("",)
+def _locate(problem: "ErrorDetails", values: Mapping[str, Any]) -> tuple[int | str, ...]:
+    """Return the path of a problem's value, without the type or element that pydantic appends."""
+    *path_in_config, last = problem["loc"] or ("",)
     if problem["type"] in ("unexpected_keyword_argument", "missing", "missing_argument") and isinstance(last, str):
         return problem["loc"]
     value: Any = values
-    for part in place:
+    for part in path_in_config:
         try:
             value = value[part]
         except (KeyError, IndexError, TypeError):
             break
-    return tuple(place) if place and value == problem["input"] else problem["loc"] or ("",)
+    return tuple(path_in_config) if path_in_config and value == problem["input"] else problem["loc"] or ("",)
 
 
 def _message(problem: "ErrorDetails") -> str:
-    """Say what is wrong with a value."""
+    """Describe what is wrong with a value."""
     if problem["type"] == "tuple_type":
         return f"input should be a list, such as [{problem['input']}]"
     if problem["type"] == "missing":
@@ -141,10 +141,10 @@ def _message(problem: "ErrorDetails") -> str:
 
 
 def _field_names(kind: type, parents: Iterable[str]) -> list[str]:
-    """Return the keys of a config class, or of the one that its field ``parents[0]`` (and so on) holds."""
+    """Return the keys of a config class, or of the nested one at ``parents``."""
     for parent in parents:
         hint = get_type_hints(kind).get(parent)
-        choices = [hint, *get_args(hint)]  # a field may be optional
+        choices = [hint, *get_args(hint)]  # the field may be optional
         kind = next(
             (choice for choice in choices if isinstance(choice, type) and dataclasses.is_dataclass(choice)), object
         )
@@ -152,7 +152,7 @@ def _field_names(kind: type, parents: Iterable[str]) -> list[str]:
 
 
 def shorten(value: object, limit: int = 60) -> str:
-    """Show a value in an error line, cut when it is long."""
+    """Return the repr of a value for an error, truncated."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
@@ -170,26 +170,26 @@ def nearest(name: str, candidates: Iterable[str]) -> str:
 
 
 def shipped_configs() -> Path:
-    """Return the folder of the configs that come with the package: inside a wheel, or at the root of a checkout."""
+    """Return the folder of the shipped configs: inside a wheel, or at the root of a checkout."""
     package = Path(__file__).parent
     inside = package / "configs"
     return inside if inside.is_dir() else package.parent / "configs"
 
 
 def find_config(kind: str, path: str | Path) -> Path:
-    """Find the YAML file that ``path`` means.
+    """Find a config by path or name.
 
-    An existing file wins; else the file of that name in ``./configs/<kind>/`` and then among the shipped ones, so that
-    ``tinystories-8k`` and ``configs/data/tinystories-8k.yaml`` work in an empty folder too.
+    An existing file is used as is; otherwise the file of that name in ``./configs/<kind>/``, then among the shipped
+    ones, so that ``tinystories-8k`` and ``configs/data/tinystories-8k.yaml`` work in an empty folder too.
 
     Raises:
-        UserError: there is no such file; the nearest name is suggested.
+        UserError: it does not exist; the nearest name is suggested.
     """
     given = Path(path)
     if given.is_file():
         return given
     folders = [Path("configs") / kind, shipped_configs() / kind]
-    # A name that leads elsewhere (`other/place.yaml`) means that place only.
+    # A path elsewhere (`other/file.yaml`) means only that file.
     if given.parent in (Path(), Path("configs") / kind) and given.suffix in ("", ".yaml", ".yml"):
         for folder in folders:
             candidate = folder / f"{given.stem if given.suffix else given.name}.yaml"
@@ -200,7 +200,7 @@ def find_config(kind: str, path: str | Path) -> Path:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML that cannot surprise: no repeated keys, no aliases (which can blow up), and 1e-3 is a number."""
+    """Strict YAML: no repeated keys, no aliases (which can expand exponentially), and 1e-3 is a number."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -213,16 +213,16 @@ class _StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                problem = f"the key {shorten(key)} is no text"
+                problem = f"the key {shorten(key)} is not a string"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             if key in seen:
-                problem = f"the key {key!r} stands twice"
+                problem = f"the key {key!r} is given twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
-# PyYAML follows YAML 1.1, where 3e-4 is a string for want of a dot; this is the float of YAML 1.2.
+# PyYAML follows YAML 1.1, where 3e-4 without a dot is a string; this is the float of YAML 1.2.
 _StrictLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
@@ -234,22 +234,22 @@ def parse_yaml(text: str, *, source: str) -> Any:
     """Parse YAML text strictly.
 
     Raises:
-        UserError: with the place in ``source`` and what is wrong there.
+        UserError: with the line in ``source`` and the problem.
     """
     try:
         return yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        position = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
-        raise UserError(f"{source}{place}: is no valid YAML ({problem})") from None
-    # PyYAML raises the others where a tag such as !!int or !!timestamp stands before what is not one.
+        raise UserError(f"{source}{position}: is not valid YAML ({problem})") from None
+    # PyYAML raises the others for a tag such as !!int or !!timestamp on an invalid value.
     except (ValueError, RecursionError, OverflowError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{source}: is no valid YAML ({error})") from None
+        raise UserError(f"{source}: is not valid YAML ({error})") from None
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
-    """Read a YAML file that holds one mapping.
+    """Read a YAML file with one mapping.
 
     Raises:
         UserError: the file cannot be read, is too large, or holds anything else.
@@ -277,7 +277,7 @@ def override(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[st
 
 
 def name_source(file: Path, overrides: Mapping[str, Any] | None) -> str:
-    """Name what a config was read from, as the beginning of an error."""
+    """Return the origin of a config, as errors start with it."""
     return f"{file} with --set" if overrides else str(file)
 
 
@@ -285,10 +285,10 @@ def parse_overrides(settings: Iterable[str], sections: Iterable[str]) -> dict[st
     """Read ``section.key=value`` settings of the command line; values are YAML.
 
     Returns:
-        for each section its overrides by key.
+        the overrides by key for each section.
 
     Raises:
-        UserError: a setting has another form or names an unknown section.
+        UserError: a setting is malformed or names an unknown section.
     """
     result: dict[str, dict[str, Any]] = {section: {} for section in sections}
     for setting in settings:

@@ -1,9 +1,9 @@
-"""The one exception that means "the user can mend this"."""
+"""The exception for mistakes that the user can fix."""
 
 
 class UserError(Exception):
-    """A user's mistake, told in one line: what is wrong, where, and what to do.
+    """A mistake that the user can fix, in one line: what is wrong, where, and what to do.
 
-    The command line prints the message without a traceback and exits with code 2. Everything else that is raised is a
-    defect of ours and keeps its traceback.
+    The command line prints it without a traceback and exits with code 2. Any other exception is a bug and keeps its
+    traceback.
     """

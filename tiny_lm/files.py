@@ -38,7 +38,7 @@ def atomic_path(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
 
     Args:
         path: the file to write.
-        exclusive: refuse to write beside another process that writes ``path`` exclusively; else the last one wins.
+        exclusive: fail if another process writes ``path`` exclusively; otherwise the last one wins.
 
     Raises:
         UserError: the disk is full, the folder cannot be written, or another process is writing ``path``.
@@ -125,10 +125,10 @@ def _create_temporary(path: Path, stack: ExitStack, *, folder: bool = False) -> 
 
 
 def _claim_temporary(path: Path, stack: ExitStack) -> Path:
-    """Create a temporary file as above, under one name for all who write ``path``.
+    """Create a temporary file under the same name for all writers of ``path``.
 
     Raises:
-        UserError: another process has it.
+        UserError: another process holds it.
     """
     temporary = path.with_name(f"{_prefix(path)}0.tmp")
     claimed = stack.enter_context(claim_file(temporary, f"{path}: {_OUTPUT_IN_USE}"))

@@ -14,7 +14,7 @@ class Profile(Config):
     folder: ClassVar[str] = "profiles"
 
     description: str
-    tokenizer: str = Field(description="tokenizer config whose corpus and streams the data config reads")
+    tokenizer: str = Field(description="tokenizer config of the corpus and streams that the data config reads")
     model: str
     training: str
     data: str

@@ -1,4 +1,4 @@
-"""Reading a file with limits: its size, its kind, and what must be in it."""
+"""Reading files with limits on size and kind."""
 
 import io
 import json
@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from tiny_lm.errors import UserError
 
 JSON_LIMIT = 32 * 2**20
-"""Bytes: the tokenizer.json of 260,000 tokens has as many, and what is parsed took 27 times the memory."""
+"""Bytes: a tokenizer.json of 260,000 tokens is this large; parsed, it took 27 times the memory."""
 
 
 def read_bytes(path: Path, *, limit: int) -> bytes:
@@ -25,14 +25,14 @@ def read_bytes(path: Path, *, limit: int) -> bytes:
         except OSError as error:
             raise UserError(f"{path}: could not be read ({error.strerror or error})") from error
     if len(content) > limit:
-        raise UserError(f"{path}: larger than {limit} bytes, which no file of this kind is")
+        raise UserError(f"{path}: larger than {limit} bytes, the limit for this kind of file")
     return content
 
 
 def open_regular(path: Path) -> BinaryIO:
     """Open a file for reading.
 
-    A pipe or a device under the name of a file would never end, or have no size: neither is opened.
+    A pipe or a device in place of a file might never end: neither is opened.
 
     Raises:
         UserError: the file is missing or not a regular file.
@@ -58,7 +58,7 @@ def read_text(path: Path, *, limit: int = JSON_LIMIT, errors: str = "strict") ->
 
     Args:
         path: the file.
-        limit: the most bytes that it may have.
+        limit: maximum size in bytes.
         errors: ``replace`` reads bytes that are not UTF-8 as U+FFFD.
 
     Raises:
@@ -71,10 +71,10 @@ def read_text(path: Path, *, limit: int = JSON_LIMIT, errors: str = "strict") ->
 
 
 def read_json(path: Path, *, limit: int = JSON_LIMIT) -> Any:
-    """Read a JSON file, which may begin with a byte order mark, as editors on Windows write it.
+    """Read a JSON file, which may start with a byte order mark (from editors on Windows).
 
     Raises:
-        UserError: the file is missing, larger than ``limit`` bytes, or no JSON.
+        UserError: the file is missing, larger than ``limit`` bytes, or not JSON.
     """
     text = read_text(path, limit=limit)
     try:

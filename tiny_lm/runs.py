@@ -1,17 +1,17 @@
-"""Where things live in a run folder, and what is written down about the run itself.
+"""Run folders: their layout, ``run.json``, and the paths that users give.
 
 ::
 
     runs/<name>/
-      configs/{model,training,data}.yaml   resolved: what was really used
+      configs/{model,training,data}.yaml   resolved, as used
       tokenizer/                           a copy, so that a run needs nothing outside its folder
       checkpoints/                         step-*.ckpt, last.ckpt, best.ckpt
       metrics.jsonl                        one JSON object for each logged event
-      batches/*.txt                        the text of batches whose loss stood out
-      samples.md                           a story told at each validation
+      batches/*.txt                        the text of batches with a loss spike
+      samples.md                           samples at each validation
       plots/*.png
-      evaluation.json                      what the newest evaluation measured
-      report.html                          one page that shows it all
+      evaluation.json                      the newest evaluation
+      report.html                          the report page
       run.json                             git state, versions, device, sizes, times, final metrics
 """
 
@@ -42,14 +42,14 @@ from tiny_lm.reading import read_bytes, read_text
 
 RUNS_FOLDER = Path("runs")
 
-_IN_TRAINING = "another process is training this run; wait for its end, or stop it first"
-_IN_READING = "other processes are reading this run; try again when they are done"
-_LOCK_FILE = ".lock"  # keeps other machines away
-_READING_SECONDS = 20.0  # an export holds a run while it loads the model
+_IN_TRAINING = "another process is training this run; wait until it has finished, or stop it first"
+_IN_READING = "other processes are reading this run; try again later"
+_LOCK_FILE = ".lock"  # locks out other machines
+_READING_SECONDS = 20.0  # an export locks a run while it loads the model
 
-_METADATA_LIMIT = 16 * 2**20  # bytes; a run.json has some thousand
-_METRICS_LIMIT = 384 * 2**20  # bytes; a million events have some 300 million
-_MAX_EVENTS = 1_000_000  # with one for ten steps, a run of ten million
+_METADATA_LIMIT = 16 * 2**20  # bytes; a run.json has a few thousand
+_METRICS_LIMIT = 384 * 2**20  # bytes; a million events take about 300 million
+_MAX_EVENTS = 1_000_000  # one every ten steps of a run of ten million
 
 _STEP = re.compile(r"step-(\d+)\.ckpt")
 
@@ -82,7 +82,7 @@ class Run:
 
     @property
     def last_checkpoint(self) -> Path:
-        """The newest checkpoint: where training goes on."""
+        """The newest checkpoint, from which training resumes."""
         return self.checkpoints / "last.ckpt"
 
     @property
@@ -95,7 +95,7 @@ class Run:
         return self.checkpoints / f"step-{step:08d}.ckpt"
 
     def saved_steps(self) -> list[tuple[int, Path]]:
-        """Return the steps that have a checkpoint under their own number, oldest first."""
+        """Return the steps with a ``step-*.ckpt``, and its path, oldest first."""
         found = [(_STEP.fullmatch(path.name), path) for path in self.checkpoints.glob("step-*.ckpt")]
         return sorted((int(match[1]), path) for match, path in found if match)
 
@@ -106,36 +106,36 @@ class Run:
 
     @property
     def samples(self) -> Path:
-        """Stories told at each validation."""
+        """Samples at each validation."""
         return self.folder / "samples.md"
 
     @property
     def batches(self) -> Path:
-        """Folder of the text of batches whose loss stood out."""
+        """Folder of the text of batches with a loss spike."""
         return self.folder / "batches"
 
     @property
     def plots(self) -> Path:
-        """Folder of the pictures."""
+        """Folder of the plots."""
         return self.folder / "plots"
 
     @property
     def evaluation(self) -> Path:
-        """The figures of the newest evaluation, where one was made."""
+        """Metrics of the newest evaluation."""
         return self.folder / "evaluation.json"
 
     @property
     def report(self) -> Path:
-        """The page that shows the run."""
+        """The report page."""
         return self.folder / "report.html"
 
     @property
     def metadata_file(self) -> Path:
-        """What is written down about the run itself."""
+        """``run.json``: versions, git state, device, sizes, times, final metrics."""
         return self.folder / "run.json"
 
     def read_metadata(self) -> dict[str, Any]:
-        """Return ``run.json``, or nothing where there is none yet."""
+        """Return ``run.json``, or an empty dict if there is none yet."""
         if not os.path.lexists(self.metadata_file):
             return {}
         try:
@@ -143,19 +143,19 @@ class Run:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{self.metadata_file}: is not valid JSON ({error})") from None
         if not isinstance(record, dict):
-            raise UserError(f"{self.metadata_file}: is no record of a run")
+            raise UserError(f"{self.metadata_file}: is not the metadata of a run")
         return record
 
     def update_metadata(self, **values: Any) -> None:
-        """Set ``values`` in ``run.json`` and leave the rest."""
+        """Set ``values`` in ``run.json`` and keep the rest."""
         write_json(self.metadata_file, {**self.read_metadata(), **values})
 
     @contextmanager
     def claim(self) -> Iterator[None]:
-        """Keep other processes from training in this folder while the block runs; a killed one frees it by itself.
+        """Lock the folder for training while the block runs; the lock ends with the process.
 
         Raises:
-            UserError: another process is training there, or has been reading the run for long.
+            UserError: another process is training there, or has been reading the run for too long.
         """
         end = time.monotonic() + _READING_SECONDS
         with ExitStack() as stack:
@@ -167,7 +167,7 @@ class Run:
                     if not self.folder.is_dir():
                         raise
                     with lock_folder(self.folder, _IN_TRAINING, shared=True):
-                        pass  # nobody trains it; others only read it
+                        pass  # not being trained, only read
                     if time.monotonic() > end:
                         raise UserError(f"{self.folder}: {_IN_READING}") from None
                     time.sleep(0.05)
@@ -176,7 +176,7 @@ class Run:
 
     @contextmanager
     def claim_to_read(self) -> Iterator[None]:
-        """Keep others from training in this folder while the block runs; many may read, without a right to write.
+        """Lock the folder for reading while the block runs: shared, and without write permission.
 
         Raises:
             UserError: another process is training there.
@@ -188,7 +188,7 @@ class Run:
             yield
 
     def model_checkpoint(self) -> Path:
-        """Return the checkpoint to generate from: the best one, or the newest where none was validated.
+        """Return the checkpoint to generate from: the best one, or the newest if none was validated.
 
         Raises:
             UserError: the run has none yet.
@@ -218,7 +218,7 @@ def open_run(path: str | Path) -> Run:
     """Return the run of a folder.
 
     Raises:
-        UserError: there is no such folder, or it is no run.
+        UserError: it does not exist or is not a run folder.
     """
     folder = Path(path)
     try:
@@ -229,23 +229,23 @@ def open_run(path: str | Path) -> Run:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"{folder}: could not be read ({getattr(error, 'strerror', None) or error})") from None
     if stat.S_ISREG(mode):
-        raise UserError(f"{folder}: is a file, and no run folder")
+        raise UserError(f"{folder}: is a file, not a run folder")
     if not stat.S_ISDIR(mode):
         known = [str(record.parent) for record in RUNS_FOLDER.glob("*/run.json")]
         raise UserError(f"{folder}: no such run folder{nearest(str(folder), known)}")
     run = Run(folder)
     if not run.metadata_file.is_file():
-        raise UserError(f"{folder}: is no run folder (it has no run.json)")
+        raise UserError(f"{folder}: is not a run folder (it has no run.json)")
     return run
 
 
 def new_run_name(model: str, data: str) -> str:
-    """Name a run after what is trained on what, and when (UTC); bytes that are not UTF-8 become ``_``."""
+    """Return a run name from model, data and time (UTC); bytes that are not UTF-8 become ``_``."""
     return re.sub("[\ud800-\udfff]", "_", f"{model}-{data}-{datetime.now(timezone.utc):%Y%m%d-%H%M%S}")
 
 
 def create_run(name: str) -> Run:
-    """Create the folder of a new run, which no other process gets; where the name is taken, one with a number.
+    """Create the folder of a new run, atomically; if the name is taken, append a number.
 
     Raises:
         UserError: it could not be created.
@@ -264,7 +264,7 @@ def create_run(name: str) -> Run:
 
 
 def list_runs() -> list[Run]:
-    """Return all runs in the folder of runs whose ``run.json`` can be read, by name."""
+    """Return all runs with a readable ``run.json``, by name."""
     found = []
     for record in sorted(RUNS_FOLDER.glob("*/run.json")):
         with suppress(UserError):
@@ -274,12 +274,12 @@ def list_runs() -> list[Run]:
 
 
 def find_newest_run() -> Run | None:
-    """Return the run that was saved last; one that has a checkpoint comes before any that has none."""
+    """Return the run that was saved last; runs with checkpoints are preferred over runs that never saved one."""
     return max(list_runs(), key=last_saved, default=None)
 
 
 def last_saved(run: Run) -> tuple[bool, float]:
-    """Return whether a run has a checkpoint, and when its checkpoints or else its record last changed."""
+    """Return whether a run has a checkpoint, and when its checkpoints, or else its ``run.json``, last changed."""
     with suppress(OSError):
         if any(run.checkpoints.glob("*.ckpt")):
             return True, run.checkpoints.stat().st_mtime
@@ -289,7 +289,7 @@ def last_saved(run: Run) -> tuple[bool, float]:
 
 
 def parse_finite_json(text: str) -> Any:
-    """Parse JSON whose numbers may come from anywhere; one that no float holds (NaN, infinity, 10^400) becomes None.
+    """Parse JSON; numbers that are not finite floats (NaN, infinity, 10^400) become None.
 
     Raises:
         ValueError: it is not JSON.
@@ -308,7 +308,7 @@ def _parse_float(text: str) -> float | None:
 
 
 def number_in(record: Any, *keys: str) -> float | None:
-    """Return a number of a ``run.json`` by its keys, outer ones first; None where there is none."""
+    """Return a number of a ``run.json`` by its nested keys; None if missing."""
     for key in keys:
         record = record.get(key) if isinstance(record, dict) else None
     if isinstance(record, bool) or not isinstance(record, (int, float)) or abs(record) > sys.float_info.max:
@@ -317,25 +317,25 @@ def number_in(record: Any, *keys: str) -> float | None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the events of a ``metrics.jsonl``: their step, and what is a finite number or None under a name.
+    """Return the events of a ``metrics.jsonl``: step, and metrics that are finite numbers or None.
 
-    Lines that are no event are passed over: a killed run leaves one half-written, and people edit files.
+    Invalid lines are skipped: a killed run leaves a partial one, and people edit files.
 
     Raises:
-        UserError: the file cannot be read, or is larger than any run's.
+        UserError: the file cannot be read, or is too large.
     """
     events = []
     for line in io.BytesIO(read_bytes(path, limit=_METRICS_LIMIT)):
         event = parse_event(line)
         if event is not None:
-            events.append({key: value for key, value in event.items() if _is_figure(value)})
+            events.append({key: value for key, value in event.items() if _is_metric(value)})
         if len(events) > _MAX_EVENTS:
             raise UserError(f"{path}: has more than {_MAX_EVENTS:,} events; raise log_every_n_steps in long runs")
     return events
 
 
 def parse_event(line: bytes) -> dict[str, Any] | None:
-    """Return what a line of ``metrics.jsonl`` holds; None where it is no event of a step."""
+    """Return the event of a line of ``metrics.jsonl``; None if it is not one."""
     with suppress(ValueError, RecursionError):
         event = parse_finite_json(line.decode("utf-8-sig", errors="replace"))
         if isinstance(event, dict) and type(event.get("step")) is int and 0 <= event["step"] < 2**53:
@@ -343,12 +343,12 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
     return None
 
 
-def _is_figure(value: Any) -> bool:
+def _is_metric(value: Any) -> bool:
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 def mean_over_time(events: Sequence[dict[str, Any]], key: str) -> float:
-    """Return the mean of a figure of log windows, each weighted with the time that its tokens took; NaN without one."""
+    """Return the mean of a metric, weighted by the time that the tokens of each event took; NaN without values."""
     total = seconds = tokens = 0.0
     for event in events:
         if event.get(key) is not None and event.get("tokens_per_sec") and event.get("tokens") is not None:
@@ -374,12 +374,12 @@ def environment() -> dict[str, Any]:
 def processor() -> str:
     """Return name and cores of the processor; family and model too on Linux, where clouds call several kinds alike."""
     name = platform.processor() or platform.machine()
-    with suppress(OSError):  # no Linux
+    with suppress(OSError):  # not Linux
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
         facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
         if "model name" in facts:
             kind = (("family", "cpu family"), ("model", "model"))
-            name = ", ".join([facts["model name"], *(f"{told} {facts[key]}" for told, key in kind if key in facts)])
+            name = ", ".join([facts["model name"], *(f"{label} {facts[key]}" for label, key in kind if key in facts)])
     return f"{name}, {os.cpu_count()} cores"
 
 
@@ -395,7 +395,7 @@ def _git_state() -> dict[str, Any] | None:
     here = Path(__file__).parent
     try:
         if Path(_git("rev-parse", "--show-toplevel", cwd=here)) != here.parent.resolve():
-            return None  # installed somewhere inside another project
+            return None  # installed inside another project
         commit = _git("rev-parse", "HEAD", cwd=here)
         changed = _git("status", "--porcelain", "--untracked-files=no", cwd=here)
     except (OSError, subprocess.SubprocessError):

@@ -1,6 +1,6 @@
-"""Signals that ask a command to end: they end it as an error would, so that its temporary files are removed.
+"""Terminating signals as exceptions, so that temporary files are removed.
 
-SIGUSR1 is among them since SLURM users have it sent as a warning before the time limit (``--signal=USR1@120``).
+SIGUSR1 is one of them: SLURM can send it as a warning before the time limit (``--signal=USR1@120``).
 """
 
 import signal
@@ -20,31 +20,32 @@ class Terminated(SystemExit):
     """Raised in the main thread by a signal; ends the process with the code that a shell reports for that signal."""
 
     def __init__(self, number: int) -> None:
-        """Carry the signal's number as the exit code 128 + number."""
+        """Set the exit code to 128 + the signal's number."""
         super().__init__(128 + number)
         self.name = signal.Signals(number).name
 
 
 def is_handled_elsewhere(number: int) -> bool:
-    """Whether a signal is ignored, or has a handler that is not ours."""
+    """Return whether a signal is ignored or has a foreign handler."""
     return signal.getsignal(number) not in (signal.SIG_DFL, _terminate)
 
 
 @contextmanager
 def signals_as_exceptions() -> Iterator[None]:
-    """Raise :class:`Terminated` where one of ``TERMINATING_SIGNALS`` arrives in the block, instead of ending at once.
+    """Raise :class:`Terminated` on one of ``TERMINATING_SIGNALS`` while the block runs.
 
-    A second signal ends the process at once. A signal that is ignored (nohup) stays ignored, and one that somebody
-    else handles stays theirs.
+    A second signal kills the process immediately. Signals that are ignored (nohup) or already handled are left alone.
     """
-    may = threading.current_thread() is threading.main_thread()  # Python lets no other one handle signals
-    taken = [number for number in TERMINATING_SIGNALS if may and signal.getsignal(number) == signal.SIG_DFL]
-    for number in taken:
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only it can set handlers
+    handled = [
+        number for number in TERMINATING_SIGNALS if in_main_thread and signal.getsignal(number) == signal.SIG_DFL
+    ]
+    for number in handled:
         signal.signal(number, _terminate)
     try:
         yield
     finally:
-        for number in taken:
+        for number in handled:
             if signal.getsignal(number) == _terminate:
                 signal.signal(number, signal.SIG_DFL)
 

@@ -46,7 +46,7 @@ def test_a_working_directory_that_was_deleted_is_named(tmp_path: Path) -> None:
     code = f"import os, sys; os.chdir({str(gone)!r}); os.rmdir({str(gone)!r}); from tiny_lm.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, "profiles"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert done.stderr == "error: the working directory does not exist any more; change to another one\n"
+    assert done.stderr == "error: the working directory no longer exists; change to another one\n"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")

@@ -121,9 +121,9 @@ def test_a_checkpoint_outside_a_run_is_not_gone_on_from(files: Path, cli: Callab
     (files / "runs" / "r" / "checkpoints" / "last.ckpt").rename(files / "deep" / "copy.ckpt")
     result = cli(*TRAIN, "--resume", "deep/copy.ckpt", "--set", "training.max_steps=9")
     assert result.code == 2
-    assert "is no run folder" in result.stderr
+    assert "is not a run folder" in result.stderr
     result = cli(*TRAIN)
-    assert "runs/r: is there already" in result.stderr
+    assert "runs/r: already exists" in result.stderr
 
 
 @pytest.mark.parametrize(

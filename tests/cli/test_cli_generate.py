@@ -95,7 +95,7 @@ def test_a_prompt_beyond_the_context_is_told_or_refused(cli: Cli, run_folder: Pa
         (["--prompt-file", "nowhere.txt"], "nowhere.txt: could not be read"),
         (["--checkpoint", "x.ckpt"], "name a run folder, or a checkpoint with --checkpoint"),
         (["--num-samples", "0"], "Invalid value for '--num-samples'"),
-        (["--device", "tpu"], "device 'tpu': this machine, or this torch, has none; it has: cpu"),
+        (["--device", "tpu"], "device 'tpu': not available on this machine or in this torch; available: cpu"),
         (["--device", "meta"], "device 'meta': this machine"),
         (["--interactive", "--json"], "--interactive tells one story at a time"),
     ],

@@ -43,7 +43,7 @@ def test_find_batch_size_keeps_the_step_and_tells_a_size_that_does_not_fit() -> 
     small = ["--model-config", "quickstart", "--set", "model.n_layers=1", "--set", "data.block_size=64"]
     step = ["--set", "data.batch_size=6"]
     told = tiny_lm("find-batch-size", *small, *step, "--seconds", "8")
-    assert "6 windows in a step, as before" in told
+    assert "6 sequences in a step, as before" in told
     documented = subprocess.run(
         [sys.executable, ROOT / "scripts" / "training" / "find_batch_size.py", *small, "--max", "2"],
         capture_output=True, text=True,

@@ -85,12 +85,12 @@ TRAIN = ["train", "--model-config", "gpt2.yaml", "--training-config", "training.
 
 
 def test_resuming_by_itself_and_by_name(streams: Path, cli: Callable[..., object]) -> None:
-    result = cli(*TRAIN, "--resume", "auto")  # nothing to go on from: a new run
-    assert "from the beginning" in result.stderr
+    result = cli(*TRAIN, "--resume", "auto")  # nothing to resume from: a new run
+    assert "a new run" in result.stderr
     (run,) = (streams / "runs").iterdir()
     assert re.fullmatch(r"gpt2-data-\d{8}-\d{6}", run.name)
     result = cli(*TRAIN, "--resume", "auto", "--set", "training.max_steps=9")
-    assert f"going on from runs/{run.name}/checkpoints/last.ckpt" in result.stderr
+    assert f"resuming from runs/{run.name}/checkpoints/last.ckpt" in result.stderr
     assert json.loads((run / "run.json").read_text())["steps"] == 9
     result = cli("train", "--resume", f"runs/{run.name}", "--set", "training.max_steps=12")
     assert json.loads((run / "run.json").read_text())["steps"] == 12
@@ -122,7 +122,7 @@ def test_a_run_that_is_there_is_not_overwritten(streams: Path, cli: Callable[...
     assert cli(*command).code == 0
     result = cli(*command)
     assert result.code == 2
-    assert result.stderr == "error: runs/mine: is there already; go on with --resume auto, or choose another run_name\n"
+    assert result.stderr == "error: runs/mine: already exists; resume with --resume auto, or choose another run_name\n"
 
 
 def test_dry_run_prints_resolved_configs_and_writes_nothing(workplace: Path, cli: Callable[..., object]) -> None:

@@ -22,7 +22,7 @@ def test_a_report_of_no_run_is_one_line(workplace: Path, cli: Callable[..., obje
     assert (result.code, result.stderr) == (2, "error: runs/y: no such run folder\n")
     (workplace / "metrics.jsonl").touch()
     result = cli("report", "metrics.jsonl")
-    assert (result.code, result.stderr) == (2, "error: metrics.jsonl: is a file, and no run folder\n")
+    assert (result.code, result.stderr) == (2, "error: metrics.jsonl: is a file, not a run folder\n")
 
 
 @pytest.mark.parametrize("content", ["[]", "{", '{"configs": {"a": 1}, "metrics": {"val_loss": "\\ud800"}}'])

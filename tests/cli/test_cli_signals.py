@@ -112,7 +112,7 @@ def test_a_closed_terminal_or_a_warning_of_slurm_stops_training_with_a_checkpoin
     assert process.returncode == 130, errors
     assert (run / "checkpoints" / "last.ckpt").is_file()
     assert json.loads((run / "run.json").read_text())["status"] == "stopped"
-    assert "go on with: tiny-lm train --resume runs/r" in errors
+    assert "resume with: tiny-lm train --resume runs/r" in errors
 
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])

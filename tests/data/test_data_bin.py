@@ -102,7 +102,7 @@ def test_a_glob_of_shards_is_one_stream(data_config: MakeConfig, stream_folder: 
             {"train_path": "nowhere/train.bin"},
             r"nowhere/train.bin: no such token stream; write one with `tiny-lm tokenize`",
         ),
-        ({"block_size": 2**20}, r"tokens are too few for one window of block_size 1048576"),
+        ({"block_size": 2**20}, r"tokens are too few for one sequence of block_size 1048576"),
         ({"batch_size": 2**19}, r"windows, fewer than batch_size 524288; use more text"),
     ],
 )

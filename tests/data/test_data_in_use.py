@@ -46,7 +46,9 @@ def test_a_stream_that_others_read_is_not_written_again(
         assert reader.stdout.readline() == "held\n"
         with hold_streams(open_stream(config.train_path, config)):  # readers share it
             pass
-        with pytest.raises(UserError, match=r"stream: another process uses this token stream; wait for its end"):
+        with pytest.raises(
+            UserError, match=r"stream: another process uses this token stream; wait until it has finished"
+        ):
             tokenize_corpus(tokenizer, {"train": stories[:5]}, tmp_path / "stream", source="other")
         assert Path(config.train_path).read_bytes() == before
         reader.kill()
@@ -59,7 +61,7 @@ def test_a_validation_stream_that_was_written_again_is_not_read(config: BinDataC
     """Of as many bytes, before it is mapped for the first time."""
     data = BinTokenDataModule(config)
     _write_again(Path(config.val_path), in_place)
-    with pytest.raises(UserError, match=r"val.bin: was written again since this command opened it"):
+    with pytest.raises(UserError, match=r"val.bin: was rewritten since this command opened it"):
         next(iter(data.val_dataloader()))
 
 
@@ -76,7 +78,7 @@ def test_overwriting_a_mapped_stream_is_noticed_at_the_next_validation(config: B
     data = BinTokenDataModule(config)
     next(iter(data.train_dataloader()))
     _write_again(Path(config.train_path), in_place=True)
-    with pytest.raises(UserError, match=r"train.bin: was written again"):
+    with pytest.raises(UserError, match=r"train.bin: was rewritten"):
         data.val_dataloader()
 
 
@@ -107,17 +109,15 @@ def test_a_mapped_stream_that_is_cut_short_is_an_error_and_no_bus_error(config: 
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result
     lines = result.stdout.splitlines()
-    assert (
-        lines == [f"{config.train_path}: was written again since this command opened it; start the command again"] * 2
-    )
+    assert lines == [f"{config.train_path}: was rewritten since this command opened it; run the command again"] * 2
 
 
 def test_a_stream_that_changed_before_it_was_held(config: BinDataConfig) -> None:
     stream = open_stream(config.train_path, config)
     _write_again(stream.files[0], in_place=False)
-    with pytest.raises(UserError, match=r"train.bin: was written again"), hold_streams(stream):
+    with pytest.raises(UserError, match=r"train.bin: was rewritten"), hold_streams(stream):
         pass
-    with pytest.raises(UserError, match=r"train.bin: was written again"):
+    with pytest.raises(UserError, match=r"train.bin: was rewritten"):
         next(read_in_order(stream, 100))
 
 

@@ -97,7 +97,7 @@ def test_the_next_epoch_fills_the_last_batch_unless_it_is_dropped() -> None:
 def test_ranks_read_disjoint_windows_that_are_those_of_one_process(
     world_size: int, micro_batch: int, drop_last: bool
 ) -> None:
-    """The config says 6 windows in a micro-batch and 2 micro-batches in a step; 50 windows make 8.3 micro-batches."""
+    """The config says 6 sequences in a micro-batch and 2 micro-batches in a step; 50 windows make 8.3 micro-batches."""
     options = {"sequences": 50, "batch_size": 6, "seed": 4, "drop_last": drop_last}
     share = {"world_size": world_size, "micro_batch": micro_batch}
     steps = 9  # more than two epochs

@@ -137,7 +137,7 @@ def test_evaluation_prompts_are_24_different_ones() -> None:
         ("", ("data.val_path=gone.bin",), "gone.bin: no such token stream"),
         ("", ("data.train_path=gone.bin",), "gone.bin: no such token stream"),
         ("tokenizer", (), "tokenizer"),
-        ("run.json", (), "is no run folder"),
+        ("run.json", (), "is not a run folder"),
     ],
 )
 def test_what_is_missing_is_named(

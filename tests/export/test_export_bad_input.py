@@ -78,7 +78,7 @@ def test_what_is_no_run(command: str, refused: Refused, trained_run: TrainedRun)
     assert "runs/none: no such run folder" in refused(command, "runs/none")
     assert "none.ckpt: no such checkpoint" in refused(command, "none.ckpt")
     assert "text.yaml: is neither a run folder nor a .ckpt file" in refused(command, "text.yaml")
-    assert "empty: is no run folder (it has no run.json)" in refused(command, "empty")
+    assert "empty: is not a run folder (it has no run.json)" in refused(command, "empty")
     assert "make a run of it first: tiny-lm import exported" in refused(command, "exported")
 
 
@@ -152,9 +152,9 @@ def test_an_output_folder_that_cannot_be_written(
     assert "out: holds files that no export wrote" in refused(command + " --force")
     shutil.rmtree("out")
     Path("out").write_text("x")
-    assert "out: is a file, but a folder is to be written" in refused(command)
-    assert ".: is where you are" in refused(command.replace(" out", " ."))
-    assert "..: holds the folder where you are" in refused(command.replace(" out", " .."))
+    assert "out: is a file, not a folder" in refused(command)
+    assert ".: is the working directory" in refused(command.replace(" out", " ."))
+    assert "..: contains the working directory" in refused(command.replace(" out", " .."))
 
 
 @pytest.fixture

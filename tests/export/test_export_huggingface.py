@@ -135,7 +135,7 @@ def test_the_command_shows_a_table_and_refuses_what_is_there(
     assert run_main(monkeypatch, *command, "--dtype", "float8") == 2
     assert "there are: float32, float16, bfloat16" in capsys.readouterr().err
     assert run_main(monkeypatch, "export", "huggingface", run, "--output-dir", ".", "--force") == 2
-    assert "is where you are" in capsys.readouterr().err
+    assert "is the working directory" in capsys.readouterr().err
 
 
 def test_the_documented_script(trained_run: TrainedRun, tmp_path: Path) -> None:

@@ -311,7 +311,7 @@ def test_from_run_takes_the_best_checkpoint_or_a_given_one(trained: Run) -> None
 def test_a_run_that_is_none_or_has_nothing_yet(trained: Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: no such run folder"):
         TextGenerator.from_run(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="is no run folder"):
+    with pytest.raises(UserError, match="is not a run folder"):
         TextGenerator.from_run(tmp_path)
     for checkpoint in trained.checkpoints.iterdir():
         checkpoint.unlink()

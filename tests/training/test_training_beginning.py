@@ -100,7 +100,7 @@ def test_a_resumed_run_does_not_read_it_again(
     assert losses(run) == losses(whole)
     assert run.read_metadata()["init_from"]["path"] == str(origin.folder)
     fit(config=quiet, max_steps=14, init_from="elsewhere", resume_from=run.last_checkpoint)
-    assert '-> "elsewhere": not read, since a run goes on with weights of its own' in capsys.readouterr().err
+    assert '-> "elsewhere": ignored: a resumed run has its own weights' in capsys.readouterr().err
     assert math.isfinite(losses(run)[14])
 
 
@@ -138,7 +138,7 @@ def test_another_model_is_refused(taught: Callable[..., Run], fit: Fit, run: Run
         (model("llama3", n_kv_heads=1), "has kv_heads 2, but the model config has 1"),
         (model("llama3", rope_theta=500.0), "has rope_theta 10000.0, but the model config has 500.0"),
     ]:
-        with pytest.raises(UserError, match=f"{origin}: {told}; both must be the same model"):
+        with pytest.raises(UserError, match=f"{origin}: {told}; they must match"):
             fit(config=config, init_from=origin)
     assert not run.folder.exists()
     # what no weight depends on may differ

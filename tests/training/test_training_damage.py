@@ -82,7 +82,7 @@ def test_what_is_no_checkpoint_of_the_run_falls_back_and_resumes(
     found, said = find(copy)
     assert found == copy.step_checkpoint(8)
     assert message in said
-    assert f"going on from {found} of step 8" in said
+    assert f"resuming from {found} of step 8" in said
     config = BinDataConfig.from_yaml(copy.configs / "data.yaml")
     assert train(model(), training(max_steps=10), config, copy, resume_from=found).steps == 10
     assert read_checkpoint(copy.last_checkpoint)["global_step"] == 10

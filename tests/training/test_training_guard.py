@@ -42,8 +42,8 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line(fit: Fit, run: Run) -
         fit(**EXPLODING, log_every_n_steps=50, accumulate_grad_batches=2)
     message = str(error.value)
     assert "\n" not in message
-    assert re.search(r"the loss is (nan|inf) at step 2, in micro-batch 2 \(epoch 0, windows \d+, ", message)
-    assert "no checkpoint was written yet; begin again with a lower rate: tiny-lm train --resume" in message
+    assert re.search(r"the loss is (nan|inf) at step 2, in micro-batch 2 \(epoch 0, sequences \d+, ", message)
+    assert "no checkpoint was written yet; start again with a lower rate: tiny-lm train --resume" in message
     assert message.endswith("--set training.learning_rate=5")
     assert json.loads(run.metadata_file.read_text())["status"] == "failed"
     assert not list(run.checkpoints.glob("*"))
@@ -75,7 +75,7 @@ def test_a_spoilt_model_is_not_saved_though_its_loss_was_a_number(fit: Fit, run:
     broken = {**EXPLODING, "save_every_n_steps": 5, "val_every_n_steps": 60, "log_every_n_steps": 60}
     with pytest.raises(
         UserError,
-        match=r"^step 5 left weights that are no numbers: the last good checkpoint is .*step-0{7}4.ckpt; go on",
+        match=r"^step 5 left NaN or infinite weights: the last good checkpoint is .*step-0{7}4.ckpt; resume",
     ):
         fit(**broken, resume_from=run.last_checkpoint)
     assert run.last_checkpoint.read_bytes() == good
@@ -157,7 +157,7 @@ def test_a_jump_is_told_once_with_step_batch_and_checkpoint(train_on_it: Train, 
     past = min(step - 1, 100)
     assert re.search(
         rf"^warning: the loss is {curve[step]:.3f} at step {step}, \d+\.\d\d nats above the median of the {past} steps "
-        rf"before, worst in micro-batch {step - 1} \(epoch 0, windows 120; its text is in \S+/{step - 1:08}\.txt\); ",
+        rf"before, worst in micro-batch {step - 1} \(epoch 0, sequences 120; its text is in \S+/{step - 1:08}\.txt\); ",
         warning,
     )
     saved = (step - 1) // 30 * 30
@@ -166,7 +166,7 @@ def test_a_jump_is_told_once_with_step_batch_and_checkpoint(train_on_it: Train, 
 
 
 def test_a_jump_above_the_threshold_ends_the_run(train_on_it: Train, run: Run, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"windows 120; .*spike_threshold is 3\.0: the last good") as error:
+    with pytest.raises(UserError, match=r"sequences 120; .*spike_threshold is 3\.0: the last good") as error:
         train_on_it(spike_threshold=3.0)
     assert max(saved for saved, _ in run.saved_steps()) < step_of(str(error.value))
     assert train_on_it(run=Run(tmp_path / "calm"), spike_threshold=20.0) == ""

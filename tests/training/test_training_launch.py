@@ -95,7 +95,7 @@ def test_srun_is_known_by_its_step(monkeypatch: pytest.MonkeyPatch) -> None:
     apply({**SBATCH, "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}, monkeypatch)
     assert find_launch("auto", 1).started == (4, 1)
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
-    with pytest.raises(UserError, match="give --ntasks-per-node and not --ntasks"):
+    with pytest.raises(UserError, match="use --ntasks-per-node instead of --ntasks"):
         find_launch("auto", 1)
 
 

@@ -28,7 +28,7 @@ from tiny_lm.training.launch import PARENT_KEY
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "training" / "train_gpt2.py"
 
 
-# --- the share of a batch --------------------------------------------------------------------------------------------
+# --- splitting a batch --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_what_does_not_divide_is_refused_with_sizes_that_do() -> None:
     with pytest.raises(UserError) as caught:
         split_global_batch(15, 3, 4)
     assert str(caught.value) == (
-        "batch_size 15 x accumulate_grad_batches 3 windows in a step do not divide by 4 processes: "
+        "batch_size 15 x accumulate_grad_batches 3 sequences in a step do not divide by 4 processes: "
         "set data.batch_size=12 or 16"
     )
 
@@ -268,7 +268,7 @@ def test_the_command_starts_the_other_processes(
     (folder,) = (workplace / "runs").iterdir()  # the name has the time in it, and yet they share one
     train(model(dropout=0.0), training(accumulate_grad_batches=2), data_config(), run)
     assert_same_run(Run(folder), run)
-    assert "2 processes (ddp), each with 4 of the 8 windows of a step, 4 at a time" in result.stderr
+    assert "2 processes (ddp), each with 4 of the 8 sequences of a step, 4 at a time" in result.stderr
     assert result.stderr.count("val loss") == 2  # one process speaks
     assert result.stdout.count("val perplexity") == 1
     assert len(read_metrics(Run(folder).metrics)) == 12

@@ -223,7 +223,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(how: str, fit:
     (line,) = told.splitlines()
     assert line.startswith(f"warning: {run.last_checkpoint}: is damaged")
     assert f"{run.step_checkpoint(12)}: is damaged" in line
-    assert line.endswith(f"; going on from {run.step_checkpoint(8)} of step 8")
+    assert line.endswith(f"; resuming from {run.step_checkpoint(8)} of step 8")
     whole = losses(run)
     fit(resume_from=run.step_checkpoint(8))
     assert losses(run) == whole
@@ -337,11 +337,13 @@ def test_what_must_not_change(fit: Fit, run: Run) -> None:
     fit()
     with pytest.raises(UserError, match=r"holds another model than the model config \(d_model 32 and not 64\); resume"):
         fit(resume_from=run.last_checkpoint, config=model(d_model=64))
-    with pytest.raises(UserError, match="stands at step 12 of max_steps 12: nothing is left to train; to go on, raise"):
+    with pytest.raises(
+        UserError, match="is at step 12 of max_steps 12, so nothing is left to train; to continue, raise"
+    ):
         fit(resume_from=run.last_checkpoint)
     with pytest.raises(UserError, match="trained with optimizer adamw and not muon: the state in the checkpoint"):
         fit(resume_from=run.last_checkpoint, optimizer="muon", max_steps=20)
-    with pytest.raises(UserError, match="trained with seed 0 and not 1: other batches would follow"):
+    with pytest.raises(UserError, match="trained with seed 0 and not 1: the order of batches would change"):
         fit(resume_from=run.last_checkpoint, seed=1, max_steps=20)
 
 
@@ -372,15 +374,15 @@ def test_what_changes_is_told_with_its_meaning(fit: Fit, run: Run, go_on: Callab
         f"changed training.max_steps: 12 -> 14: rates follow the new schedule; step 5 has {new:.3g}, by the old one "
         f"{old:.3g}",
         "changed training.weight_decay: 0.1 -> 0.0: used from step 5 on",
-        "changed training.ema_decay: null -> 0.5: the average begins with the weights of the checkpoint",
-        "changed training.save_every_n_steps: 4 -> 2: the weights become what they would have become",
+        "changed training.ema_decay: null -> 0.5: the average starts from the weights of the checkpoint",
+        "changed training.save_every_n_steps: 4 -> 2: the weights are not affected",
     ]
     assert go_on(step=8, weight_decay=0.0, accumulate_grad_batches=3, data={"num_workers": 2})[1:] == [
-        "changed training.ema_decay: 0.5 -> null: the average is dropped: validated and saved are the weights "
-        "themselves",
-        "changed training.accumulate_grad_batches: 1 -> 3: a step is 384 tokens from here on and was 128",
-        "changed training.save_every_n_steps: 2 -> 4: the weights become what they would have become",
-        "changed data.num_workers: 0 -> 2: the weights become what they would have become",
+        "changed training.ema_decay: 0.5 -> null: the average is dropped: the weights themselves are "
+        "validated and saved",
+        "changed training.accumulate_grad_batches: 1 -> 3: a step is 384 tokens from here on; it was 128",
+        "changed training.save_every_n_steps: 2 -> 4: the weights are not affected",
+        "changed data.num_workers: 0 -> 2: the weights are not affected",
     ]
 
 

@@ -115,7 +115,7 @@ def test_a_tracker_that_cannot_start_costs_one_line_and_the_others_nothing(fit: 
     assert list((run.folder / "wandb").glob("offline-run-*"))
     with closing(sqlite3.connect(tmp_path / "trackio" / "tiny-lm.db")) as database:
         assert database.execute("select count(*) from metrics where run_name = ?", (run.name,)).fetchone() == (4,)
-    assert output.count("warning: the tracker tensorboard failed and is left out from now on") == 1
+    assert output.count("warning: the logger tensorboard failed and is disabled") == 1
     assert json.loads(run.metadata_file.read_text())["status"] == "finished"
     assert len(read_metrics(run.metrics)) == 4
 
@@ -136,7 +136,7 @@ def test_wandb_that_dies_in_the_middle_does_not_cost_the_run(
 
     monkeypatch.setattr(MetricsWriter, "on_step_end", kill_and_write)
     output = fit("wandb")
-    assert output.count("warning: the tracker wandb failed and is left out from now on") == 1
+    assert output.count("warning: the logger wandb failed and is disabled") == 1
     assert json.loads(run.metadata_file.read_text())["status"] == "finished"
     assert len(read_metrics(run.metrics)) == 4
 
@@ -201,9 +201,7 @@ def test_wherever_a_tracker_fails_the_run_goes_on(
     result = train(model(), training(max_steps=4, sample_tokens=0), data_config(), run, console=console)
     assert result.finished
     assert output.getvalue().count("warning") == 1
-    assert (
-        "the tracker wandb failed and is left out from now on (ConnectionError: no route to host)" in output.getvalue()
-    )
+    assert "the logger wandb failed and is disabled (ConnectionError: no route to host)" in output.getvalue()
     calls = ["log_hyperparams", *(f"log_metrics {step}" for step in range(1, 5)), "finalize"]
     # Afterwards it is left alone, until the end.
     assert failing.calls == [*calls[: calls.index(at) + 1], *([] if at == "finalize" else ["finalize"])]

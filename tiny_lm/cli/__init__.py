@@ -1,7 +1,7 @@
-"""The command line: the table of commands, and what becomes of an error.
+"""The command line: all commands, and how errors are reported.
 
-Each command is a plain function in a module of this folder. Those modules import nothing heavy at their top, so that
-``tiny-lm --help`` answers at once.
+Each command is a plain function in a module of this folder. Those modules import nothing heavy at the top, so that
+``tiny-lm --help`` is fast.
 """
 
 import errno
@@ -77,14 +77,16 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
 ) -> None:
     pass
 
 
-# Errors that a path or a machine may cause wherever a folder is listed or a file looked for; none is a bug of ours.
+# Errors that a path or the machine may cause at any file access; they are not bugs.
 _ENVIRONMENT = {
-    **dict.fromkeys([errno.EACCES, errno.EPERM, errno.EROFS], "ask for the permission, or use another path"),
+    **dict.fromkeys([errno.EACCES, errno.EPERM, errno.EROFS], "get the permission, or use another path"),
     **dict.fromkeys([errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR], "use another path"),
     **dict.fromkeys([errno.EIO, errno.ESTALE], "check the disk, and run the command again"),
     **dict.fromkeys([errno.EMFILE, errno.ENFILE], "raise the limit on open files (ulimit -n)"),
@@ -97,21 +99,21 @@ def main(*command: str) -> None:
     Results go to standard output, everything else to standard error. A user's mistake exits with code 2 and one line.
 
     Args:
-        command: words put before those that the user typed: the documented scripts name their command here.
+        command: arguments before the user's: the documented scripts pass their command here.
     """
     arguments = [*command, *sys.argv[1:]] or ["--help"]
     guard_streams()
     try:
-        Path.cwd()  # libraries that are loaded later say something else where it is gone
+        Path.cwd()  # without it, libraries fail with misleading errors
     except FileNotFoundError:
-        sys.exit(_fail("the working directory does not exist any more; change to another one"))
+        sys.exit(_fail("the working directory no longer exists; change to another one"))
     try:
         with signals_as_exceptions():
             code = get_command(app)(arguments, prog_name="tiny-lm", standalone_mode=False)
     except Terminated as end:
         print_message(f"ended by {end.name}")
         code = end.code
-    except Abort:  # the input ended where an answer was expected
+    except Abort:  # end of input at a prompt
         code = 1
     except (UserError, TyperException) as error:
         code = _fail(error.format_message() if isinstance(error, TyperException) else str(error))
@@ -126,7 +128,7 @@ def main(*command: str) -> None:
 
 
 def _fail(message: str) -> int:
-    """Print one line, whatever the message of a library holds; but the help of a group without a command as it is."""
+    """Print an error as one line, but the usage of a group without a command as it is."""
     if message.startswith("Usage: "):
         print_message(message)
     else:

@@ -1,4 +1,4 @@
-"""Commands about text: fetch it, write the built-in stories, turn it into token streams."""
+"""Commands for text: download it, write the built-in stories, tokenize it."""
 
 import os
 import sys
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from tiny_lm.dataset import DatasetConfig
     from tiny_lm.tokenizer import Tokenizer, TokenizerConfig
 
-data_app = typer.Typer(help="Fetch a data set, or write the built-in one.", rich_markup_mode=None, no_args_is_help=True)
+data_app = typer.Typer(
+    help="Download a dataset, or write the built-in one.", rich_markup_mode=None, no_args_is_help=True
+)
 
 
 @data_app.command()
@@ -28,7 +30,7 @@ def download(
     settings: Settings = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Fetch or cache a raw data set and count its documents."""
+    """Download or cache a raw dataset and count its documents."""
     from tiny_lm import dataset
 
     overrides = parse_overrides(settings or [], ["dataset"])
@@ -50,10 +52,10 @@ def stories(
         "stories.txt"
     ),
     count: Annotated[int, typer.Option(min=1, max=10**9, help="Number of stories.")] = 20_000,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed tells other stories.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed gives other stories.")] = 0,
     split: Annotated[str, typer.Option(metavar="train|validation", help="No story is in both.")] = "train",
 ) -> None:
-    """Write the built-in children's stories to a text file, separated by a line <|endoftext|>."""
+    """Write the built-in children's stories to a text file, separated by <|endoftext|> lines."""
     from tiny_lm.cli.progress import track
     from tiny_lm.dataset import DatasetConfig, Split, estimate_bytes, write_documents
     from tiny_lm.dataset.stories import generate_stories
@@ -71,19 +73,19 @@ def stories(
 
 def tokenize(
     config: Annotated[str, typer.Option(help="Tokenizer config: a YAML file or the name of a shipped one.")],
-    seed: Annotated[int, typer.Option(min=0, help="Divides train and validation where the data set does not.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Splits train and validation if the dataset does not.")] = 0,
     errors: ReplaceErrors = "strict",
     tokenizer_folder: Annotated[
-        Path | None, typer.Option("--tokenizer", help="Encode with this one, such as that of an imported run.")
+        Path | None, typer.Option("--tokenizer", help="Use this tokenizer, such as an imported run's.")
     ] = None,
     settings: Settings = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Turn a corpus into token streams.
+    """Tokenize a corpus into token streams.
 
     Writes train.bin, val.bin, metadata.json and a copy of the tokenizer into the config's tokenized_output_dir. The
-    corpus is the one that the tokenizer config names, and the tokenizer is the one in its output_dir: train it first,
-    with `tiny-lm tokenizer train`.
+    tokenizer config names the corpus; the tokenizer in its output_dir must be trained first, with `tiny-lm tokenizer
+    train`.
     """
     from tiny_lm.tokenizer import load_tokenizer
     from tiny_lm.tokenizer.train import matches_config
@@ -100,7 +102,7 @@ def tokenize(
     tokenizer = load_tokenizer(tokenizer_folder or tokenizer_config.output_dir)
     if tokenizer_folder is None and not matches_config(tokenizer, tokenizer_config):
         raise UserError(
-            f"{tokenizer_config.output_dir}: was not trained with {config} as it is now (its type, special tokens or "
+            f"{tokenizer_config.output_dir}: does not match {config} (type, special tokens or "
             "split pattern differ); train it again with "
             f"`{train_command}`"
         )
@@ -120,7 +122,7 @@ def load_corpus_configs(config: str, settings: list[str] | None) -> "tuple[Token
     """Load a tokenizer config and the dataset config that it names.
 
     Raises:
-        UserError: one is not valid, or the tokenizer would be written among the files of its own corpus.
+        UserError: one is invalid, or an output folder is the folder of the corpus.
     """
     from tiny_lm.dataset import DatasetConfig
     from tiny_lm.dataset.names import path_from_name
@@ -133,7 +135,7 @@ def load_corpus_configs(config: str, settings: list[str] | None) -> "tuple[Token
         for key in ("output_dir", "tokenized_output_dir"):
             folder = getattr(tokenizer_config, key)
             if os.path.realpath(folder) == os.path.realpath(path_from_name(dataset_config.name)):
-                raise UserError(f"{config}: {key} {folder} is the folder of the corpus; choose a folder of its own")
+                raise UserError(f"{config}: {key} {folder} is the folder of the corpus; choose another folder")
     return tokenizer_config, dataset_config
 
 
@@ -144,7 +146,7 @@ def survey(
     seed: int = 0,
     errors: Literal["strict", "replace"] = "strict",
 ) -> bool:
-    """Print what a local corpus is read as; return whether its documents are to be divided within.
+    """Describe how a local corpus is read; return whether to divide its documents into train and validation.
 
     Raises:
         UserError: the corpus cannot be read, or holds no document.
@@ -188,7 +190,7 @@ def write_streams(
 
 
 def check_errors(errors: str) -> Literal["strict", "replace"]:
-    """Return what `--errors` says.
+    """Validate `--errors`.
 
     Raises:
         UserError: it is neither strict nor replace.

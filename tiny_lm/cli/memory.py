@@ -1,4 +1,4 @@
-"""The commands that say what fits into memory: by formula, and by trying."""
+"""The commands that estimate memory, and that find the largest micro-batch."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from tiny_lm.training.planning.batch_size import BatchSizes, BatchSizeTrial
     from tiny_lm.training.planning.memory import MemoryConfig
 
-Profile = Annotated[str | None, typer.Argument(help="A named triple of configs, such as speed.")]
+Profile = Annotated[str | None, typer.Argument(help="Profile, such as speed: a named set of three configs.")]
 ModelConfig = Annotated[str | None, typer.Option(help="Model config: a YAML file or a shipped name.")]
-TrainingConfig = Annotated[str | None, typer.Option(help="Training config; without one AdamW in bf16-mixed.")]
-DataConfig = Annotated[str | None, typer.Option(help="Data config; without one windows of the model's context.")]
+TrainingConfig = Annotated[str | None, typer.Option(help="Training config; default: AdamW in bf16-mixed.")]
+DataConfig = Annotated[str | None, typer.Option(help="Data config; default: sequences of the model's context length.")]
 
 
 def estimate(
@@ -27,7 +27,7 @@ def estimate(
     data_config: DataConfig = None,
     settings: Settings = None,
 ) -> None:
-    """Estimate the memory that training takes, by formula: nothing is built."""
+    """Estimate the memory of training, by formula: nothing is allocated."""
     check_variables()
     from tiny_lm.hardware.memory import free_memory
     from tiny_lm.training.planning.memory import estimate_memory, find_savings
@@ -51,16 +51,16 @@ def find_batch_size(
     model_config: ModelConfig = None,
     training_config: TrainingConfig = None,
     data_config: DataConfig = None,
-    margin: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of the free memory to leave.")] = 0.1,
-    memory: Annotated[float | None, typer.Option(min=0.1, help="GB that may be used; default: what is free.")] = None,
-    most: Annotated[int | None, typer.Option("--max", min=1, help="Most windows in a micro-batch.")] = None,
+    margin: Annotated[float, typer.Option(min=0.0, max=0.9, help="Fraction of the free memory to leave.")] = 0.1,
+    memory: Annotated[float | None, typer.Option(min=0.1, help="GB to use; default: what is free.")] = None,
+    most: Annotated[int | None, typer.Option("--max", min=1, help="Maximum sequences in a micro-batch.")] = None,
     seconds: Annotated[float, typer.Option(min=1.0, help="On a CPU: about how long to try.")] = 60.0,
     settings: Settings = None,
 ) -> None:
     """Find the largest micro-batch that fits into memory, and the fastest.
 
-    Each is tried with the state of the optimizer and a validation. Where a data config or a profile says how many
-    windows make a step, only micro-batches that divide them are tried, and accumulation keeps the step as it is.
+    Each is tried with optimizer state and a validation. If a data config or a profile sets the sequences of a step,
+    only micro-batches that divide them are tried, and accumulation keeps the step unchanged.
     """
     check_variables()
     from tiny_lm.hardware.memory import free_memory
@@ -82,7 +82,7 @@ def _load(
     data_config: str | None,
     settings: list[str] | None,
 ) -> "tuple[MemoryConfig, int | None]":
-    """Return what would be trained, and the windows of its step, if the configs say how many."""
+    """Return what would be trained, and the sequences per step if the configs set them."""
     from tiny_lm.data import BinDataConfig
     from tiny_lm.hardware.device import fastest_device
     from tiny_lm.model.config import load_model_config
@@ -109,7 +109,7 @@ def _load(
         data = BinDataConfig.from_yaml(data_config, overrides["data"])
     else:
         sizes = {"block_size": model.context_length, "batch_size": 1}
-        defaults = {"train_path": "train.bin", "val_path": "val.bin", **sizes}  # the streams are not looked at
+        defaults = {"train_path": "train.bin", "val_path": "val.bin", **sizes}  # the streams are not opened
         data = BinDataConfig.from_dict(override(defaults, overrides["data"]), source="--set")
     check_block_size(model, data)
     device = fastest_device()
@@ -126,12 +126,12 @@ def _print_trial(trial: "BatchSizeTrial") -> None:
 
 
 def _print_choice(found: "BatchSizes", sequences_per_step: int | None, free: float) -> None:
-    """Say which sizes to choose, and how."""
+    """Print the sizes to choose, and the settings for them."""
     fastest, largest = found.fastest, found.largest
     print_result(f"largest that fits into {free / 1e9:.1f} GB: {largest.sequences}")
     print_result(f"smallest of the fastest: {fastest.sequences}")
     accumulation = (sequences_per_step or fastest.sequences) // fastest.sequences
     print_result(
         f"use: --set data.batch_size={fastest.sequences} --set training.accumulate_grad_batches={accumulation}"
-        + (f"  # {sequences_per_step} windows in a step, as before" if sequences_per_step else "")
+        + (f"  # {sequences_per_step} sequences in a step, as before" if sequences_per_step else "")
     )

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the few things that commands do alike."""
+"""Options and helpers that commands share."""
 
 from collections.abc import Iterable, Sequence
 from typing import Annotated
@@ -19,16 +19,16 @@ ReplaceErrors = Annotated[
 
 
 def print_configs(configs: Iterable[tuple[str, Config]]) -> None:
-    """Print resolved configs as YAML, each under the name of its section."""
+    """Print resolved configs as YAML, each under its section."""
     for section, config in configs:
         print_result(f"# {section}")
         print_result(config.to_yaml())
 
 
 def expand_multi_value(words: Sequence[str], option: str) -> list[str]:
-    """Write ``--option A B`` as ``--option A --option B``, up to the next word that begins with a dash."""
+    """Rewrite ``--option A B`` as ``--option A --option B``, up to the next argument that starts with a dash."""
     result: list[str] = []
-    values = -1  # words that the option took so far; -1 behind other words
+    values = -1  # values of the option so far; -1 after other arguments
     for word in words:
         if word.startswith("-"):
             values = 0 if word == option else -1

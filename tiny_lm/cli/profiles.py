@@ -20,13 +20,13 @@ _SECONDS = 10.0
 
 def profiles(
     time: Annotated[
-        bool, typer.Option(help="Measure for ten seconds how long each would take here, or do not.")
+        bool, typer.Option(help="Measure for ten seconds how long each would take on this machine.")
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """List what `tiny-lm train` knows by name.
+    """List the profiles of `tiny-lm train`.
 
-    For each profile its size, its tokens, about how long it would take on this machine, and what its guide promises.
+    For each: parameters, tokens, the estimated time on this machine, and what its guide promises.
     """
     from tiny_lm.model.config import num_parameters
 
@@ -80,7 +80,7 @@ def _measure(runs: "Iterable[PlannedRun]") -> "list[RunTime]":
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row as JSON takes it; the figures of this machine are null where they were not asked for."""
+    """Return a row for JSON; times are null if they were not measured."""
     result: RunTime | None = row["time"]
     return {
         **{key: value for key, value in row.items() if key != "time"},
@@ -100,22 +100,22 @@ def _print_table(rows: list[dict[str, Any]], *, with_times: bool) -> None:
     table.add_column("tokens", justify="right", no_wrap=True)
     if with_times:
         table.add_column("time here", no_wrap=True)
-    table.add_column("what it is, and what its guide promises")
+    table.add_column("description, and what its guide promises")
     for row in rows:
         size = [f"{row['parameters'] / 1e6:.1f}M", f"{row['tokens'] / 1e6:,.1f}M"]
         about = [_about(row["time"])] if with_times else []
         promise = f"\nguide: {row['expect']}" if row["expect"] else ""
         table.add_row(row["name"], *size, *about, row["description"] + promise)
-    # A pipe has no width of its own.
+    # A pipe has no width.
     width = None if sys.stdout.isatty() else 100
     make_console(stderr=False, soft_wrap=False, width=width).print(table)
     for remark in _remarks([row["time"] for row in rows]) if with_times else ():
         print_result(remark)
-    print_result(end="")  # the table, too, is what was asked for
+    print_result(end="")  # the table is a result, too
 
 
 def _about(result: "RunTime") -> str:
-    """Say how long a run takes, as coarsely as it is known."""
+    """Format the duration of a run, rounded to its precision."""
     seconds = result.seconds
     for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= 1.5 * size:
@@ -126,13 +126,13 @@ def _about(result: "RunTime") -> str:
 
 
 def _remarks(times: "list[RunTime]") -> list[str]:
-    """Say what the times rest on."""
+    """Describe how the times were measured."""
     from tiny_lm.hardware.device import describe_device, fastest_device
 
     device = describe_device(fastest_device())
-    remarks = [f"measured on this machine ({device}) in short rehearsals; a long run is compiled and somewhat faster"]
+    remarks = [f"measured on this machine ({device}) in short benchmarks; a long run is compiled and somewhat faster"]
     if not all(result.measured for result in times):
-        remarks.append("some were scaled from the others by their operations: ten seconds did not suffice for all")
+        remarks.append("some were scaled from the others by their operations: ten seconds were not enough for all")
     if not all(result.validates for result in times):
-        remarks.append("* without validation: the token stream that it reads is not there yet")
+        remarks.append("* without validation: its token stream does not exist yet")
     return remarks

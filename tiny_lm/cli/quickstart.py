@@ -1,4 +1,4 @@
-"""The command that goes all the way, from raw text to a story."""
+"""The quickstart command: from raw text to generated stories."""
 
 import os
 import shutil
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
     from tiny_lm.training.fit import TrainingResult
 
 _NAME = "quickstart"
-_IN_USE = "another process is using this folder; wait for its end, or run this one in another working directory"
+_IN_USE = (
+    "another process is using this folder; wait until it has finished, or run this one in another working directory"
+)
 _VALIDATIONS = 8
 _PROMPTS = ("Once upon a time", "One day,", "")
 
@@ -35,13 +37,13 @@ def quickstart(
     text: Annotated[
         Path | None, typer.Option(help="Train on your own text: a file, a folder or a glob; default: built-in stories.")
     ] = None,
-    minutes: Annotated[float, typer.Option(min=0.05, max=10_000, help="Time for the training itself.")] = 3.0,
+    minutes: Annotated[float, typer.Option(min=0.05, max=10_000, help="Time for training alone.")] = 3.0,
     errors: ReplaceErrors = "strict",
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Another seed: other first weights and batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of initial weights and batches.")] = 0,
 ) -> None:
-    """Go from raw text to a story in minutes.
+    """Go from raw text to generated stories in minutes.
 
-    Text, tokenizer, token stream, model, training, loss curve and three stories, on a CPU if need be.
+    Text, tokenizer, token stream, model, training, loss curve and three stories, also on a CPU.
     """
     from tiny_lm.locks import lock_folder
     from tiny_lm.tokenizer import TokenizerConfig
@@ -50,7 +52,7 @@ def quickstart(
         raise UserError('--text "": is empty; name a file, a folder or a glob (for this folder: "$PWD")')
     if text and not text.exists() and not any(character in str(text) for character in "*?["):
         raise UserError(f"--text {text}: no such file or folder")
-    # One of its folders stands for all: tokenizer, token stream and run have the same names in each quickstart.
+    # Locking one folder is enough: tokenizer, token stream and run have the same names in each quickstart.
     with lock_folder(Path(TokenizerConfig.from_yaml(_NAME).output_dir), _IN_USE, create=True):
         _run_quickstart(text, minutes, errors, seed)
 
@@ -68,7 +70,7 @@ def _run_quickstart(text: Path | None, minutes: float, errors: str, seed: int) -
         result = run_training(run, configs, [_NAME] * 3)
     console.print(styled("4 of 4", "bold"), " three stories")
     _report(run, result, stream, time.perf_counter() - started)
-    _tell_stories(run, text is None, seed)
+    _print_stories(run, text is None, seed)
     program = "tiny-lm" if shutil.which("tiny-lm") else sys.argv[0]  # as the user can type it
     print(
         "Next:",
@@ -80,7 +82,7 @@ def _run_quickstart(text: Path | None, minutes: float, errors: str, seed: int) -
 
 
 def _write_stories(console: "Console") -> "DatasetConfig":
-    """Write the built-in stories to text files, where a newcomer can look at them; return the data set of the files."""
+    """Write the built-in stories to text files, where a newcomer can read them; return their dataset config."""
     from tiny_lm.dataset import DatasetConfig, iter_documents, write_documents
     from tiny_lm.dataset.config import Splits
 
@@ -93,7 +95,7 @@ def _write_stories(console: "Console") -> "DatasetConfig":
 
 
 def _prepare_text(text: Path | None, errors: str, console: "Console") -> dict[str, Any]:
-    """Train the tokenizer and write the token streams; return what the final table tells of them."""
+    """Train the tokenizer and write the token streams; return their rows of the final table."""
     from tiny_lm.cli.data import check_errors, survey, write_streams
     from tiny_lm.cli.tokenizer import train_and_save
     from tiny_lm.dataset import DatasetConfig
@@ -109,15 +111,15 @@ def _prepare_text(text: Path | None, errors: str, console: "Console") -> dict[st
     train, val = metadata.files["train.bin"], metadata.files["val.bin"]
     return {
         "text": dataset_config.name,
-        "documents": f"{train.documents:,} to train on, {val.documents:,} to validate"
-        + (", which are their last parts" if split_within else ""),
+        "documents": f"{train.documents:,} for training, {val.documents:,} for validation"
+        + (", the ends of the same documents" if split_within else ""),
         "tokenizer": f"{tokenizer.vocab_size:,} tokens, {train.bytes_per_token:.2f} bytes each",
         "token stream": f"{train.tokens:,} tokens in {tokenizer_config.tokenized_output_dir}",
     }
 
 
 def _fit_to_minutes(minutes: float, seed: int, console: "Console") -> Configs:
-    """Load the configs of the quickstart and set the number of steps that fits into the time."""
+    """Load the quickstart configs and set the number of steps that fits into the time."""
     from tiny_lm.data import BinDataConfig
     from tiny_lm.model.config import load_model_config
     from tiny_lm.training import TrainingConfig
@@ -140,25 +142,25 @@ def _fit_to_minutes(minutes: float, seed: int, console: "Console") -> Configs:
 
 @contextmanager
 def _claim_fresh_run() -> Iterator[Run]:
-    """Claim `runs/quickstart`, empty, while the block runs; a run that is there already is kept under another name.
+    """Lock an empty `runs/quickstart` while the block runs; an existing run is renamed.
 
     Raises:
-        UserError: another process trains there.
+        UserError: another process is training there.
     """
     run = Run(RUNS_FOLDER / _NAME)
     if run.folder.exists():
         with run.claim():
             when = time.strftime("%Y%m%d-%H%M%S", time.gmtime(run.folder.stat().st_mtime))
-            kept = create_run(f"{_NAME}-{when}").folder  # empty, so that it is replaced
+            kept = create_run(f"{_NAME}-{when}").folder  # an empty folder, which the rename replaces
             if os.name == "nt":
-                kept.rmdir()  # Windows replaces no folder
+                kept.rmdir()  # on Windows, a rename does not replace a folder
             run.folder.rename(kept)
     with run.claim():
         yield run
 
 
 def _report(run: Run, result: "TrainingResult", stream: dict[str, Any], seconds: float) -> None:
-    """Print the table of what was done."""
+    """Print the summary table."""
     from rich.table import Table
 
     record = run.read_metadata()
@@ -171,7 +173,7 @@ def _report(run: Run, result: "TrainingResult", stream: dict[str, Any], seconds:
         "bits per byte": f"{result.metrics['val_bpb']:.3f}",
         "loss curve": str(run.plots / "loss.png"),
         "report": str(run.report),
-        "in all": f"{seconds:,.0f} s",
+        "total": f"{seconds:,.0f} s",
     }
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, value in rows.items():
@@ -179,8 +181,8 @@ def _report(run: Run, result: "TrainingResult", stream: dict[str, Any], seconds:
     make_console(stderr=False).print(table)
 
 
-def _tell_stories(run: Run, built_in: bool, seed: int) -> None:
-    """Print three stories."""
+def _print_stories(run: Run, built_in: bool, seed: int) -> None:
+    """Generate and print three stories."""
     from tiny_lm.inference import GenerationConfig, TextGenerator
 
     generator = TextGenerator.from_run(run.folder)

@@ -31,22 +31,26 @@ Configs: TypeAlias = "tuple[ModelConfig, TrainingConfig, BinDataConfig]"
 
 
 def train(
-    profile: Annotated[str | None, typer.Argument(help="A named triple of configs, such as speed.")] = None,
+    profile: Annotated[str | None, typer.Argument(help="Profile, such as speed: a named set of three configs.")] = None,
     model_config: Annotated[str | None, typer.Option(help="Model config: a YAML file or a shipped name.")] = None,
     training_config: Annotated[str | None, typer.Option(help="Training config: a YAML file or a shipped name.")] = None,
     data_config: Annotated[str | None, typer.Option(help="Data config: a YAML file or a shipped name.")] = None,
     resume: Annotated[
-        str | None, typer.Option(metavar="auto|RUN|CHECKPOINT", help="Go on; auto: with this run's newest checkpoint.")
+        str | None,
+        typer.Option(
+            metavar="auto|RUN|CHECKPOINT",
+            help="Resume from a run or checkpoint; auto: from this run's newest checkpoint, if any.",
+        ),
     ] = None,
     settings: Settings = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Train a model, or go on training one.
+    """Train a model, or resume training.
 
-    What is trained is a profile, or a model, a training and a data config, or both, where a config replaces its part.
+    Train PROFILE, or the three given configs; a given config overrides the profile's.
     """
     check_variables()
-    resumed = _run_of(resume)
+    resumed = _named_run(resume)
     given = {"model": model_config, "training": training_config, "data": data_config}
     files = _config_files(profile, given, resumed)
     configs = _load(files, settings)
@@ -59,20 +63,20 @@ def train(
     try:
         if checkpoint is None:
             _check_streams(configs[2])
-        if resume == "auto" and _is_finished(run, configs[1]):  # a job that is started again and again ends well
-            _end_again(run, configs[1])
+        if resume == "auto" and _is_finished(run, configs[1]):  # so that a job that is restarted until it succeeds ends
+            _refresh_outputs(run, configs[1])
         else:
             run_training(run, configs, *started_from, checkpoint=checkpoint)
     finally:
         if not configs[1].run_name:
-            with suppress(OSError):  # the folder of a name of ours, where it is empty since no training began
+            with suppress(OSError):  # remove a folder that we named if it is empty because training did not start
                 run.folder.rmdir()
                 run.folder.parent.rmdir()
     _print_summary(run)
 
 
-def _run_of(resume: str | None) -> Run | None:
-    """Return the run that `--resume` names by its folder or a checkpoint in it, if it names one."""
+def _named_run(resume: str | None) -> Run | None:
+    """Return the run that `--resume` names by its folder or a checkpoint, if any."""
     if resume is None or resume == "auto":
         return None
     path = Path(resume)
@@ -82,7 +86,7 @@ def _run_of(resume: str | None) -> Run | None:
 
 
 def _config_files(profile: str | None, given: dict[str, str | None], resumed: Run | None) -> list[str]:
-    """Return the config files of model, training and data: the given ones, else the profile's, else the run's own."""
+    """Return the config files of model, training and data: those given, else the profile's, else the resumed run's."""
     from tiny_lm.profile import Profile
 
     chosen = Profile.from_yaml(profile) if profile else None
@@ -97,7 +101,7 @@ def _config_files(profile: str | None, given: dict[str, str | None], resumed: Ru
 
 
 def _check_streams(config: "BinDataConfig") -> None:
-    """Name the two commands that write the token streams of a shipped data config, if they are not there."""
+    """Name the two commands that write the token streams of a shipped data config if they are missing."""
     from tiny_lm.data import BinDataConfig
     from tiny_lm.profile import Profile
 
@@ -128,7 +132,7 @@ def _load(files: list[str], settings: list[str] | None) -> Configs:
 
 
 def _started_from(files: list[str], resumed: Run | None) -> tuple[list[str], list[str]]:
-    """Return names of the config files and where they lie; of a run that is resumed, those that it began with."""
+    """Return names and paths of the config files; of a resumed run, those that it was started with."""
     from tiny_lm.training.auto_resume import config_origin
 
     names = [Path(file).stem for file in files]
@@ -145,12 +149,12 @@ def _started_from(files: list[str], resumed: Run | None) -> tuple[list[str], lis
 def _choose_run(
     configs: Configs, resume: str | None, started_from: tuple[list[str], list[str]]
 ) -> tuple[Run, Path | None]:
-    """Return the run folder to write and the checkpoint to go on from, if the run has one."""
+    """Return the run folder to write and the checkpoint to resume from, if the run has one."""
     from tiny_lm.training.auto_resume import describe_near_misses, find_run
     from tiny_lm.training.resume import find_checkpoint
 
     config, names = configs[1], started_from[0]
-    run = _run_of(resume)
+    run = _named_run(resume)
     if resume == "auto" and config.run_name:
         run = Run(RUNS_FOLDER / config.run_name)
     elif resume == "auto":
@@ -167,16 +171,16 @@ def _choose_run(
     if not config.run_name:
         return create_run(name), None
     if resume is None and run.folder.exists() and any(run.folder.iterdir()):
-        raise UserError(f"{run.folder}: is there already; go on with --resume auto, or choose another run_name")
+        raise UserError(f"{run.folder}: already exists; resume with --resume auto, or choose another run_name")
     return run, None
 
 
-def _console(speaks: bool) -> "Console":
-    return make_console(quiet=not speaks)
+def _console(prints: bool) -> "Console":
+    return make_console(quiet=not prints)
 
 
 def _is_main_process(config: "TrainingConfig") -> bool:
-    """Whether this process writes the run folder, of those that train together."""
+    """Return whether this process is rank 0, which writes the run folder."""
     from tiny_lm.hardware.device import fastest_device
     from tiny_lm.training.distributed import get_distributed_context
 
@@ -188,18 +192,18 @@ def _is_finished(run: Run, config: "TrainingConfig") -> bool:
     return record.get("status") == "finished" and (number_in(record, "steps") or 0) >= config.max_steps
 
 
-def _end_again(run: Run, config: "TrainingConfig") -> None:
-    """Draw the curves of a finished run and write its report: its process may have been killed before it did."""
+def _refresh_outputs(run: Run, config: "TrainingConfig") -> None:
+    """Write plots and report of a finished run: its process may have been killed before it did."""
     main = _is_main_process(config)
-    _console(main).print(f"run folder {run.folder}, finished already")
+    _console(main).print(f"run folder {run.folder}, already finished")
     if not main:
         raise typer.Exit
     with run.claim():
         remove_leftovers(run.folder)
-        _draw(run)
+        _write_plots_and_report(run)
 
 
-def _draw(run: Run) -> None:
+def _write_plots_and_report(run: Run) -> None:
     from tiny_lm.evaluation.plots import plot_run
     from tiny_lm.runs import read_metrics
 
@@ -210,42 +214,42 @@ def _draw(run: Run) -> None:
 def run_training(
     run: Run, configs: Configs, names: list[str], config_files: Sequence[str] = (), *, checkpoint: Path | None = None
 ) -> "TrainingResult":
-    """Train, draw the curves and write the report, also of a run that the user stopped or that failed on its way.
+    """Train, then write plots and report, also for a run that was stopped or failed.
 
     Raises:
         UserError: the run failed.
-        typer.Exit: with code 130 where the user stopped the run.
+        typer.Exit: with code 130 if the user stopped the run.
     """
     from tiny_lm.training.fit import train as fit
 
     main = _is_main_process(configs[1])
     console = _console(main)
-    start = f"going on from {checkpoint}" if checkpoint else "from the beginning"
+    start = f"resuming from {checkpoint}" if checkpoint else "a new run"
     console.print(f"run folder {run.folder}, {start}")
     try:
         result = fit(*configs, run, resume_from=checkpoint, names=names, config_files=config_files, console=console)
     except UserError:
         if main and run.read_metadata().get("status") == "failed":
-            with suppress(UserError):  # what ended the run is told, whatever else there is
-                _draw(run)
+            with suppress(UserError):  # the original error matters more
+                _write_plots_and_report(run)
         raise
     if not main:
-        raise typer.Exit  # the first process writes and tells what remains
-    _draw(run)
+        raise typer.Exit  # rank 0 does the rest
+    _write_plots_and_report(run)
     if not result.finished:
         resume = shell_command("tiny-lm", "train", "--resume", run.folder)
-        console.print(f"stopped at step {result.steps:,}; go on with: {resume}")
+        console.print(f"stopped at step {result.steps:,}; resume with: {resume}")
         raise typer.Exit(130)
     return result
 
 
 def _print_summary(run: Run) -> None:
-    """Print what the run came to."""
+    """Print a summary of the run."""
     from tiny_lm.runs import mean_over_time, read_metrics
 
     record, events = run.read_metadata(), read_metrics(run.metrics) if run.metrics.is_file() else []
 
-    def show(form: str, *keys: str) -> str:  # of a record that somebody edited, a row may be missing
+    def show(form: str, *keys: str) -> str:  # values may be missing in an edited run.json
         value = number_in(record, *keys)
         return "" if value is None else form.format(value)
 
@@ -260,7 +264,7 @@ def _print_summary(run: Run) -> None:
         "parameters": show("{:,.0f}", "parameters"),
         "steps": show("{:,.0f}", "steps")
         + show(" of {:,.0f} tokens", "tokens_per_step")
-        + show(", {:,.0f} in all", "tokens"),
+        + show(", {:,.0f} in total", "tokens"),
         "wall time": str(timedelta(seconds=round(seconds))) if seconds is not None and seconds < 1e9 else "",
         "speed": f"{speed:,.0f} tokens/s" if isfinite(speed) else "",
         "MFU": f"{mfu:.1%} of {_peak(record)}" if isfinite(mfu) else "",
@@ -270,9 +274,9 @@ def _print_summary(run: Run) -> None:
         "best val loss": f"{best['val_loss']:.4f} at step {best['step']:,}" if best else "",
         "val perplexity": show("{:.3f}", "metrics", "val_ppl"),
         "bits per byte": show("{:.4f}", "metrics", "val_bpb"),
-        "curves": " ".join(str(path) for path in sorted(run.plots.glob("*.png"))),
+        "plots": " ".join(str(path) for path in sorted(run.plots.glob("*.png"))),
         "report": str(run.report) if run.report.is_file() else "",
-        "sample stories": str(run.samples) if run.samples.is_file() else "",
+        "samples": str(run.samples) if run.samples.is_file() else "",
         "next": shell_command("tiny-lm", "generate", run.folder, "--prompt", "Once upon a time"),
     }
     for name, value in rows.items():

@@ -1,4 +1,4 @@
-"""``metadata.json``, which stands beside the ``.bin`` files of a token stream and says what they hold."""
+"""``metadata.json``, which describes the shards of a token stream in its folder."""
 
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -13,12 +13,12 @@ from tiny_lm.reading import read_json
 METADATA_FILE = "metadata.json"
 
 TOKENIZER_FOLDER = "tokenizer"
-"""Folder inside a stream folder that holds the tokenizer which wrote it."""
+"""Folder inside a stream folder with the tokenizer that wrote it."""
 
 
 @config_dataclass
 class FileStatistics(Config):
-    """What one ``.bin`` file holds."""
+    """Statistics of one ``.bin`` file."""
 
     folder: ClassVar[str] = ""
 
@@ -36,7 +36,7 @@ class FileStatistics(Config):
 
 @config_dataclass
 class StreamMetadata(Config):
-    """What a folder of ``.bin`` files holds, and which tokenizer wrote them."""
+    """Contents of a stream folder, and the tokenizer that wrote it."""
 
     folder: ClassVar[str] = ""
 
@@ -45,7 +45,7 @@ class StreamMetadata(Config):
     vocab_size: int = Field(ge=1)
     tokenizer_hash: str
     special_tokens: dict[str, int]
-    source: str = Field(description="the data set the text came from")
+    source: str = Field(description="the data set of the text")
     seed: int = Field(description="of the division into train and validation")
     files: dict[str, FileStatistics]
 
@@ -66,14 +66,14 @@ class StreamMetadata(Config):
         """Read the metadata of a stream folder.
 
         Raises:
-            UserError: there is none, or it is not what tiny-lm writes.
+            UserError: it is missing, or not in tiny-lm's format.
         """
         path = stream_folder / METADATA_FILE
         if not path.is_file():
             raise UserError(f"{path}: missing, so the stream is incomplete; run `tiny-lm tokenize` again")
         values = read_json(path)
         if not isinstance(values, dict):
-            raise UserError(f"{path}: is no token stream's metadata")
+            raise UserError(f"{path}: is not the metadata of a token stream")
         return cls.from_dict(values, source=str(path))
 
     def write(self, stream_folder: Path) -> None:

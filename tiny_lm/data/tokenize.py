@@ -16,7 +16,7 @@ from tiny_lm.files import scratch_folder, write_errors
 from tiny_lm.locks import lock_folder
 from tiny_lm.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer
 
-_IN_USE = "another process uses this token stream; wait for its end, or write to another tokenized_output_dir"
+_IN_USE = "another process uses this token stream; wait until it has finished, or write to another tokenized_output_dir"
 
 # Documents are encoded in batches of about this many characters: large enough to keep every thread busy, small enough
 # that memory does not depend on the size of the corpus.

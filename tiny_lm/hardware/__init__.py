@@ -1,1 +1,1 @@
-"""What the machine has: devices, free memory, peak FLOPs, a compiler."""
+"""The machine: devices, memory, peak FLOPs, compiler."""

@@ -1,4 +1,4 @@
-"""Devices: which there are, which one to compute on, and what they are called."""
+"""Devices: which exist, which to use, and their names."""
 
 from typing import Literal
 
@@ -18,25 +18,27 @@ def fastest_device() -> Device:
 
 
 def choose_device(name: str | None) -> torch.device:
-    """Return the device of that name, or the fastest one.
+    """Return the device of this name, or the fastest one.
 
     Raises:
-        UserError: this machine does not have it.
+        UserError: it is not available.
     """
     if name is None:
         return torch.device(fastest_device())
     try:
         chosen = torch.device(name)
         torch.empty(1, device=chosen).item()
-    except (RuntimeError, AssertionError, NotImplementedError):  # what torch raises for one it was built without
+    except (RuntimeError, AssertionError, NotImplementedError):  # raised for devices that this torch was built without
         others = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         found = ", ".join(["cpu", *(other for other, is_there in others.items() if is_there)])
-        raise UserError(f"device {name!r}: this machine, or this torch, has none; it has: {found}") from None
+        raise UserError(
+            f"device {name!r}: not available on this machine or in this torch; available: {found}"
+        ) from None
     return chosen
 
 
 def computes_in_bf16(device: str) -> bool:
-    """Return whether the hardware multiplies in bf16; elsewhere it is emulated."""
+    """Return whether the hardware supports bf16; otherwise it is emulated."""
     if device == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device == "cpu":
@@ -45,7 +47,7 @@ def computes_in_bf16(device: str) -> bool:
 
 
 def describe_device(device: Device) -> str:
-    """Name the device for the record of a run."""
+    """Return the device's name for ``run.json``."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     return "Apple GPU (MPS)" if device == "mps" else f"CPU, {torch.get_num_threads()} threads"

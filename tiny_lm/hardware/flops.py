@@ -1,4 +1,4 @@
-"""How many floating-point operations a second a device can do: what model FLOPs utilisation (MFU) is a share of."""
+"""Peak floating-point operations per second of a device, which model FLOPs utilization (MFU) is relative to."""
 
 import re
 import time
@@ -11,8 +11,8 @@ import torch
 from tiny_lm.hardware.device import Precision
 
 # Dense peaks in TFLOP/s after NVIDIA's data sheets and white papers, without sparsity and with accumulation in float32,
-# as torch multiplies: in bf16 or fp16, and for float32 matrices (TF32 where the GPU has it). The names are those that
-# CUDA reports, in full: a laptop's RTX 4090 or a slice of an H100 is another device, and is measured.
+# as torch multiplies: in bf16 or fp16, and for float32 matrices (TF32 where the GPU has it). The names are
+# exactly those of CUDA: a laptop's RTX 4090 or a slice of an H100 is a different device and is measured.
 _DATA_SHEETS: dict[str, tuple[float, float]] = {
     r"NVIDIA B200": (2250.0, 1125.0),
     r"NVIDIA H200|NVIDIA H100 80GB HBM3|NVIDIA GH200 \d+GB": (989.4, 494.7),
@@ -36,23 +36,22 @@ _PROBE_SECONDS = 0.3
 
 @dataclass(frozen=True)
 class PeakFlops:
-    """Floating-point operations a second that one device can do at most in matrix products."""
+    """Peak floating-point operations per second of one device in matrix products."""
 
     value: float
     source: Literal["table", "measured"]
-    """From the vendor's data sheet, or the best product of two large matrices on this machine."""
+    """From the vendor's data sheet, or the fastest product of two large matrices on this machine."""
 
 
 @cache
 def peak_flops(device: str, precision: Precision) -> PeakFlops:
-    """Return the peak of a device for training in ``precision``; it is measured once in a process.
+    """Return the peak of a device in ``precision``, from the table of GPUs or measured once per process.
 
-    A GPU of the table has the peak that its vendor states, any other device the one that it shows. Random numbers are
-    not drawn.
+    The random state is not touched.
 
     Args:
         device: such as ``cuda`` or ``cpu``.
-        precision: in which matrices are multiplied.
+        precision: of the matrix products.
     """
     if device.startswith("cuda"):
         known = data_sheet_peak(torch.cuda.get_device_name(device), precision)
@@ -62,7 +61,7 @@ def peak_flops(device: str, precision: Precision) -> PeakFlops:
 
 
 def data_sheet_peak(name: str, precision: Precision) -> float | None:
-    """Return the stated peak of the GPU that CUDA calls ``name``, or None where it is not in the table."""
+    """Return the vendor's peak of the GPU that CUDA calls ``name``, or None if it is not in the table."""
     for pattern, (half, single) in _DATA_SHEETS.items():
         if re.fullmatch(pattern, name):
             return (single if precision == "32-true" else half) * 1e12
@@ -75,7 +74,7 @@ def _dtype(precision: Precision) -> torch.dtype:
 
 @torch.no_grad()
 def _measure(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the rate of the fastest of several products of two square matrices."""
+    """Return the FLOPs per second of the fastest of several square matrix products."""
     size = 1024 if device.type == "cpu" else 4096
     a = torch.linspace(-1, 1, size * size, device=device).reshape(size, size).to(dtype)
     best = float("inf")

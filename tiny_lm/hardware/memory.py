@@ -1,4 +1,4 @@
-"""How much memory there is to take."""
+"""Free memory, peak memory, and out-of-memory errors."""
 
 import os
 import re
@@ -14,10 +14,10 @@ from tiny_lm.hardware.device import Device
 
 
 def free_memory(device: Device) -> int:
-    """Return the bytes that can still be taken on a device, and on a CPU within the limits of its cgroup.
+    """Return the free bytes of a device; on a CPU within the limits of the cgroup.
 
     Raises:
-        UserError: this system does not tell.
+        UserError: this system does not report it.
     """
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
@@ -26,30 +26,30 @@ def free_memory(device: Device) -> int:
     try:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         free = int(fields["MemAvailable"].split()[0]) * 2**10
-    except (OSError, KeyError, ValueError):  # no Linux
+    except (OSError, KeyError, ValueError):  # not Linux
         try:
             free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
         except (AttributeError, OSError, ValueError):
-            raise UserError("how much memory is free cannot be found out here: give it with --memory") from None
+            raise UserError("the free memory of this system is unknown: give it with --memory") from None
     return min([free, *_cgroup_headroom()])
 
 
 def _cgroup_headroom() -> Iterator[int]:
-    """Yield what the limits of this process's control groups leave (a container's memory limit is one)."""
+    """Yield the bytes left within the limits of this process's cgroups (such as a container's)."""
     for folder, limit, used in (
         (Path("/sys/fs/cgroup"), "memory.max", "memory.current"),
         (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         with suppress(OSError, ValueError, KeyError):  # no such file, or the word "max"
             statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            taken = int((folder / used).read_text()) - int(statistics["inactive_file"])  # files give their cache back
+            taken = int((folder / used).read_text()) - int(statistics["inactive_file"])  # file cache can be reclaimed
             yield int((folder / limit).read_text()) - taken
 
 
 def peak_memory() -> dict[str, float]:
-    """Return the most memory that this process, and its tensors on a GPU, have taken so far, in MiB."""
+    """Return the peak memory of this process, and of its tensors on a GPU, in MiB."""
     peaks: dict[str, float] = {}
-    if sys.platform != "win32":  # the standard library does not tell there
+    if sys.platform != "win32":  # not in the standard library there
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -61,7 +61,7 @@ def peak_memory() -> dict[str, float]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory did not suffice; on a CPU and on MPS torch has no class for it."""
+    """Return whether an error means out of memory; on a CPU and MPS torch has no class for it."""
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and re.search(r"out of memory|allocate memory", str(error)) is not None
     )

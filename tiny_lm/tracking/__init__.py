@@ -1,1 +1,1 @@
-"""Loggers: where the metrics of a run go."""
+"""Loggers for the metrics of a run."""

@@ -19,21 +19,21 @@ from tiny_lm.runs import parse_event
 
 
 class JsonlLogger(Logger):
-    """Appends each logged event as one JSON object to a file: always with ``step`` and ``timestamp`` (Unix seconds)."""
+    """Appends each event as one JSON object to a file, with ``step`` and ``timestamp`` (Unix seconds)."""
 
     def __init__(self, path: Path) -> None:
-        """Log to ``path``, which is created with its folder."""
+        """Log to ``path``; it is created with its folder."""
         super().__init__()
         self._path = path
 
     @property
     def name(self) -> str:
-        """Name of the tracker."""
+        """Name of the logger."""
         return "jsonl"
 
     @property
     def version(self) -> int:
-        """A run has one log."""
+        """Always 0: a run has one log."""
         return 0
 
     @rank_zero_only
@@ -58,7 +58,7 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def truncate(self, step: int) -> None:
-        """Forget events after ``step``, which a resumed run is about to log again."""
+        """Remove events after ``step``, which a resumed run will log again."""
         if not self._path.exists():
             return
         with (

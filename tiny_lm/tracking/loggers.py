@@ -1,4 +1,4 @@
-"""Where metrics go: always into the run folder's ``metrics.jsonl``, and to the trackers that the config names."""
+"""Builds the loggers: ``metrics.jsonl`` always, and those that the config names as ``trackers``."""
 
 import importlib.util
 import json
@@ -19,11 +19,9 @@ from tiny_lm.runs import Run
 from tiny_lm.tracking.jsonl_logger import JsonlLogger
 from tiny_lm.tracking.trackio_logger import TrackioLogger
 
-# --- trackers of other projects --------------------------------------------------------------------------------------
-
 
 def check_loggers(names: Sequence[str]) -> None:
-    """Check that the library of each tracker is installed.
+    """Check that the library of each logger is installed.
 
     Raises:
         UserError: one is not.
@@ -36,13 +34,13 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def build_loggers(names: Sequence[str], run: Run, resumed_step: int, console: Console) -> list[Logger]:
-    """Build what logs a run: ``metrics.jsonl`` first, then the trackers of these names, each of which may fail.
+    """Build the loggers of a run: ``metrics.jsonl`` first, then the named ones, each of which may fail.
 
     Args:
-        names: of trackers, as the training config has them.
+        names: ``trackers`` of the training config.
         run: the run folder.
-        resumed_step: the run goes on after this step; 0 for a new one.
-        console: where a failing tracker is reported.
+        resumed_step: the step to resume from; 0 for a new run.
+        console: prints a warning when a logger fails.
     """
     makers: dict[str, Callable[[], Logger]] = {
         "trackio": partial(TrackioLogger, run.name),
@@ -54,69 +52,68 @@ def build_loggers(names: Sequence[str], run: Run, resumed_step: int, console: Co
 
 
 class FailSafeLogger(Logger):
-    """Passes everything on to a tracker until that fails; then says so in one line, and the run goes on without it.
+    """Forwards to a logger until it fails; then prints one warning, and the run continues without it.
 
-    The tracker is started by the first call, in the process of rank 0 only.
+    The first call starts the logger, on rank 0 only.
     """
 
     def __init__(self, name: str, start: Callable[[], Logger], console: Console) -> None:
-        """Pass on to what ``start`` returns; report a failure of it on ``console`` under ``name``."""
+        """Forward to the logger that ``start`` returns; ``name`` appears in the warning."""
         super().__init__()
         self._name = name
         self._start = start
         self._console = console
-        self._tracker: Logger | None = None
+        self._logger: Logger | None = None
         self._failed = False
 
     @property
     def name(self) -> str:
-        """Name of the tracker."""
+        """Name of the logger."""
         return self._name
 
     @property
     def version(self) -> int:
-        """A run has one log."""
+        """Always 0: a run has one log."""
         return 0
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Hand over the resolved configs; call it once, before anything else."""
-        self._try(lambda tracker: tracker.log_hyperparams(params))
+        """Forward the resolved configs; call it once, first."""
+        self._try(lambda logger: logger.log_hyperparams(params))
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Hand over one event."""
-        self._try(lambda tracker: tracker.log_metrics(metrics, step))
+        """Forward one event."""
+        self._try(lambda logger: logger.log_metrics(metrics, step))
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """End the tracker's run, if it was started; one that failed is told so, and not heard."""
-        if self._tracker is not None and self._failed:
+        """Finish the logger's run, if it was started; errors of a failed one are ignored."""
+        if self._logger is not None and self._failed:
             with suppress(Exception):
-                self._tracker.finalize("failed")
-        elif self._tracker is not None:
-            self._try(lambda tracker: tracker.finalize(status))
-        self._tracker = None
+                self._logger.finalize("failed")
+        elif self._logger is not None:
+            self._try(lambda logger: logger.finalize(status))
+        self._logger = None
 
     def _try(self, call: Callable[[Logger], None]) -> None:
         if self._failed:
             return
         try:
-            if self._tracker is None:
-                self._tracker = self._start()
-            call(self._tracker)
-        except Exception as error:  # whatever a foreign library raises, it must not cost the run
+            if self._logger is None:
+                self._logger = self._start()
+            call(self._logger)
+        except Exception as error:  # no error of a library may stop the run
             self._failed = True
             message = " ".join(str(error).split())[:300]
             self._console.print(
-                f"warning: the tracker {self._name} failed and is left out from now on "
-                f"({type(error).__name__}: {message})",
+                f"warning: the logger {self._name} failed and is disabled ({type(error).__name__}: {message})",
                 markup=False,
             )
 
 
 class _Wandb(WandbLogger):
-    """Lightning's logger leaves the end of the run to the end of the process, where its failure could not be caught."""
+    """Finishes the run in ``finalize``; Lightning's does so at exit, where failures cannot be caught."""
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -126,7 +123,7 @@ class _Wandb(WandbLogger):
         except Exception:
             import wandb
 
-            wandb.teardown(exit_code=1)  # or it would try again when the process ends, and complain
+            wandb.teardown(exit_code=1)  # otherwise it retries at exit, and complains
             raise
 
 
@@ -140,7 +137,7 @@ def _start_wandb(run: Run) -> Logger:
         id=run.name,
         resume="allow",
         dir=run.folder,
-        settings=wandb.Settings(console="off"),  # or it would record every redrawing of the progress bar
+        settings=wandb.Settings(console="off"),  # otherwise it records every update of the progress bar
     )
     experiment.define_metric("trainer/global_step")
     experiment.define_metric("*", step_metric="trainer/global_step")
@@ -148,7 +145,7 @@ def _start_wandb(run: Run) -> Logger:
 
 
 class _TensorBoard(TensorBoardLogger):
-    """Lightning's logger, with the configs as text that TensorBoard shows."""
+    """Also logs the configs as text."""
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -157,6 +154,6 @@ class _TensorBoard(TensorBoardLogger):
 
 
 def _start_tensorboard(run: Run, resumed_step: int) -> Logger:
-    # Events after the checkpoint that the run goes on from are about to come again.
+    # A resumed run logs the events after its checkpoint again.
     purge_step = resumed_step + 1 if resumed_step else None
     return _TensorBoard(run.folder, name="tensorboard", version="", default_hp_metric=False, purge_step=purge_step)

@@ -1,4 +1,4 @@
-"""Metrics to trackio."""
+"""Logging to trackio."""
 
 import os
 import sys
@@ -11,20 +11,20 @@ from pytorch_lightning.loggers.logger import Logger
 
 
 class TrackioLogger(Logger):
-    """Logs to trackio, on this machine unless trackio's own environment variables name a Space or a server.
+    """Logs to trackio, on this machine unless trackio's environment variables name a Space or a server.
 
-    The project is ``TRACKIO_PROJECT``, or ``tiny-lm``. A run of the same name is gone on with.
+    The project is ``TRACKIO_PROJECT``, or ``tiny-lm``. Resumes a run of the same name.
     """
 
     def __init__(self, run_name: str) -> None:
-        """Log to the run of this name, which is started with the first configs or metrics."""
+        """Log to the run of this name; the first configs or metrics start it."""
         super().__init__()
         self._run_name = run_name
         self._run: Any = None
 
     @property
     def name(self) -> str:
-        """Name of the tracker."""
+        """Name of the logger."""
         return "trackio"
 
     @property
@@ -34,7 +34,7 @@ class TrackioLogger(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Start the run with the configs, a column for each key."""
+        """Start the run with the configs, a column per key."""
         sections = vars(params) if isinstance(params, Namespace) else params
         flat = {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
         self._open(flat)
@@ -48,18 +48,18 @@ class TrackioLogger(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what is still queued and end the run."""
+        """Flush the queue and finish the run."""
         if self._run is not None:
             import trackio
 
             with redirect_stdout(sys.stderr):
-                trackio.finish()  # type: ignore[no-untyped-call]  # it gives it no types
+                trackio.finish()  # type: ignore[no-untyped-call]  # untyped in trackio
 
     def _open(self, config: dict[str, Any]) -> None:
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         import trackio
 
-        with redirect_stdout(sys.stderr):  # where it greets; standard output is for results
+        with redirect_stdout(sys.stderr):  # its greeting; standard output is for results
             self._run = trackio.init(
                 os.environ.get("TRACKIO_PROJECT") or "tiny-lm",
                 name=self._run_name,

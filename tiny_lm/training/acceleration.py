@@ -1,4 +1,4 @@
-"""What makes a training step fast on the machine at hand: compiling, the kind of attention, and kept memory."""
+"""What makes a training step fast on this machine: compilation, the attention kernel, and memory reuse."""
 
 import ctypes
 import sys
@@ -8,46 +8,46 @@ from tiny_lm.hardware.device import Device
 from tiny_lm.model import ModelConfig, flops_per_token
 from tiny_lm.training.config import TrainingConfig
 
-# Compiling takes the better part of a minute and then saves a tenth (GPT-2) to a fifth (Qwen3) of the time on a CPU.
-# A run of so many floating-point operations takes ten minutes on two fast cores, or a minute on a fast GPU.
-_WORTH_COMPILING: dict[Device, float] = {"cpu": 3e14, "cuda": 3e15}
+# Compiling takes most of a minute and then saves a tenth (GPT-2) to a fifth (Qwen3) of the time on a CPU. Runs of
+# this many floating-point operations take ten minutes on two fast cores, or a minute on a fast GPU.
+_MIN_FLOPS_TO_COMPILE: dict[Device, float] = {"cpu": 3e14, "cuda": 3e15}
 
-# Up to this many tokens plain matrix products beat the fused attention kernels of a CPU (dev/LOG.md).
-_SHORT = 512
+# Up to this length plain matrix products are faster than a CPU's fused attention kernels (dev/LOG.md).
+_MAX_BLOCKED_TOKENS = 512
 
 
 def choose_compile(
     config: TrainingConfig, model_config: ModelConfig, tokens_per_step: int, block_size: int, device: Device
 ) -> tuple[bool, str | None]:
-    """Return whether to compile, and why not where the config asks for it.
+    """Return whether to compile, and the reason if the config asks for it but it is not possible.
 
-    ``auto`` compiles runs that are long enough to earn the time that compiling takes. It looks at the whole run, as
-    the configs describe it, so that a resumed run computes what the first one computed.
+    ``auto`` compiles runs that are long enough to make up for the compile time. It considers the whole run as
+    configured, so that a resumed run computes the same.
     """
     if config.compile is False:
         return False, None
     total = config.max_steps * tokens_per_step * flops_per_token(model_config, block_size)
-    if config.compile == "auto" and total < _WORTH_COMPILING.get(device, float("inf")):
+    if config.compile == "auto" and total < _MIN_FLOPS_TO_COMPILE.get(device, float("inf")):
         return False, None
     missing = missing_compiler(device)
-    return missing is None, missing and f"{missing}: training uncompiled, which is somewhat slower"
+    return missing is None, missing and f"{missing}: training without compilation, which is somewhat slower"
 
 
 def prefers_blocked_attention(device: Device, block_size: int) -> bool:
-    """Whether attention in plain matrix products, block by block, trains faster than the fused kernels."""
-    return device == "cpu" and block_size <= _SHORT
+    """Return whether blocked attention in plain matrix products trains faster than the fused kernels."""
+    return device == "cpu" and block_size <= _MAX_BLOCKED_TOKENS
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep the memory of freed tensors for the next ones, for the rest of the process (glibc only).
+    """Make the C library reuse the memory of freed tensors, for the rest of the process (glibc only).
 
-    Each step frees and takes the same large buffers. By default glibc gives them back to the kernel every time, which
-    then clears every page anew; training the speed profile on two cores spent a sixth of its time on that.
+    Each step frees and allocates the same large buffers. By default glibc returns them to the kernel, which must then
+    zero every page again; that took a sixth of the time of training the speed profile on two cores.
     """
     if not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:  # musl has none
+    if mallopt is not None:  # musl does not have it
         never = 2**31 - 1
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, never)

@@ -1,13 +1,13 @@
-"""Which run `--resume auto` means: the one that trained the same thing, from the same config files.
+"""Which run `--resume auto` resumes: the one that trained the same thing, from the same config files.
 
-A run is known by what it trained and from where, never by its age:
+A run is identified by what it trained and from where, never by its age:
 
-* its model config, its data config and token stream, and those values of its training config that decide what is
-  learned (optimizer, learning rate, seed, ...), all as they are written down in its folder;
+* its model config, its data config and token stream, and those values of its training config that determine what is
+  learned (optimizer, learning rate, seed, ...), all as recorded in its folder;
 * the config files that it was started from: the same values in another folder are another experiment;
-* its own name: a copy of a run folder is not the run, as long as the original is there.
+* its own name: a copy of a run folder is not the run while the original exists.
 
-What may change while a run stays the same run is listed in ``MAY_CHANGE``.
+``MAY_CHANGE`` lists what may change while a run remains the same run.
 """
 
 from collections.abc import Sequence
@@ -33,15 +33,15 @@ MAY_CHANGE = {
         *("devices", "num_nodes", "strategy", "precision", "compile", "gradient_checkpointing"),
     ),
 }
-"""Keys of each config whose values a run may have changed and still be the same run."""
+"""Keys of each config that may change while a run remains the same run."""
 
 
 def config_origin(kind: str, file: str) -> str:
-    """Return where a config file lies: relative to the working directory, or among the shipped ones.
+    """Return the path of a config file, relative to the working directory or marked as shipped.
 
     Args:
-        kind: the folder of its kind (models, training, data).
-        file: as :func:`~tiny_lm.config.find_config` takes it.
+        kind: its folder (models, training, data).
+        file: as for :func:`~tiny_lm.config.find_config`.
     """
     path = find_config(kind, file).resolve()
     for folder, prefix in ((shipped_configs().resolve(), "shipped:"), (Path.cwd(), "")):
@@ -51,15 +51,15 @@ def config_origin(kind: str, file: str) -> str:
 
 
 def find_run(configs: Sequence[Config], names: Sequence[str], origins: Sequence[str]) -> Run | None:
-    """Return the run that trained these configs; None where there is none, so that a new one begins.
+    """Return the run that trained these configs, or None.
 
     Args:
         configs: of model, training and data.
-        names: of the config files, which is all that runs of older versions know of them.
+        names: of the config files, which is all that runs of older versions record.
         origins: of the config files, see :func:`config_origin`.
 
     Raises:
-        UserError: several runs fit.
+        UserError: several runs match.
     """
     fitting = [run for run in list_runs() if _comes_from(run, names, origins) and not _differences(run, configs)]
     fitting = [run for run in fitting if not _is_copy(run)]
@@ -67,22 +67,22 @@ def find_run(configs: Sequence[Config], names: Sequence[str], origins: Sequence[
     if len(saved) > 1:
         listed = ", ".join(f"{run.folder} ({_describe(run)})" for run in saved)
         raise UserError(
-            f"--resume auto: {len(saved)} runs fit these configs: {listed}; name the one to go on with, such as "
+            f"--resume auto: {len(saved)} runs match these configs: {listed}; name the one to resume, such as "
             f"{shell_command('--resume', saved[-1].folder)}"
         )
-    # Where none has a checkpoint, nothing can be lost: the newest one is as good as any.
+    # None has a checkpoint, so nothing can be lost: take the newest.
     return saved[0] if saved else max(fitting, key=last_saved, default=None)
 
 
 def describe_near_misses(configs: Sequence[Config], names: Sequence[str], origins: Sequence[str]) -> str | None:
-    """Say why the newest run of these config files is not gone on with by itself; None where there is none."""
+    """Describe why the newest run of these config files is not resumed; None if there is none."""
     near = [run for run in list_runs() if _comes_from(run, names, origins) and last_saved(run)[0] and not _is_copy(run)]
     run = max(near, key=last_saved, default=None)
     if run is None:
         return None
     what = ", ".join(_differences(run, configs)[:3])
     option = shell_command("--resume", run.folder)
-    return f"{run.folder} trained something else ({what}), so a new run begins; to resume it: {option}"
+    return f"{run.folder} was trained differently ({what}), so a new run starts; to resume it: {option}"
 
 
 def _comes_from(run: Run, names: Sequence[str], origins: Sequence[str]) -> bool:
@@ -92,7 +92,7 @@ def _comes_from(run: Run, names: Sequence[str], origins: Sequence[str]) -> bool:
 
 
 def _is_copy(run: Run) -> bool:
-    """Whether a run folder was copied from another one that is still there, whose name it has written down."""
+    """Whether a run folder is a copy of another one that still exists: it records the original's name."""
     name = run.read_metadata().get("name")
     if not isinstance(name, str) or name in ("", run.name) or Path(name).name != name:
         return False
@@ -100,7 +100,7 @@ def _is_copy(run: Run) -> bool:
 
 
 def _differences(run: Run, configs: Sequence[Config]) -> list[str]:
-    """Return what a run trained that these configs do not say."""
+    """Return the values that a run was trained with and that differ in these configs."""
     found = []
     for section, config in zip(("model", "training", "data"), configs, strict=True):
         try:
@@ -115,7 +115,7 @@ def _differences(run: Run, configs: Sequence[Config]) -> list[str]:
 
 
 def _stream_differences(run: Run, data: Any) -> list[str]:
-    """Return what tells the token stream of today from the one that a run was trained on."""
+    """Return how the token stream differs from the one that a run was trained on."""
     assert isinstance(data, BinDataConfig)
     try:
         stream = open_stream(data.train_path, data)

@@ -17,10 +17,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints whole or not at all and reads them without executing anything."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write ``checkpoint`` through a temporary file, which gets its name when it has been read back whole.
+        """Write ``checkpoint`` to a temporary file, read it back, and rename it.
 
         Raises:
-            UserError: it could not be written, or what stands there is not what was written.
+            UserError: it could not be written or read back.
         """
         with atomic_path(Path(path)) as temporary:
             _save(checkpoint, temporary)
@@ -28,18 +28,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 check_whole(temporary)
             except UserError as error:
                 raise UserError(
-                    f"{path}: was not read back as it was written: is the disk failing? ({error})"
+                    f"{path}: could not be read back after writing: is the disk failing? ({error})"
                 ) from None
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a checkpoint into memory."""
-        return read_checkpoint(Path(path), mmap=False)  # it is about to be replaced by the next one
+        return read_checkpoint(Path(path), mmap=False)  # not mapped: the file will be replaced
 
 
 def _save(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write ``checkpoint``; where the disk refuses, its own error is raised.
+    """Write ``checkpoint``; if the disk fails, raise its own OSError.
 
-    torch closes its archive then too, fails at that, and raises what it found wrong there.
+    torch then fails to close its archive and raises a RuntimeError about that instead.
     """
     try:
         with path.open("wb") as file:
@@ -52,11 +52,11 @@ def _save(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Give ``source`` the second name ``target``, atomically."""
+    """Hard-link ``source`` to ``target``, atomically."""
     if target.is_file() and target.samefile(source):
         return
     with atomic_path(target) as temporary:
-        # A killed process of this number may have left one: to copy into it would be to overwrite another checkpoint.
+        # If it is a hard link that a killed process left, copying into it would overwrite another checkpoint.
         temporary.unlink(missing_ok=True)
         try:
             os.link(source, temporary)

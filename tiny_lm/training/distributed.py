@@ -1,7 +1,7 @@
-"""Several processes: how many there are, which one this is, their share of a batch, and what they must agree on.
+"""Distributed training: ranks, how they split a batch, and the check that all have the same configs.
 
 Processes are started in one of three ways: by torchrun, by SLURM's ``srun``, or by Lightning, which runs the command
-of the first process again for the other devices of its machine; ``launch.py`` tells them apart.
+of rank 0 again for the other devices of its node; ``launch.py`` finds out which.
 """
 
 import os
@@ -33,7 +33,7 @@ from tiny_lm.training.launch import PARENT_KEY, Launch, find_launch
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """The processes of a run, and which of them this one is."""
+    """World size and rank of this process, and how it was launched."""
 
     devices: int
     """On each node."""
@@ -41,29 +41,29 @@ class DistributedContext:
     strategy: Literal["single", "ddp", "fsdp"]
     rank: int
     environment: ClusterEnvironment
-    """What started them, as Lightning sees it."""
+    """The launcher, as Lightning represents it."""
     notice: str | None = None
-    """What to say to the user about how they were started, if anything."""
+    """A message for the user about the launch, if any."""
 
     @property
     def world_size(self) -> int:
-        """How many there are."""
+        """Number of ranks."""
         return self.devices * self.num_nodes
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes the run folder and speaks to the user."""
+        """Whether this is rank 0, which writes the run folder and prints."""
         return self.rank == 0
 
 
-# --- how many, and which one -----------------------------------------------------------------------------------------
+# --- world size and rank -----------------------------------------------------------------------------------------
 
 
 def get_distributed_context(config: TrainingConfig, device: Device) -> DistributedContext:
-    """Read from config and environment how many processes train, and which of them this one is.
+    """Determine world size and rank from config and environment.
 
     Raises:
-        UserError: the machine, the launcher and the config do not fit each other.
+        UserError: machine, launcher and config do not match.
     """
     launch = find_launch(config.devices, config.num_nodes)
     devices = _count_devices(device) if config.devices == "auto" else config.devices
@@ -79,13 +79,13 @@ def get_distributed_context(config: TrainingConfig, device: Device) -> Distribut
     _check_devices(devices, device)
     strategy = _choose_strategy(config, device, devices * config.num_nodes)
     rank = launch.node_rank * devices + launch.local_rank
-    # Lightning takes it from variables that may be left over, and only process 0 writes what it logs.
+    # Lightning reads it from variables that may be left over, and only rank 0 writes logs.
     rank_zero_only.rank = rank  # type: ignore[attr-defined]  # Lightning sets it, too
     return DistributedContext(devices, config.num_nodes, strategy, rank, _build_environment(launch), launch.notice)
 
 
-class _OwnEnvironment(LightningEnvironment):
-    """Numbers the processes of this command as ``launch.py`` found them, whatever else the variables say."""
+class _LaunchEnvironment(LightningEnvironment):
+    """Uses the ranks that ``launch.py`` found, whatever the environment variables say."""
 
     def __init__(self, launch: Launch) -> None:
         super().__init__()
@@ -93,27 +93,27 @@ class _OwnEnvironment(LightningEnvironment):
 
     @property
     def creates_processes_externally(self) -> bool:
-        """Whether the other processes of this machine are there already."""
+        """Whether the other processes of this node run already."""
         return self._launch.launcher == "tiny-lm"
 
     def local_rank(self) -> int:
-        """Return the number of this process on its machine."""
+        """Return the rank within this node."""
         return self._launch.local_rank
 
     def node_rank(self) -> int:
-        """Return the number of this machine."""
+        """Return the rank of this node."""
         return self._launch.node_rank
 
 
 def _build_environment(launch: Launch) -> ClusterEnvironment:
-    """Return what started this process, as Lightning sees it."""
+    """Return the launcher as Lightning represents it."""
     if launch.launcher == "torchrun":
         return TorchElasticEnvironment()
     if launch.launcher == "srun":
-        return SLURMEnvironment(auto_requeue=False)  # its way of resuming knows nothing of the run folder
+        return SLURMEnvironment(auto_requeue=False)  # its requeue does not know the run folder
     if launch.launcher == "user":
-        os.environ[PARENT_KEY] = str(os.getpid())  # those that Lightning starts know by it that we did
-    return _OwnEnvironment(launch)
+        os.environ[PARENT_KEY] = str(os.getpid())  # by which the processes that Lightning starts know their parent
+    return _LaunchEnvironment(launch)
 
 
 def _count_devices(device: Device) -> int:
@@ -127,9 +127,9 @@ def _check_devices(devices: int, device: Device) -> None:
         raise UserError(f"devices {devices}: an Apple GPU trains in one process; set training.devices=1")
     if device == "cuda" and devices > torch.cuda.device_count():
         raise UserError(f"devices {devices}: this process sees {torch.cuda.device_count()} GPUs")
-    cores = max(os.cpu_count() or 1, 2)  # two processes may share a core, to try things out
+    cores = max(os.cpu_count() or 1, 2)  # two processes may share a core, for tests
     if device == "cpu" and devices > cores:
-        raise UserError(f"devices {devices}: this machine has {cores} cores, and a process needs at least one")
+        raise UserError(f"devices {devices}: this machine has {cores} cores, and each process needs one")
 
 
 def _choose_strategy(config: TrainingConfig, device: Device, world_size: int) -> Literal["single", "ddp", "fsdp"]:
@@ -138,21 +138,21 @@ def _choose_strategy(config: TrainingConfig, device: Device, world_size: int) ->
     if device != "cuda":
         raise UserError("strategy fsdp: needs GPUs; on a CPU use ddp")
     if world_size == 1:
-        raise UserError("strategy fsdp: has nothing to share on one device; set training.devices, or use auto")
+        raise UserError("strategy fsdp: needs more than one device; set training.devices, or use auto")
     if config.optimizer == "muon":
-        raise UserError("strategy fsdp: muon needs whole matrices, of which each process has a part; use ddp or adamw")
+        raise UserError("strategy fsdp: muon needs whole matrices, but each rank holds a part; use ddp or adamw")
     if config.ema_decay is not None:
-        raise UserError("strategy fsdp: ema_decay needs all weights in each process; use ddp or leave ema_decay out")
+        raise UserError("strategy fsdp: ema_decay needs all weights on each rank; use ddp or remove ema_decay")
     if config.compile is True:
-        raise UserError("strategy fsdp: is not compiled; set training.compile=false, or use ddp")
+        raise UserError("strategy fsdp: cannot be compiled; set training.compile=false, or use ddp")
     return "fsdp"
 
 
-def _build_strategy(processes: DistributedContext) -> Strategy | Literal["auto"]:
-    if processes.strategy == "single":
+def _build_strategy(context: DistributedContext) -> Strategy | Literal["auto"]:
+    if context.strategy == "single":
         return "auto"
-    if processes.strategy == "ddp":
-        # The buffers are tables, the same everywhere; a view saves the copy of all gradients.
+    if context.strategy == "ddp":
+        # Buffers are constant tables; gradient views save a copy of all gradients.
         return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
     from torch.distributed.fsdp import MixedPrecision
 
@@ -161,90 +161,90 @@ def _build_strategy(processes: DistributedContext) -> Strategy | Literal["auto"]
     return FSDPStrategy(auto_wrap_policy={Block}, mixed_precision=whole, state_dict_type="full")
 
 
-# --- the share of a batch --------------------------------------------------------------------------------------------
+# --- splitting a batch --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PerRankBatch:
-    """What each process reads for one optimizer step."""
+    """What each rank reads for one optimizer step."""
 
     micro_batch: int
-    """Windows in a micro-batch."""
+    """Sequences in a micro-batch."""
     accumulate_grad_batches: int
 
 
 def split_global_batch(batch_size: int, accumulate_grad_batches: int, world_size: int) -> PerRankBatch:
-    """Share the windows of an optimizer step equally, so that a step is the same step with any number of processes.
+    """Split the sequences of an optimizer step equally, so that a step is the same for any world size.
 
     Raises:
-        UserError: they do not divide.
+        UserError: the world size does not divide them.
     """
     if accumulate_grad_batches % world_size == 0:
         return PerRankBatch(batch_size, accumulate_grad_batches // world_size)
-    share, rest = divmod(batch_size * accumulate_grad_batches, world_size)
+    per_rank, rest = divmod(batch_size * accumulate_grad_batches, world_size)
     if rest:
         unit = world_size // gcd(accumulate_grad_batches, world_size)
         below = batch_size // unit * unit
         fitting = " or ".join(str(size) for size in (below, below + unit) if size)
         raise UserError(
-            f"batch_size {batch_size} x accumulate_grad_batches {accumulate_grad_batches} windows in a step do not "
+            f"batch_size {batch_size} x accumulate_grad_batches {accumulate_grad_batches} sequences in a step do not "
             f"divide by {world_size} processes: set data.batch_size={fitting}"
         )
-    micro_batch = next(size for size in range(min(batch_size, share), 0, -1) if share % size == 0)
-    return PerRankBatch(micro_batch, share // micro_batch)
+    micro_batch = next(size for size in range(min(batch_size, per_rank), 0, -1) if per_rank % size == 0)
+    return PerRankBatch(micro_batch, per_rank // micro_batch)
 
 
-def describe_sharding(processes: DistributedContext, share: PerRankBatch) -> str | None:
-    """Say in one line how several processes share a step."""
-    if processes.world_size == 1:
+def describe_sharding(context: DistributedContext, batch: PerRankBatch) -> str | None:
+    """Describe in one line how ranks split a step."""
+    if context.world_size == 1:
         return None
-    sequences = share.micro_batch * share.accumulate_grad_batches
+    sequences = batch.micro_batch * batch.accumulate_grad_batches
     return (
-        f"{processes.world_size} processes ({processes.strategy}), each with {sequences:,} of the "
-        f"{sequences * processes.world_size:,} windows of a step, {share.micro_batch:,} at a time"
+        f"{context.world_size} processes ({context.strategy}), each with {sequences:,} of the "
+        f"{sequences * context.world_size:,} sequences of a step, {batch.micro_batch:,} at a time"
     )
 
 
-def lightning_options(processes: DistributedContext, share: PerRankBatch) -> dict[str, Any]:
-    """Return what Lightning's trainer must know of several processes."""
+def lightning_options(context: DistributedContext, batch: PerRankBatch) -> dict[str, Any]:
+    """Return the trainer arguments for distributed training."""
     return {
-        "devices": processes.devices,
-        "num_nodes": processes.num_nodes,
-        "strategy": _build_strategy(processes),
-        "accumulate_grad_batches": share.accumulate_grad_batches,
-        "use_distributed_sampler": False,  # the order of the windows is shared already
+        "devices": context.devices,
+        "num_nodes": context.num_nodes,
+        "strategy": _build_strategy(context),
+        "accumulate_grad_batches": batch.accumulate_grad_batches,
+        "use_distributed_sampler": False,  # our sampler splits between ranks
     }
 
 
-# --- agreeing --------------------------------------------------------------------------------------------------------
+# --- consistency -----------------------------------------------------------------------------------------------------
 
 
 class ConfigConsistencyCheck(Callback):
-    """Makes sure that all processes train the same thing from the same step, and lets them differ where they should.
+    """Checks that all ranks train the same thing from the same step, and seeds dropout differently on each.
 
-    Without it, a node that does not see the run folder would begin anew while the others go on.
+    Without it, a node that does not see the run folder would start from step 0 while the others resume.
     """
 
-    def __init__(self, plan: dict[str, Any], seed: int) -> None:
-        """Compare ``plan``, plain values that must be equal in all processes; ``seed`` is the run's."""
-        self._plan = plan
+    def __init__(self, values: dict[str, Any], seed: int) -> None:
+        """Compare ``values``, which must be equal on all ranks; ``seed`` is the run's."""
+        self._values = values
         self._seed = seed
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Compare, and draw other random numbers (dropout) in each process.
+        """Compare, and seed each rank differently (dropout).
 
         Raises:
-            UserError: a process has another plan; all processes raise it.
+            UserError: a rank has other values; all ranks raise it.
         """
         if trainer.world_size == 1:
             return
-        plans: list[Any] = [None] * trainer.world_size
-        torch.distributed.all_gather_object(plans, self._plan)
-        for rank, plan in enumerate(plans):
-            for key, value in plans[0].items():
-                if plan[key] != value:
+        gathered: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(gathered, self._values)
+        for rank, values in enumerate(gathered):
+            for key, value in gathered[0].items():
+                if values[key] != value:
                     raise UserError(
-                        f"process {rank} has {key} {plan[key]!r} where process 0 has {value!r}: give all the same "
+                        f"process {rank} has {key} {values[key]!r} where process 0 has {value!r}: all need the same "
                         "command and the same files (run folder, streams, configs)"
                     )
         if trainer.global_rank:
@@ -253,9 +253,9 @@ class ConfigConsistencyCheck(Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Count the micro-batches of the past in those of today, which another number of processes may have changed.
+        """Convert the count of past micro-batches to the current accumulation, which may depend on the world size.
 
-        Lightning ends a step at every so many micro-batches of its count, and a checkpoint stands at the end of one.
+        Lightning derives the end of a step from this count; a checkpoint is written at the end of a step.
         """
         count = checkpoint["global_step"] * trainer.accumulate_grad_batches
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
@@ -264,7 +264,7 @@ class ConfigConsistencyCheck(Callback):
 
 
 def gather_random_states(device: torch.device) -> list[dict[str, torch.Tensor]]:
-    """Return the states of torch's random generators in every process, by rank; all processes must call it."""
+    """Return the states of torch's random generators by rank; all ranks must call it."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -276,7 +276,7 @@ def gather_random_states(device: torch.device) -> list[dict[str, torch.Tensor]]:
 
 
 def clip_gradients(trainer: pl.Trainer, parameters: Any, limit: float) -> torch.Tensor:
-    """Clip the global norm of the gradients and return what it was; where they are sharded, over all shards."""
+    """Clip the global gradient norm, over all shards, and return the norm before clipping."""
     model: Any = trainer.strategy.model
     if isinstance(trainer.strategy, FSDPStrategy):
         norm: torch.Tensor = model.clip_grad_norm_(limit)
@@ -285,7 +285,7 @@ def clip_gradients(trainer: pl.Trainer, parameters: Any, limit: float) -> torch.
 
 
 def sum_over_ranks(trainer: pl.Trainer, values: list[float]) -> list[float]:
-    """Add up numbers over all processes, in float64."""
+    """Sum numbers over all ranks, in float64."""
     if trainer.world_size == 1:
         return values
     total = torch.tensor(values, dtype=torch.float64, device=trainer.strategy.root_device)
@@ -293,10 +293,10 @@ def sum_over_ranks(trainer: pl.Trainer, values: list[float]) -> list[float]:
 
 
 @contextmanager
-def terminate_on_failure(trainer: pl.Trainer, processes: DistributedContext) -> Iterator[None]:
-    """End the processes that this one started when the block fails, since they would wait for it in vain.
+def terminate_on_failure(trainer: pl.Trainer, context: DistributedContext) -> Iterator[None]:
+    """Kill the workers that this process started when the block fails: they would hang.
 
-    The others, when they fail, let the first one speak: an error that all have is then told once.
+    Other ranks delay so that rank 0 reports shared errors.
 
     Raises:
         UserError: the connection broke because another process ended.
@@ -305,21 +305,21 @@ def terminate_on_failure(trainer: pl.Trainer, processes: DistributedContext) -> 
         yield
     except BaseException as error:
         launcher: Any = trainer.strategy.launcher
-        if launcher is not None and processes.world_size > 1:
-            if processes.is_main:
+        if launcher is not None and context.world_size > 1:
+            if context.is_main:
                 kill_workers(launcher.procs)
-            elif isinstance(processes.environment, LightningEnvironment):
+            elif isinstance(context.environment, LightningEnvironment):
                 time.sleep(3)
         # NCCL has an error class of its own, gloo's is known by the file that raised it.
         if isinstance(error, torch.distributed.DistError) or "/gloo/transport/" in str(error):
-            raise UserError("another process of this run ended; what it said stands above") from None
+            raise UserError("another process of this run ended; see its message above") from None
         raise
 
 
-def kill_workers(watched: list[subprocess.Popen[bytes]]) -> None:
-    """End processes that Lightning watches: it must not see their end, or it would kill this process, too."""
-    children = list(watched)
-    watched.clear()
+def kill_workers(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Kill processes without Lightning noticing, since it would then kill this process, too."""
+    children = list(processes)
+    processes.clear()
     for child in children:
         child.kill()
     for child in children:

@@ -1,4 +1,4 @@
-"""Beginning a run with the weights of another one, or of a model in Hugging Face's layout."""
+"""Initial weights from another run or a Hugging Face folder (``init_from``)."""
 
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,18 @@ _DETAILS = ("tie_word_embeddings", "qkv_bias", "ffn_bias", "rope_theta", "norm_e
 
 
 def load_initial_weights(path: Path, model: Transformer, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Give a model that is to be trained the weights of another one.
+    """Load the weights of another model into the model to be trained.
 
     Args:
-        path: a run folder (its best checkpoint), a ``.ckpt`` file, or a folder in Hugging Face's layout.
-        model: gets the weights.
-        tokenizer: that wrote the streams it is to be trained on; gets the chat template, unless it has one of its own.
+        path: a run folder (its best checkpoint), a ``.ckpt`` file, or a Hugging Face folder.
+        model: receives the weights.
+        tokenizer: of the token streams; receives the chat template unless it has one.
 
     Returns:
-        what ``run.json`` says of them: ``path``, and the ``step`` at which they were saved where it is known.
+        the entry for ``run.json``: ``path``, and the ``step`` of a checkpoint.
 
     Raises:
-        UserError: nothing of the kind is there, it is damaged, or model or tokenizer is another one.
+        UserError: it does not exist or is damaged, or model or tokenizer do not match.
     """
     origin: dict[str, Any] = {"path": str(path)}
     if is_huggingface_folder(path):
@@ -64,11 +64,9 @@ def _open(path: Path) -> Run:
 
 
 def _check_model(path: Path, found: ModelConfig, config: ModelConfig) -> None:
-    """Check that the weights mean in the model to be trained what they meant: dropout and a RoPE context may differ."""
+    """Check that both models compute the same function; dropout and the context length of RoPE may differ."""
     learned = ("context_length",) if config.position == "learned" else ()
     for name in (*_PARTS, *learned, *_DETAILS):
         theirs, ours = getattr(found, name), getattr(config, name)
         if theirs != ours:
-            raise UserError(
-                f"init_from {path}: has {name} {theirs}, but the model config has {ours}; both must be the same model"
-            )
+            raise UserError(f"init_from {path}: has {name} {theirs}, but the model config has {ours}; they must match")

@@ -1,11 +1,11 @@
-"""What the environment variables say about how this process was started: by torchrun, by srun, by us, or alone.
+"""How this process was launched, from environment variables: by torchrun, by srun, by us, or by the user.
 
-Launchers describe the processes that they start in environment variables, and schedulers, containers and earlier
-commands leave such variables behind. A variable alone therefore proves nothing: each launcher is recognised by all that
-it sets. What cannot be explained is refused in one line that names the variables, since a process that takes itself for
-one of several waits for the others forever, or trains to the end and writes nothing.
+Launchers describe their processes in environment variables, and schedulers, containers and earlier commands leave such
+variables behind. So one variable proves nothing: each launcher is recognized by all that it sets. Anything else is
+refused with an error that names the variables, since a process that believes it is one of several waits for the others
+forever, or trains to the end and writes nothing.
 
-This module imports nothing of Lightning, which reads some of these variables while it is imported.
+This module does not import Lightning, which reads some of these variables on import.
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import Literal
 from tiny_lm.errors import UserError
 
 PARENT_KEY = "TINY_LM_PARENT"
-"""Set to the number of the process that starts others for its devices; its children find their parent there."""
+"""Id of the process that starts others for its devices; they find their parent here."""
 
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
 _READ_BY_LIGHTNING = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
@@ -31,28 +31,28 @@ _OTHER_LAUNCHERS = {
     "PALS_LOCAL_SIZE": "mpiexec",
     "WORLD_SIZE": "another launcher",
 }
-_OWN_STEPS = 2**32 - 16  # step ids from here on are SLURM's own: the batch script, an interactive shell
+_OWN_STEPS = 2**32 - 16  # step ids from here on are SLURM's own (batch script, interactive shell)
 
 
 @dataclass(frozen=True)
 class Launch:
-    """How this process was started."""
+    """How this process was launched."""
 
     launcher: Literal["torchrun", "srun", "tiny-lm", "user"]
-    """``tiny-lm``: by the first process of this machine; ``user``: by nothing that we know of."""
+    """``tiny-lm``: by rank 0 of this node; ``user``: by no known launcher."""
     started: tuple[int, int] | None
-    """Devices and nodes, where a launcher decided them."""
+    """Devices and nodes, if the launcher set them; None if Lightning launches them itself."""
     node_rank: int
     local_rank: int
     notice: str | None = None
-    """What to say to the user about it, if anything."""
+    """A message for the user about it, if any."""
 
 
 def check_variables() -> None:
-    """Refuse environment variables that Lightning would fail on, or let change a run; call it before it is imported.
+    """Refuse environment variables that break or change Lightning; call it before importing Lightning.
 
     Raises:
-        UserError: with the variable to unset.
+        UserError: it names the variable to unset.
     """
     for key in _READ_BY_LIGHTNING:
         _read(os.environ, key)
@@ -65,15 +65,14 @@ def check_variables() -> None:
 
 
 def find_launch(devices: int | Literal["auto"], num_nodes: int) -> Launch:
-    """Find out how this process was started.
+    """Determine how this process was launched.
 
     Args:
-        devices: on each node, as the training config says.
-        num_nodes: as the training config says.
+        devices: per node, from the training config.
+        num_nodes: from the training config.
 
     Raises:
-        UserError: variables are left over from another launcher, or processes were started in a way that is not
-            supported.
+        UserError: variables are left over from another launcher, or the launcher is not supported.
     """
     check_variables()
     variables = os.environ
@@ -86,7 +85,7 @@ def find_launch(devices: int | Literal["auto"], num_nodes: int) -> Launch:
     _check_other_launchers(variables)
     if num_nodes > 1:
         return _node_of_several(variables, num_nodes)
-    # Left by an earlier run in this process, which started others for its devices (a notebook that trains twice).
+    # Left by an earlier run in this process that launched others for its devices (a notebook that trains twice).
     ours = variables.get(PARENT_KEY) == str(os.getpid())
     numbered = [key for key in _RANKS if _read(variables, key)]
     if devices != 1 and "LOCAL_RANK" in variables:
@@ -107,19 +106,19 @@ def _torchrun(variables: Mapping[str, str]) -> Launch:
     if not (here >= 1 and world >= here and world % here == 0 and local_rank < here and rank < world):
         shown = ", ".join(f"{key}={variables[key]}" for key in _TORCHRUN)
         raise UserError(
-            f"the variables of torchrun do not fit each other ({shown}): start as many processes on each node with "
-            f"torchrun, or unset TORCHELASTIC_RUN_ID and {', '.join(_TORCHRUN)} to train alone"
+            f"the variables of torchrun are inconsistent ({shown}): start the same number of processes on each node "
+            f"with torchrun, or unset TORCHELASTIC_RUN_ID and {', '.join(_TORCHRUN)} to train alone"
         )
     return Launch("torchrun", (here, world // here), node_rank, local_rank)
 
 
 def _srun_tasks(variables: Mapping[str, str]) -> int | None:
-    """Return the tasks of the srun step that this process belongs to; None where srun did not start it.
+    """Return the number of tasks of this process's srun step; None if srun did not start it.
 
-    The script of sbatch and the shell of salloc have most of srun's variables, too, as process 0 of all tasks.
+    Scripts of sbatch and shells of salloc have most of srun's variables, too, as process 0 of all tasks.
     """
     if variables.get("SLURM_JOB_NAME") in ("bash", "interactive"):
-        return None  # an interactive shell to Lightning
+        return None  # Lightning treats it as an interactive shell
     if any(key not in variables for key in ("SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")):
         return None
     step = _read(variables, "SLURM_STEP_ID")
@@ -132,11 +131,13 @@ def _srun_tasks(variables: Mapping[str, str]) -> int | None:
 def _srun(variables: Mapping[str, str], tasks: int) -> Launch:
     nodes = _read(variables, "SLURM_STEP_NUM_NODES") or _read(variables, "SLURM_NNODES") or 1
     if "SLURM_NTASKS_PER_NODE" not in variables:
-        raise UserError(f"SLURM started {tasks} tasks: give --ntasks-per-node and not --ntasks")
+        raise UserError(f"SLURM started {tasks} tasks: use --ntasks-per-node instead of --ntasks")
     for key in ("SLURM_NTASKS_PER_NODE", "SLURM_NNODES", "SLURM_NTASKS"):
         _read(variables, key)
     if tasks % nodes:
-        raise UserError(f"SLURM started {tasks} tasks on {nodes} nodes: start as many on each, with --ntasks-per-node")
+        raise UserError(
+            f"SLURM started {tasks} tasks on {nodes} nodes: start the same number on each, with --ntasks-per-node"
+        )
     node_rank, local_rank = _read(variables, "SLURM_NODEID") or 0, _read(variables, "SLURM_LOCALID") or 0
     return Launch("srun", (tasks // nodes, nodes), node_rank, local_rank)
 
@@ -168,18 +169,18 @@ def _check_other_launchers(variables: Mapping[str, str]) -> None:
 
 
 def _node_of_several(variables: Mapping[str, str], num_nodes: int) -> Launch:
-    """Return the launch of a command that the user started on each node, with the variables that PyTorch documents."""
+    """Return the launch of a command that the user started on each node with PyTorch's documented variables."""
     needed = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
     missing = [key for key in needed if not variables.get(key)]
     if missing:
         raise UserError(
             f"num_nodes {num_nodes}: start the command on each node with torchrun or srun, as docs/scaling.md "
-            f"shows; nothing here says where the other nodes are ({' and '.join(missing)} {_are(missing)} not set)"
+            f"shows; the addresses of the other nodes are unknown ({' and '.join(missing)} {_are(missing)} not set)"
         )
     _read(variables, "MASTER_PORT")
     node_rank = _read(variables, "NODE_RANK") or 0
     if node_rank >= num_nodes:
-        raise UserError(f"NODE_RANK={node_rank} is set, but num_nodes is {num_nodes}: nodes are counted from 0")
+        raise UserError(f"NODE_RANK={node_rank} is set, but num_nodes is {num_nodes}: nodes are numbered from 0")
     if _read(variables, "LOCAL_RANK") is not None and variables.get(PARENT_KEY) != str(os.getpid()):
         raise _left_over(variables, ["LOCAL_RANK"])
     return Launch("user", None, node_rank, 0)
@@ -188,13 +189,13 @@ def _node_of_several(variables: Mapping[str, str], num_nodes: int) -> Launch:
 def _left_over(variables: Mapping[str, str], keys: Iterable[str]) -> UserError:
     shown = " and ".join(f"{key}={variables[key]}" for key in keys)
     return UserError(
-        f"{shown} {_are(list(keys))} set in the environment, as for one of several processes, but no launcher that is "
-        f"known started this one: unset {' '.join(keys)} to train, or start with torchrun or srun (docs/scaling.md)"
+        f"{shown} {_are(list(keys))} set in the environment, as for one of several processes, but no known launcher "
+        f"started this one: unset {' '.join(keys)} to train, or start with torchrun or srun (docs/scaling.md)"
     )
 
 
 def _describe_slurm(variables: Mapping[str, str]) -> str | None:
-    """Say that the other tasks of an allocation stay idle, where srun did not start this process."""
+    """Return a notice that the other tasks of an allocation stay idle, if srun did not start this process."""
     tasks = variables.get("SLURM_NTASKS", "1")
     if tasks == "1":
         return None
@@ -202,16 +203,16 @@ def _describe_slurm(variables: Mapping[str, str]) -> str | None:
 
 
 def _read(variables: Mapping[str, str], key: str) -> int | None:
-    """Return a variable that holds a number from 0 on; None where it is not set.
+    """Return a variable as a non-negative integer; None if it is not set.
 
     Raises:
-        UserError: it holds anything else.
+        UserError: it is something else.
     """
     text = variables.get(key)
     if text is None:
         return None
     if not (text.isascii() and text.isdigit() and len(text) <= 10):
-        raise UserError(f"{key}={text!r} is set in the environment, which is not a number; unset {key}")
+        raise UserError(f"{key}={text!r} in the environment is not a number; unset {key}")
     return int(text)
 
 

@@ -29,17 +29,17 @@ class CausalLMModule(pl.LightningModule):
         self,
         model_config: ModelConfig,
         config: TrainingConfig,
-        identity: dict[str, Any],
+        checkpoint_meta: dict[str, Any],
         loss: LossFunction = next_token_loss,
     ) -> None:
-        """Build the model; its weights are drawn from torch's global random state.
+        """Build the model, initialized from torch's global random state.
 
         Args:
             model_config: the network.
             config: the training run.
-            identity: plain values that every checkpoint carries, so that it is used only where it belongs: ``model``
-                (its config), ``tokenizer_hash`` and whatever a resumed run must agree with.
-            loss: computes the loss of the model on a micro-batch; another one where it is compiled.
+            checkpoint_meta: plain values that every checkpoint carries: ``model`` (its config), ``tokenizer_hash`` and
+                what a resumed run must match.
+            loss: computes the loss of the model on a micro-batch.
         """
         super().__init__()
         self.model = build_model(model_config)
@@ -47,7 +47,7 @@ class CausalLMModule(pl.LightningModule):
             self.model.enable_gradient_checkpointing()
         self.config = config
         self._loss = loss
-        self._identity = identity
+        self._checkpoint_meta = checkpoint_meta
         self.gradient_norm = torch.zeros(())
         self._saved_rng: dict[str, Any] | None = None
 
@@ -62,7 +62,7 @@ class CausalLMModule(pl.LightningModule):
         return self._loss(self.model, x, y, self.config.ignore_index)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the optimizer and its schedule, stepped with each optimizer step."""
+        """Build the optimizer and its schedule, which steps with each optimizer step."""
         optimizer = build_optimizer(self.model, self.config)
         scheduler = Schedule(optimizer, self.config)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -73,23 +73,25 @@ class CausalLMModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the global norm and keep it; Lightning's own way refuses fused optimizers under mixed precision."""
+        """Clip the global norm and store it; Lightning's own clipping refuses fused optimizers in mixed precision."""
         limit = self.config.grad_clip_norm or float("inf")
         self.gradient_norm = clip_gradients(self.trainer, self.parameters(), limit)
 
-    # --- checkpoints: what the model is, and the random state, so that a resumed run draws what it would have drawn ---
+    # --- checkpoints: metadata, and the random state, so that a resumed run repeats exactly --------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what is needed to use the weights, and the state of torch's random generators in each process."""
-        checkpoint[CHECKPOINT_KEY] = self._identity
+        """Add the metadata and the state of torch's random generators of each rank."""
+        checkpoint[CHECKPOINT_KEY] = self._checkpoint_meta
         checkpoint["rng"] = gather_random_states(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the random state until the first batch: what happens before it draws numbers of its own."""
+        """Hold the random state back until the first batch: what happens before also uses random numbers."""
         override_optimizer_hparams(checkpoint, self.model, self.config)
         saved, rank = checkpoint["rng"], self.trainer.global_rank
-        states = saved if isinstance(saved, list) else [{"cpu": saved["cpu"]}]  # older checkpoints hold one process's
-        self._saved_rng = states[rank] if rank < len(states) else None  # this process was not there before
+        states = (
+            saved if isinstance(saved, list) else [{"cpu": saved["cpu"]}]
+        )  # older checkpoints hold that of one process
+        self._saved_rng = states[rank] if rank < len(states) else None  # None: a new rank
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Restore the random state of the checkpoint, once."""

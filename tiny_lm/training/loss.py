@@ -1,4 +1,4 @@
-"""The loss of a training step: the mean cross-entropy of the next token, as it is written and in fewer bytes.
+"""The training loss: mean cross-entropy of the next token, plain and with less memory traffic.
 
 Shapes: B batch, T tokens, N = B * T, D model width, V vocabulary.
 """
@@ -14,9 +14,9 @@ from tiny_lm.hardware.device import Precision
 from tiny_lm.model.transformer import Transformer
 
 LossFunction = Callable[[Any, Tensor, Tensor, int], Tensor]
-"""Of a model, inputs and targets int64 ``[B, T]``, and the target that counts in no loss."""
+"""Takes a model, inputs and targets int64 ``[B, T]``, and the target to ignore."""
 
-_MAX_LOGITS = 2**28  # held at a time: half a gigabyte in 16 bits, and as much for their gradient
+_MAX_LOGITS = 2**28  # at a time: half a gigabyte in 16 bits, and as much for their gradient
 
 
 def next_token_loss(model: nn.Module, x: Tensor, y: Tensor, ignore_index: int) -> Tensor:
@@ -26,23 +26,23 @@ def next_token_loss(model: nn.Module, x: Tensor, y: Tensor, ignore_index: int) -
 
 
 def lean_next_token_loss(model: Transformer, x: Tensor, y: Tensor, ignore_index: int) -> Tensor:
-    """Return what :func:`next_token_loss` returns under autocast to bfloat16, with fewer bytes read and written.
+    """Return :func:`next_token_loss` under autocast to bfloat16, with less memory traffic.
 
-    Beside the matrix products a step waits for memory. Here the residual stream is in bfloat16, as it is in models
-    whose weights are, and one kernel reads the logits for the loss and its gradient.
+    Outside its matrix products a step is memory-bound. Here the residual stream is in bfloat16, as in models with
+    bfloat16 weights, and one kernel reads the logits for both the loss and its gradient.
     """
-    hidden = model.hidden_states(x, dtype=torch.bfloat16)  # [B, T, D], of a norm and so in float32 again
+    hidden = model.hidden_states(x, dtype=torch.bfloat16)  # [B, T, D], float32 again after the norm
     hidden = hidden.to(torch.bfloat16).flatten(0, 1)  # [N, D]
     loss: Tensor = LinearCrossEntropy.apply(hidden, model.lm_head.weight, y.flatten(), ignore_index)  # type: ignore[no-untyped-call]
     return loss
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The mean cross-entropy behind a linear head, with its gradient computed in the forward pass.
+    """Mean cross-entropy of a linear head, with its gradient computed in the forward pass.
 
-    The gradient of the logits, ``(softmax - onehot) / n``, needs what the loss needs: compiled, one kernel makes both,
-    and no logits are kept for the backward pass. Many tokens are taken in parts, so that their logits are never all in
-    memory (Hsu et al. 2024, arXiv:2410.10989, section 3.2).
+    The gradient of the logits, ``(softmax - onehot) / n``, needs the same inputs as the loss: compiled, one kernel
+    computes both, and no logits are stored for the backward pass. Tokens are processed in chunks, so that not all
+    logits are in memory at once (Hsu et al. 2024, arXiv:2410.10989, section 3.2).
     """
 
     @staticmethod
@@ -50,11 +50,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Return the loss, float32.
 
         Args:
-            ctx: torch's.
-            hidden: what the head sees, [N, D]; products are computed in its dtype.
+            ctx: of autograd.
+            hidden: input of the head, [N, D]; products are computed in its dtype.
             weight: of the head, [V, D].
             targets: int64 [N].
-            ignore_index: target that counts in no loss.
+            ignore_index: target to ignore.
         """
         weight = weight.to(hidden.dtype)
         counted = targets != ignore_index
@@ -84,8 +84,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 def compiled_loss(precision: Precision) -> LossFunction:
-    """Return the loss function for this precision, compiled together with the model that it is called with."""
-    # The tanh of GELU in terms of exp: as exact as float32 is, and on a CPU twice as fast.
+    """Return the loss function for this precision, compiled together with the model passed to it."""
+    # The tanh of GELU through exp: as accurate as float32, and twice as fast on a CPU.
     options: dict[str, Any] = {"cpp.use_decompose_tanh": True}
     loss = lean_next_token_loss if precision == "bf16-mixed" else next_token_loss
     return torch.compile(loss, dynamic=False, options=options)

@@ -1,4 +1,4 @@
-"""Muon in the precision that the hardware multiplies fast."""
+"""Muon in a precision that is fast on the hardware."""
 
 from collections.abc import Callable
 
@@ -11,14 +11,14 @@ from tiny_lm.hardware.device import computes_in_bf16
 class Muon(torch.optim.Muon):
     """torch's Muon with the step size of AdamW, whose Newton-Schulz iteration uses float32 where bf16 is emulated.
 
-    torch always iterates in bf16. On a processor without instructions for it, three quarters of a quickstart step went
-    there (dev/LOG.md). Groups and state are torch's.
+    torch always iterates in bf16. On a CPU without bf16 instructions that took three quarters of a quickstart step
+    (dev/LOG.md). Parameter groups and state are torch's.
     """
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:  # type: ignore[override]
         """Update each matrix by its orthogonalized momentum."""
-        assert closure is None  # MuonAdamW has called it
+        assert closure is None  # MuonAdamW calls it
         for group in self.param_groups:
             weights = [weight for weight in group["params"] if weight.grad is not None]
             for weight in weights:
@@ -42,7 +42,7 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], step
         coefficients: of the odd polynomial ``a x + b x^3 + c x^5`` that each iteration applies to the singular values
             (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
         steps: the number of iterations.
-        eps: the least norm by which the matrix is divided.
+        eps: lower bound of the norm that the matrix is divided by.
 
     Returns:
         ``[rows, columns]`` in bf16, or in float32 where the device does not compute in bf16.

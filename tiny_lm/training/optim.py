@@ -1,4 +1,4 @@
-"""The optimizers and the learning-rate schedule."""
+"""Optimizers, and the schedules of learning rate and weight decay."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -17,14 +17,14 @@ PARAM_GROUPS = ("hidden", "embeddings", "vectors")
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
-    """Build the optimizer that the config names; weight decay touches matrices and embeddings only.
+    """Build the configured optimizer; weight decay applies to matrices and embeddings only.
 
     ``adamw`` is AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) on everything. ``muon`` is Muon (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon) on the hidden matrices and AdamW on the rest. Both have one group of parameters
-    each for hidden matrices, embeddings, and vectors.
+    kellerjordan.github.io/posts/muon) on the hidden matrices and AdamW on the rest. Both have one
+    parameter group each for hidden matrices, embeddings, and vectors.
     """
-    # By the kind of module and not by shape: a process that holds a part of each weight holds it flat.
-    # An untied head is not a hidden matrix either; a tied one is the embedding.
+    # By kind of module, not by shape: sharded weights are flat. An untied head is not a hidden matrix either; a tied
+    # one is the embedding.
     ends = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) or name.endswith("lm_head")]
     embeddings = list({id(m.weight): m.weight for m in ends}.values())
     tables = {id(weight) for weight in embeddings}
@@ -40,7 +40,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
 def _other_groups(
     embeddings: Sequence[Tensor], vectors: Sequence[Tensor], config: TrainingConfig
 ) -> list[dict[str, Any]]:
-    """Return the groups of what is no hidden matrix."""
+    """Return the parameter groups of everything except hidden matrices."""
     rate, decay = config.embedding_learning_rate, config.embedding_weight_decay
     return [
         {
@@ -54,17 +54,17 @@ def _other_groups(
 
 def _adamw(groups: list[dict[str, Any]], config: TrainingConfig) -> AdamW:
     # The fused kernel updates all parameters in one call, on the CPU too; but it would unscale the gradients of fp16
-    # itself, behind the clipping.
+    # itself, after clipping.
     fused = config.precision != "16-mixed"
     return AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
 
 
 class MuonAdamW(Optimizer):
-    """Muon on hidden matrices and AdamW on embeddings and vectors, as the one optimizer that Lightning takes.
+    """Muon on hidden matrices and AdamW on embeddings and vectors, as a single optimizer for Lightning.
 
     The two share this object's parameter groups and state, so that schedulers, clipping and checkpoints see one
     optimizer. Muon's updates are scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982, section 2.2), so
-    one learning rate serves both.
+    both use one learning rate.
     """
 
     def __init__(
@@ -80,14 +80,14 @@ class MuonAdamW(Optimizer):
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             momentum=config.muon_momentum,
-            adjust_lr_fn="match_rms_adamw",  # what our Muon always does
+            adjust_lr_fn="match_rms_adamw",  # our Muon always does this
         )
         self._adamw = _adamw(_other_groups(embeddings, vectors, config), config)
         super().__init__([*self._muon.param_groups, *self._adamw.param_groups], defaults={})
         self._share()
 
     def _share(self) -> None:
-        """Let both optimizers work on the groups and the state of this one."""
+        """Make both optimizers use the groups and the state of this one."""
         self._muon.param_groups, self._adamw.param_groups = self.param_groups[:1], self.param_groups[1:]
         self._muon.state = self._adamw.state = self.state
 
@@ -103,21 +103,21 @@ class MuonAdamW(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned; it puts new groups and a new state in place of the shared ones."""
+        """Load a state, which replaces groups and state, and share the new ones."""
         super().load_state_dict(state_dict)
         self._share()
 
 
 class Schedule(LambdaLR):
-    """Learning rate and weight decay of each optimizer step; it is stepped once for each."""
+    """Sets learning rate and weight decay for each optimizer step."""
 
     def __init__(self, optimizer: Optimizer, config: TrainingConfig, *, step: int = 0) -> None:
-        """Schedule the groups of ``optimizer``, which has taken ``step`` steps; those without decay stay without."""
+        """Schedule the groups of ``optimizer``, which has taken ``step`` steps; groups without decay keep none."""
         self._config = config
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
             if group["weight_decay"]:
-                group["initial_weight_decay"] = group["weight_decay"]  # a mark that checkpoints keep
+                group["initial_weight_decay"] = group["weight_decay"]  # also marks the group in checkpoints
         super().__init__(
             optimizer, lambda step: learning_rate_at(step, config) / config.learning_rate, last_epoch=step - 1
         )
@@ -131,7 +131,7 @@ class Schedule(LambdaLR):
                 group["weight_decay"] = group["initial_weight_decay"] * share
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain values: the config is the run's, not the checkpoint's."""
+        """Return the state without the config, which belongs to the run, not to the checkpoint."""
         state: dict[str, Any] = super().state_dict()
         del state["_config"]
         return state
@@ -155,14 +155,14 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
     if config.scheduler == "wsd":
         peak = max(warmup, config.max_steps - 1 - round(config.decay_ratio * config.max_steps))
     progress = min(max((step - peak) / max(config.max_steps - 1 - peak, 1), 0.0), 1.0)
-    fall = (1 + math.cos(math.pi * progress)) / 2 if config.scheduler == "cosine" else 1 - progress
-    return config.min_lr + (config.learning_rate - config.min_lr) * fall
+    factor = (1 + math.cos(math.pi * progress)) / 2 if config.scheduler == "cosine" else 1 - progress
+    return config.min_lr + (config.learning_rate - config.min_lr) * factor
 
 
 def weight_decay_share(step: int, config: TrainingConfig) -> float:
-    """Return the share of the weight decay that is in force at optimizer step ``step``, counted from 0.
+    """Return the factor of the weight decay at optimizer step ``step``, counted from 0.
 
-    A falling one is 0 at the last step.
+    ``linear`` and ``cosine`` reach 0 at the last step.
     """
     progress = min(step / max(config.max_steps - 1, 1), 1.0)
     match config.weight_decay_schedule:

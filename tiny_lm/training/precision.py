@@ -5,10 +5,9 @@ from tiny_lm.training.config import TrainingConfig
 
 
 def choose_precision(config: TrainingConfig, device: Device) -> tuple[Precision, str | None]:
-    """Return the precision to train in, and why it is another one than the config names, if it is.
+    """Return the precision to train in, and the reason if it differs from the config's.
 
-    fp16 needs the loss scaling that there is for CUDA only; bf16 is worth its name only where the hardware computes in
-    it, and elsewhere it is emulated and slower than float32.
+    fp16 needs loss scaling, which exists for CUDA only; bf16 without hardware support is emulated, slower than float32.
     """
     wanted = config.precision
     if device == "cuda":
@@ -23,6 +22,6 @@ def choose_precision(config: TrainingConfig, device: Device) -> tuple[Precision,
 
 
 def describe_choice(device: Device, precision: Precision, reason: str | None) -> str:
-    """Say in one line on what a run trains and in which precision, and why so."""
+    """Describe device and precision of a run, and the reason, in one line."""
     others = {"cuda": "", "mps": " (no CUDA device was found)", "cpu": " (no GPU was found)"}
     return f"training on {describe_device(device)}{others[device]} in {precision}{f': {reason}' if reason else ''}"

@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: from which one, what must agree, what may change, and what is forgotten."""
+"""Resume: pick a checkpoint, validate it against the configs, truncate newer outputs."""
 
 import json
 import math
@@ -26,12 +26,12 @@ from tiny_lm.training.optim import Schedule, build_optimizer, learning_rate_at
 
 
 def find_checkpoint(run: Run, console: Console) -> Path | None:
-    """Return the newest checkpoint of a run that it can go on from, or None where it has none yet.
+    """Return the newest checkpoint that a run can resume from, or None if it has none yet.
 
-    Each is read from end to end. Those that are damaged, unreadable or of another model are named in one warning.
+    Each is read in full. One warning names those that are damaged, unreadable or of another model.
 
     Raises:
-        UserError: none is left.
+        UserError: none is usable.
     """
     unfit = []
     for path in _newest_first(run):
@@ -43,48 +43,48 @@ def find_checkpoint(run: Run, console: Console) -> Path | None:
             continue
         if unfit:
             step = checkpoint["global_step"]
-            console.print(f"warning: {'; '.join(unfit)}; going on from {path} of step {step:,}", markup=False)
+            console.print(f"warning: {'; '.join(unfit)}; resuming from {path} of step {step:,}", markup=False)
         return path
     if unfit:
         raise UserError(
-            f"{run.folder}: none of its checkpoints can be read ({unfit[0]}); restore one, or begin a new run"
+            f"{run.folder}: none of its checkpoints can be read ({unfit[0]}); restore one, or start a new run"
         )
     return None
 
 
 def _check_origin(path: Path, checkpoint: dict[str, Any], run: Run) -> None:
-    """Check that a checkpoint is one of this run, as far as the run folder knows.
+    """Check that a checkpoint belongs to this run, as far as the run folder shows.
 
     Raises:
-        UserError: it holds another model, or no state of an optimizer.
+        UserError: it holds another model, or no optimizer state.
     """
     _check_state(path, checkpoint)
     try:
         model = load_model_config(run.configs / "model.yaml").to_dict()
     except UserError:
-        return  # a config that is gone says nothing; damage to it is reported where it is used
+        return  # a damaged config is reported where it is used
     if model != checkpoint[CHECKPOINT_KEY]["model"]:
         raise UserError(f"{path}: holds another model than {run.configs / 'model.yaml'}")
 
 
 def _check_state(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Check that a checkpoint has all that training goes on with, and not the weights alone.
+    """Check that a checkpoint holds the full training state, not just the weights.
 
     Raises:
-        UserError: it lacks a part.
+        UserError: a part is missing.
     """
     for key, kind in _STATE.items():
         if not isinstance(checkpoint.get(key), kind):
             raise UserError(
-                f"{path}: holds weights but not the state of a training ({key} is missing); begin a new run with "
+                f"{path}: holds weights but no training state ({key} is missing); start a new run with "
                 f"training.init_from={path}"
             )
 
 
 def _newest_first(run: Run) -> list[Path]:
-    """Return the checkpoints of a run; where two are of one step, ``last.ckpt`` comes first and ``best.ckpt`` last."""
+    """Return the checkpoints of a run; of the same step, ``last.ckpt`` comes first and ``best.ckpt`` last."""
     found = [(float(step), 1, path) for step, path in run.saved_steps()]
-    # An unreadable last.ckpt would have been the newest.
+    # An unreadable last.ckpt is assumed to be the newest.
     for path, preference, otherwise in ((run.last_checkpoint, 2, math.inf), (run.best_checkpoint, 0, -1.0)):
         if os.path.lexists(path):
             step = otherwise
@@ -96,22 +96,22 @@ def _newest_first(run: Run) -> list[Path]:
 
 _STATE = {"callbacks": dict, "optimizer_states": list, "lr_schedulers": list, "loops": dict}
 
-# --- what must agree, and what may change ----------------------------------------------------------------------------
+# --- what must match, and what may change ----------------------------------------------------------------------------
 
 _MUST_MATCH = {
     "tokenizer_hash": "the text was encoded by another tokenizer",
-    "optimizer": "the state in the checkpoint is another optimizer's",
-    "seed": "other batches would follow",
-    "batch_size": "other batches would follow",
-    "block_size": "other batches would follow",
-    "stride": "other batches would follow",
+    "optimizer": "the checkpoint holds the state of another optimizer",
+    "seed": "the order of batches would change",
+    "batch_size": "the order of batches would change",
+    "block_size": "the order of batches would change",
+    "stride": "the order of batches would change",
 }
 
 _SCHEDULE = ("max_steps", "learning_rate", "min_lr", "scheduler", "warmup_ratio", "decay_ratio")
-_ROUNDING = "the same batches; losses are those of an unbroken run up to rounding"
-_SAME_WEIGHTS = "the weights become what they would have become"
-_OTHER_TARGETS = "other targets count, so losses do not compare with those before"
-_OTHER_VALIDATION = "validation losses do not compare with those before, nor with the best one"
+_ROUNDING = "the same batches; losses match those of an uninterrupted run up to rounding"
+_SAME_WEIGHTS = "the weights are not affected"
+_OTHER_TARGETS = "different targets are counted, so losses are not comparable with earlier ones"
+_OTHER_VALIDATION = "validation losses are not comparable with earlier ones, nor with the best one"
 _EXPLANATIONS = {
     **dict.fromkeys(("precision", "device", "compile", "compiled", "gradient_checkpointing"), _ROUNDING),
     **dict.fromkeys(("devices", "num_nodes", "strategy"), _ROUNDING),
@@ -120,61 +120,61 @@ _EXPLANATIONS = {
     **dict.fromkeys(("sample_prompts", "sample_tokens", "trackers", "num_workers", "pin_memory"), _SAME_WEIGHTS),
     **dict.fromkeys(("ignore_index", "mask_after_eos"), _OTHER_TARGETS),
     **dict.fromkeys(("val_path", "val_max_tokens", "val_tokens"), _OTHER_VALIDATION),
-    "init_from": "not read, since a run goes on with weights of its own",
-    "train_path": "taken for the same text where it has as many tokens",
-    "train_tokens": "another text, whose windows come in an order of their own",
-    "drop_last": "epochs have another length, so other batches follow from the next one on",
+    "init_from": "ignored: a resumed run has its own weights",
+    "train_path": "assumed to be the same text if it has as many tokens",
+    "train_tokens": "a different text, whose sequences have their own order",
+    "drop_last": "epochs have a different length, so batches differ from the next epoch on",
 }
 _NOT_REPORTED = ("run_name", "resume_from_checkpoint", *_MUST_MATCH)
 
 
-def check_resume(path: Path, identity: dict[str, Any], console: Console, *, finished: bool = False) -> int:
-    """Return the step of a checkpoint that this run can go on from, and tell what differs since it was written.
+def check_resume(path: Path, meta: dict[str, Any], console: Console, *, finished: bool = False) -> int:
+    """Validate a checkpoint, print what has changed since it was written, and return its step.
 
     Args:
-        path: the checkpoint; it is read from end to end.
-        identity: what the checkpoints of this run carry.
-        console: gets one line for each value that is another now, with what that means.
-        finished: the run has come to its end. One that was killed between its last checkpoint and its end has not.
+        path: the checkpoint; it is read in full.
+        meta: what the checkpoints of this run carry.
+        console: prints one line for each changed value, with its consequence.
+        finished: whether the run finished. One that was killed after its last checkpoint did not.
 
     Raises:
-        UserError: the checkpoint is damaged, nothing is left to train, or something differs that must not.
+        UserError: the checkpoint is damaged, nothing is left to train, or a value differs that must match.
     """
     checkpoint = read_checkpoint(path, whole=True)
     _check_state(path, checkpoint)
-    ours = checkpoint[CHECKPOINT_KEY]
-    if ours["model"] != identity["model"]:
+    saved = checkpoint[CHECKPOINT_KEY]
+    if saved["model"] != meta["model"]:
         differences = ", ".join(
-            f"{key} {old} and not {new}" for key, old, new in _differences(ours["model"], identity["model"])
+            f"{key} {old} and not {new}" for key, old, new in _differences(saved["model"], meta["model"])
         )
         raise UserError(
-            f"{path}: holds another model than the model config ({differences}); resume with the run's own configs"
+            f"{path}: holds another model than the model config ({differences}); resume with the run's configs"
         )
     for key, why in _MUST_MATCH.items():
-        if ours.get(key) != identity[key]:
-            raise UserError(f"{path}: was trained with {key} {ours.get(key)} and not {identity[key]}: {why}")
-    if identity["training"]["strategy"] == "fsdp" and ours.get("training", {}).get("strategy") != "fsdp":
-        # Lightning would give each weight the state of another one: it counts weights in the order of the model.
+        if saved.get(key) != meta[key]:
+            raise UserError(f"{path}: was trained with {key} {saved.get(key)} and not {meta[key]}: {why}")
+    if meta["training"]["strategy"] == "fsdp" and saved.get("training", {}).get("strategy") != "fsdp":
+        # Lightning would assign states to the wrong weights: it numbers weights in the order of the model.
         raise UserError(f"{path}: was not written by strategy fsdp, which cannot read its optimizer state; use ddp")
-    step, max_steps = int(checkpoint["global_step"]), identity["training"]["max_steps"]
-    was_last = not finished and step == max_steps == ours.get("training", {}).get("max_steps")
+    step, max_steps = int(checkpoint["global_step"]), meta["training"]["max_steps"]
+    was_last = not finished and step == max_steps == saved.get("training", {}).get("max_steps")
     if step >= max_steps and not was_last:
         raise UserError(
-            f"{path}: stands at step {step} of max_steps {max_steps}: nothing is left to train; to go on, raise "
+            f"{path}: is at step {step} of max_steps {max_steps}, so nothing is left to train; to continue, raise "
             "training.max_steps"
         )
-    for line in _describe_changes(ours, identity, step):
+    for line in _describe_changes(saved, meta, step):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return step
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Return the keys whose values differ, with both; a key that only one of them has is new, and says nothing."""
+    """Return the keys of both whose values differ, with the two values."""
     return [(key, before[key], now[key]) for key in before if key in now and before[key] != now[key]]
 
 
 def _describe_changes(before: dict[str, Any], now: dict[str, Any], step: int) -> list[str]:
-    """Return a line for each value of the training and data configs that differs from the checkpoint's."""
+    """Return a line for each value that differs from the checkpoint's."""
     lines = []
     for section in ("training", "data"):
         if section in before:  # older checkpoints carry no configs
@@ -189,31 +189,31 @@ def _describe_changes(before: dict[str, Any], now: dict[str, Any], step: int) ->
 
 
 def _explain_change(key: str, before: dict[str, Any], now: dict[str, Any], step: int) -> str:
-    """Say what it means for the run that the value of ``key`` is another."""
+    """Return the consequence of a changed value for the run."""
     old, new = before["training"], now["training"]
     if key in _SCHEDULE:
         then = learning_rate_at(step, TrainingConfig.from_dict(new))
         first = learning_rate_at(step, TrainingConfig.from_dict({**new, **{k: old[k] for k in _SCHEDULE if k in old}}))
         return f"rates follow the new schedule; step {step + 1:,} has {then:.3g}, by the old one {first:.3g}"
     if key == "accumulate_grad_batches":
-        sequences = now["data"]["batch_size"] * now["data"]["block_size"]
-        return f"a step is {sequences * new[key]:,} tokens from here on and was {sequences * old[key]:,}"
+        tokens = now["data"]["batch_size"] * now["data"]["block_size"]
+        return f"a step is {tokens * new[key]:,} tokens from here on; it was {tokens * old[key]:,}"
     if key == "ema_decay":
         if new[key] is None:
-            return "the average is dropped: validated and saved are the weights themselves"
+            return "the average is dropped: the weights themselves are validated and saved"
         return (
-            "the average begins with the weights of the checkpoint"
+            "the average starts from the weights of the checkpoint"
             if old[key] is None
-            else "the average goes on with the new decay"
+            else "the average continues with the new decay"
         )
     return _EXPLANATIONS.get(key, f"used from step {step + 1:,} on")
 
 
 def override_optimizer_hparams(checkpoint: dict[str, Any], model: nn.Module, config: TrainingConfig) -> None:
-    """Put the options of the config in place of those that a checkpoint's optimizer and schedule carry.
+    """Replace the hyperparameters in a checkpoint's optimizer and scheduler states by those of the config.
 
-    Loading their states would bring back the learning rate, weight decay and so on of the config before. Where the
-    configs are equal nothing changes, to the last bit.
+    Loading the states as they are would restore the learning rate, weight decay and so on of the earlier config. With
+    equal configs nothing changes, to the last bit.
     """
     (state,), (scheduler_state,) = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
     fresh = build_optimizer(model, config)
@@ -225,14 +225,13 @@ def override_optimizer_hparams(checkpoint: dict[str, Any], model: nn.Module, con
         saved.update({**group, **parameters})
 
 
-# --- what is forgotten -----------------------------------------------------------------------------------------------
+# --- truncating newer outputs ---------------------------------------------------------------------------------------
 
 
 def truncate_run(run: Run, checkpoint: Path | None, step: int) -> None:
-    """Drop what came after ``step``, which a run that goes on from ``checkpoint`` is about to write again.
+    """Delete what was written after ``step``, which a run resumed from ``checkpoint`` will write again.
 
-    At every moment the newest checkpoint that is left has all its metrics: a process that is killed in here does no
-    harm.
+    At every moment the newest remaining checkpoint has all its metrics, so being killed in here does no harm.
     """
     remove_leftovers(run.folder)
     _move_folders_aside(run)
@@ -252,7 +251,7 @@ def truncate_run(run: Run, checkpoint: Path | None, step: int) -> None:
 
 
 def _move_folders_aside(run: Run) -> None:
-    """Give other names to folders that stand where checkpoints are to be written: what is in them is not ours."""
+    """Rename folders in the way of checkpoints: their contents are not ours to delete."""
     for path in run.checkpoints.glob("*.ckpt"):
         if path.is_dir() and not path.is_symlink():
             number = next(n for n in count(1) if not os.path.lexists(path.with_name(f"{path.name}.folder-{n}")))
@@ -260,9 +259,9 @@ def _move_folders_aside(run: Run) -> None:
 
 
 def _restore_best(run: Run, checkpoint: Path) -> None:
-    """Give a run the ``best.ckpt`` that a checkpoint of it knows of, where that is still there under another name.
+    """Restore the ``best.ckpt`` that a checkpoint refers to if it still exists under another name.
 
-    It may lack it: the process was killed between the names of one file, or ``best.ckpt`` was of a later step.
+    It may be missing: the process was killed between two links, or ``best.ckpt`` was of a later step.
     """
     state = read_checkpoint(checkpoint)
     best = state["callbacks"].get("Validation", {}).get("best_step")
@@ -274,7 +273,7 @@ def _restore_best(run: Run, checkpoint: Path) -> None:
 
 
 def _step_of(path: Path) -> float:
-    """Return the step of a checkpoint; that of a damaged one is after all others."""
+    """Return the step of a checkpoint; infinity if it is damaged."""
     try:
         return float(read_checkpoint(path)["global_step"])
     except UserError:

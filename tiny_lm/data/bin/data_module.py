@@ -1,4 +1,4 @@
-"""The Lightning side of token streams: loaders, and the position in them that a checkpoint keeps."""
+"""The Lightning data module of token streams: data loaders, and the data position that a checkpoint holds."""
 
 import signal
 from typing import Any
@@ -18,12 +18,12 @@ _Loader = DataLoader[tuple[torch.Tensor, torch.Tensor]]
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C to the main process, which needs its loaders until the step is done."""
+    """Leave Ctrl-C to the main process, which needs its workers until the step is done."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class BinTokenDataModule(pl.LightningDataModule):
-    """Training and validation batches ``(x, y)``, int64 ``[B, T]`` each, of the streams that a data config names."""
+    """Training and validation batches ``(x, y)``, int64 ``[B, T]`` each, from the streams of a data config."""
 
     def __init__(
         self,
@@ -36,19 +36,19 @@ class BinTokenDataModule(pl.LightningDataModule):
         """Open both streams.
 
         Args:
-            config: streams, windows and batches.
-            seed: of the order of the training windows.
-            ignore_index: target that counts in no loss.
-            micro_batch: windows that this process reads at a time, where it is not the config's ``batch_size``.
+            config: streams, sequences and batches.
+            seed: of the order of the training sequences.
+            ignore_index: target that is ignored in the loss.
+            micro_batch: sequences that this rank reads at a time; by default the config's ``batch_size``.
 
         Raises:
-            UserError: a stream is missing or damaged, too small, or the two come from different tokenizers.
+            UserError: a stream is missing or damaged, too small, or the two have different tokenizers.
         """
         super().__init__()
         self.config = config
         self._seed = seed
         self.micro_batch = micro_batch or config.batch_size
-        self._sequences_seen = 0  # by all ranks together, at the step where this process began
+        self._sequences_seen = 0  # by all ranks together, when this process started
         self._first_step = 0
         self.train_stream: TokenStream = open_stream(config.train_path, config)
         self.val_stream: TokenStream = open_stream(config.val_path, config)
@@ -63,25 +63,23 @@ class BinTokenDataModule(pl.LightningDataModule):
         self.val_dataset = BinTokenDataset(self.val_stream, config, every_token=True, ignore_index=ignore_index)
         if config.drop_last and len(self.train_dataset) < config.batch_size:
             raise UserError(
-                f"{config.train_path}: gives {len(self.train_dataset)} windows, fewer than batch_size "
+                f"{config.train_path}: holds {len(self.train_dataset)} sequences, fewer than batch_size "
                 f"{config.batch_size}; use more text, a smaller batch_size or block_size, or drop_last: false"
             )
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Tokens of both streams, as they are written down."""
+        """Tokens of both streams, as recorded in checkpoints and ``run.json``."""
         return {"train_tokens": self.train_stream.tokens, "val_tokens": self.val_stream.tokens}
 
     def train_dataloader(self) -> _Loader:
-        """Endless, shuffled by (seed, epoch), starting behind the windows that a resumed run has seen."""
+        """Return the endless loader, shuffled by (seed, epoch); a resumed run continues where it stopped."""
         self._first_step = 0 if self.trainer is None else self.trainer.global_step
-        order = self._order(self._sequences_seen, *self._place())
+        order = self._order(self._sequences_seen, *self._rank_and_world_size())
         return self._loader(self.train_dataset, order, self.config.num_workers)
 
     def val_dataloader(self, max_tokens: int | None = None) -> _Loader:
-        """Every token of the validation stream once, in order, or the windows of its first ``max_tokens``.
-
-        Several processes share them.
+        """Return a loader over the validation stream in order, or over its first ``max_tokens``, split between ranks.
 
         Raises:
             UserError: a stream was overwritten since it was opened.
@@ -91,7 +89,7 @@ class BinTokenDataModule(pl.LightningDataModule):
         sequences = len(self.val_dataset)
         if max_tokens is not None:
             sequences = min(sequences, -(-max_tokens // self.config.block_size))
-        rank, world_size = self._place()
+        rank, world_size = self._rank_and_world_size()
         order = SequentialBatchSampler(sequences, self.micro_batch, rank=rank, world_size=world_size)
         return self._loader(self.val_dataset, order, workers=0)
 
@@ -107,46 +105,45 @@ class BinTokenDataModule(pl.LightningDataModule):
             micro_batch=self.micro_batch,
         )
 
-    def _place(self) -> tuple[int, int]:
-        """Return the rank of this process and the number of processes."""
+    def _rank_and_world_size(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
     def _loader(self, dataset: BinTokenDataset, batches: Any, workers: int) -> _Loader:
-        # A batch is one vectorised read of a memory map: on a CPU a worker process costs more than it saves.
+        # A batch is one vectorized read of a memory map: on a CPU a worker process costs more than it saves.
         on_gpu = torch.cuda.is_available()
         workers = workers if on_gpu else 0
         return DataLoader(
             dataset,
             sampler=batches,
-            batch_size=None,  # the sampler gives whole batches
+            batch_size=None,  # the sampler yields whole batches
             num_workers=workers,
             pin_memory=self.config.pin_memory and on_gpu,
             persistent_workers=workers > 0,
             worker_init_fn=_ignore_interrupts,
-            generator=torch.Generator(),  # else each pass over a loader would draw from the global random state
+            generator=torch.Generator(),  # otherwise each pass over a loader would advance the global random state
         )
 
     @property
     def sequences_seen(self) -> int:
-        """How many windows all ranks have trained on; the loaders themselves may have read ahead."""
+        """Sequences that all ranks have trained on; the loaders may have prefetched more."""
         assert self.trainer is not None
-        _, world_size = self._place()
+        _, world_size = self._rank_and_world_size()
         sequences_per_step = self.micro_batch * world_size * self.trainer.accumulate_grad_batches
         steps = self.trainer.global_step - self._first_step
         return self._sequences_seen + steps * sequences_per_step
 
-    def sequences_at(self, place: int) -> tuple[int, list[int]]:
-        """Return the epoch and the windows of the micro-batch that begins behind ``place`` windows."""
-        order = self._order(place)
-        return place // order.epoch_length, next(iter(order)).tolist()
+    def sequences_at(self, position: int) -> tuple[int, list[int]]:
+        """Return the epoch and the sequences of the micro-batch that starts at ``position`` of the order."""
+        order = self._order(position)
+        return position // order.epoch_length, next(iter(order)).tolist()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many windows all ranks have trained on."""
+        """Return the data position under the key of the checkpoint format."""
         return {"windows_seen": self.sequences_seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on behind the windows that a checkpoint has seen."""
-        if "batches_seen" in state_dict:  # written before several processes could share a batch
+        """Continue after the sequences that a checkpoint has seen."""
+        if "batches_seen" in state_dict:  # from before batches were split between ranks
             self._sequences_seen = int(state_dict["batches_seen"]) * self.config.batch_size
         else:
             self._sequences_seen = int(state_dict["windows_seen"])

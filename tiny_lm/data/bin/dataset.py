@@ -1,7 +1,6 @@
-"""Windows of a memory-mapped token stream.
+"""Sequences of a memory-mapped token stream.
 
-A stream is one ``.bin`` file or a glob of them, flat little-endian uint16 or uint32. Windows never cross from one
-file into the next.
+A stream is one shard or a glob of them, flat little-endian uint16 or uint32. No sequence spans two shards.
 """
 
 import mmap
@@ -28,18 +27,18 @@ from tiny_lm.data.bin.stream import (
 )
 from tiny_lm.errors import UserError
 
-_MAX_RESIDENT = 16 * 2**20  # bytes of a stream that stay in memory: giving each batch back at once costs time
+_MAX_RESIDENT = 16 * 2**20  # bytes of a stream that stay in memory: dropping the pages of every batch costs time
 
 
 IGNORE_INDEX = -100
-"""Target that counts in no loss unless a config says otherwise; the default of ``F.cross_entropy``."""
+"""Default of the target that is ignored in the loss, as in ``F.cross_entropy``."""
 
 
 class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Windows ``(x, y)`` of a token stream, y being x shifted by one.
+    """Sequences ``(x, y)`` of a token stream, where y is x shifted by one.
 
-    Indexed with an integer it gives one window, x and y int64 ``[T]``; with a sequence of integers a batch of them,
-    ``[B, T]``, gathered by one vectorised read. T is ``block_size``.
+    An integer index gives one sequence, x and y int64 ``[T]``; several indices give a batch ``[B, T]``, gathered by
+    one vectorized read. T is ``block_size``.
     """
 
     def __init__(
@@ -51,19 +50,19 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
         overlap: int = 0,
         ignore_index: int = IGNORE_INDEX,
     ) -> None:
-        """Cut the stream into windows.
+        """Cut the stream into sequences.
 
         Args:
             stream: what to read.
-            config: window length, stride and masking.
-            every_token: for exact evaluation: windows stand side by side, and the last one of a file, where the stream
-                ends inside it, is filled up with targets that are ignored; so each target counts exactly once.
-            overlap: with ``every_token``: how many tokens a window shares with the one before it. Their targets are
-                ignored, since they counted there, and are context for the others. Below ``block_size``.
-            ignore_index: target that counts in no loss.
+            config: sequence length, stride and masking.
+            every_token: for exact evaluation: sequences do not overlap, and the last one of a shard is padded with
+                ignored targets, so that each target counts exactly once.
+            overlap: with ``every_token``: tokens that a sequence shares with the one before it, below ``block_size``.
+                They are context; their targets are ignored, since they were counted there.
+            ignore_index: target that is ignored in the loss.
 
         Raises:
-            UserError: no file holds a whole window.
+            UserError: no shard holds a whole sequence.
         """
         self.stream = stream
         self.block_size = config.block_size
@@ -74,27 +73,27 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
         targets = np.array(stream.tokens_per_file) - 1
         whole = (targets - self.block_size) // self._stride + 1
         sequences = np.maximum(whole, 0)
-        if every_token:  # one more where the stream ends inside a window
+        if every_token:  # one more where a shard ends inside a sequence
             sequences += np.where(sequences, sequences * self._stride + self._overlap, 0) < targets
         self._first_sequence = np.concatenate([[0], np.cumsum(sequences)])  # [F+1]
-        self._maps: dict[int, MappedTokens] = {}  # the one used last comes last
-        self._resident = 0  # bytes of them that may be in memory, at most
+        self._maps: dict[int, MappedTokens] = {}  # least recently used first
+        self._resident = 0  # upper bound of their bytes in memory
         if len(self) == 0:
             raise UserError(
-                f"{stream.files[0]}: {stream.tokens:,} tokens are too few for one window of block_size "
+                f"{stream.files[0]}: {stream.tokens:,} tokens are too few for one sequence of block_size "
                 f"{self.block_size} and its next token; use more text or a smaller block_size"
             )
 
     def __len__(self) -> int:
         return int(self._first_sequence[-1])
 
-    def find(self, window: int) -> tuple[Path, int]:
-        """Return the file of a window, and the place of its first token there."""
-        file = int(np.searchsorted(self._first_sequence, window, side="right")) - 1
-        return self.stream.files[file], int(window - self._first_sequence[file]) * self._stride
+    def find(self, sequence: int) -> tuple[Path, int]:
+        """Return the shard of a sequence and the index of its first token there."""
+        file = int(np.searchsorted(self._first_sequence, sequence, side="right")) - 1
+        return self.stream.files[file], int(sequence - self._first_sequence[file]) * self._stride
 
     def __getstate__(self) -> dict[str, Any]:
-        # A loader process opens the files itself: a memory map would be pickled as a copy of all its tokens.
+        # A worker process maps the shards itself: a memory map would be pickled as a copy of all its tokens.
         return {**self.__dict__, "_maps": {}}
 
     def __getitem__(self, index: int | Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -103,7 +102,7 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
             return x[0], y[0]
         sequences = np.asarray(index, dtype=np.int64)  # [B]
         ids = np.empty((len(sequences), self.block_size + 1), dtype=np.int64)  # [B, T+1]
-        short = np.full(len(sequences), self.block_size + 1)  # [B] tokens really read
+        short = np.full(len(sequences), self.block_size + 1)  # [B] tokens that exist
         file_of = np.searchsorted(self._first_sequence, sequences, side="right") - 1
         for file in np.unique(file_of):
             rows = np.flatnonzero(file_of == file)
@@ -125,21 +124,21 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
         return x, y
 
     def _mapped(self, file: int) -> MappedTokens:
-        """Return the map of a file, and give up the one that was not used for longest where there are too many."""
+        """Return the memory map of a shard; close the least recently used one if there are too many."""
         tokens = self._maps.pop(file, None)
         if tokens is None:
             while len(self._maps) >= max_maps():
                 del self._maps[next(iter(self._maps))]
-            # Windows are shuffled: what the kernel would read ahead is hardly ever the next one.
+            # Sequences are shuffled: read-ahead would hardly ever fetch the next one.
             tokens = map_shard(self.stream, file, "MADV_RANDOM")
         self._maps[file] = tokens
         return tokens
 
     def check_unchanged(self) -> None:
-        """Check that no file was overwritten in place; one that was replaced is still there for who has mapped it.
+        """Check that no shard was overwritten in place; a replaced one stays readable through its memory map.
 
         Raises:
-            UserError: one was.
+            UserError: a shard was overwritten.
         """
         for file, version in zip(self.stream.files, self.stream.versions, strict=True):
             status = stat_shard(file)
@@ -147,14 +146,14 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
                 check_version(file, status, version)
 
     def _read(self, file: int, starts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        """Read windows of one file: ids ``[N, T+1]`` (past the end: 0) and how many of each are real ``[N]``."""
+        """Read sequences of one shard: ids ``[N, T+1]``, 0 past its end, and how many ids of each exist, ``[N]``."""
         tokens = self._mapped(file)
         check_size(tokens, self.stream.files[file])
         positions = starts[:, None] + np.arange(self.block_size + 1)  # [N, T+1]
         last = len(tokens) - 1
         ids = tokens[np.minimum(positions, last)]
         ids[positions > last] = 0
-        # Otherwise the pages read stay in the process's resident set, which would grow to the size of the file.
+        # Otherwise the pages stay in the process's resident set, which would grow to the size of the shard.
         self._resident += len(starts) * (self.block_size * tokens.itemsize + 2 * mmap.PAGESIZE)
         if self._resident > _MAX_RESIDENT:
             advise(tokens, "MADV_DONTNEED")
@@ -163,7 +162,7 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
 
 
 def _mask_after_first(y: Tensor, eos_id: int, ignore_index: int) -> None:
-    """Ignore, in place, the targets of ``[B, T]`` behind the first eos of each row."""
+    """Ignore, in place, the targets ``[B, T]`` after the first eos of each row."""
     is_eos = y == eos_id
     after = (is_eos.cumsum(dim=1) - is_eos.long()) > 0
     y[after] = ignore_index

@@ -22,15 +22,15 @@ from tiny_lm.tokenizer import check_same_tokenizer
 with suppress(ImportError):  # Windows
     import resource
 
-_BEING_WRITTEN = "another process is writing this token stream; wait for its end"
-_WRITTEN_AGAIN = "was written again since this command opened it; start the command again"
+_BEING_WRITTEN = "another process is writing this token stream; wait until it has finished"
+_WRITTEN_AGAIN = "was rewritten since this command opened it; run the command again"
 
 MappedTokens = np.memmap[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
 class FileVersion:
-    """What changes when a file is written again."""
+    """What changes when a file is rewritten."""
 
     size: int
     modified: int
@@ -39,11 +39,11 @@ class FileVersion:
 
     @classmethod
     def of(cls, status: os.stat_result) -> "FileVersion":
-        """Return the version of a file from what ``stat`` says."""
+        """Return the version of a file from its ``stat``."""
         return cls(status.st_size, status.st_mtime_ns, status.st_ino)
 
     def has_same_content(self, other: "FileVersion") -> bool:
-        """Whether both are one version; inodes do not count, since some network disks give new ones at any time."""
+        """Whether both are one version; inodes are ignored, since some network disks change them at any time."""
         return (self.size, self.modified) == (other.size, other.modified)
 
 
@@ -57,7 +57,7 @@ class TokenStream:
     bytes_per_token: float
     """UTF-8 bytes of text for each token, over all files."""
     versions: tuple["FileVersion", ...]
-    """Of the files, as they were when the stream was opened."""
+    """Of the files when the stream was opened."""
 
     @property
     def tokens(self) -> int:
@@ -66,24 +66,24 @@ class TokenStream:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Where the tokenizer that wrote the stream lies."""
+        """Folder of the tokenizer that wrote the stream."""
         return self.files[0].parent / TOKENIZER_FOLDER
 
 
 def open_stream(path: str, config: BinDataConfig) -> TokenStream:
-    """Find the files that ``path`` (a file or a glob) means and check each against its metadata.
+    """Find the shards of ``path`` (a file or a glob) and check each against its metadata.
 
     Raises:
-        UserError: a file is missing, its size does not fit its metadata, or files of different tokenizers are mixed.
+        UserError: a shard is missing, its size does not match its metadata, or tokenizers are mixed.
     """
     files = _find_files(Path(path))
     if Path(path).is_dir():
         raise UserError(
-            f"{path}: no such token stream, but a folder; name a file in it, such as {Path(path) / 'train.bin'}"
+            f"{path}: is a folder, not a token stream; name a file in it, such as {Path(path) / 'train.bin'}"
         )
     if not files:
         raise UserError(f"{path}: no such token stream; write one with `tiny-lm tokenize`")
-    versions = tuple(FileVersion.of(file.stat()) for file in files)  # before what is said about them is read
+    versions = tuple(FileVersion.of(file.stat()) for file in files)  # before their metadata is read
     metadata = [StreamMetadata.read(file.parent) for file in files]
     first = metadata[0]
     tokens, text_bytes = [], 0
@@ -97,7 +97,9 @@ def open_stream(path: str, config: BinDataConfig) -> TokenStream:
         expected = statistics.tokens * np.dtype(meta.dtype).itemsize
         if version.size != expected:
             size = version.size
-            raise UserError(f"{file}: has {size:,} bytes where its metadata.json says {expected:,}; tokenize again")
+            raise UserError(
+                f"{file}: has {size:,} bytes but {expected:,} according to its metadata.json; tokenize again"
+            )
         tokens.append(statistics.tokens)
         text_bytes += statistics.bytes
     for key, given, true in [
@@ -105,20 +107,20 @@ def open_stream(path: str, config: BinDataConfig) -> TokenStream:
         ("eos_token_id", config.eos_token_id, first.eos_id),
     ]:
         if given is not None and given != true:
-            raise UserError(f"{key}: the data config says {given}, the metadata.json beside {files[0]} says {true}")
+            raise UserError(f"{key}: is {given} in the data config but {true} in the metadata.json of {files[0]}")
     return TokenStream(files, first, tuple(tokens), text_bytes / max(sum(tokens), 1), versions)
 
 
 @contextmanager
 def hold_streams(*streams: TokenStream) -> Iterator[None]:
-    """Keep `tiny-lm tokenize` from writing these streams again while the block runs; many may hold them.
+    """Keep `tiny-lm tokenize` from rewriting these streams while the block runs; several processes may hold them.
 
     Raises:
-        UserError: a stream is being written, or was written again since it was opened.
+        UserError: a stream is being written, or was rewritten since it was opened.
     """
     folders = sorted({file.parent for stream in streams for file in stream.files})
     with ExitStack() as stack:
-        for folder in islice(folders, max_maps()):  # each takes a descriptor; the files are checked anyway
+        for folder in islice(folders, max_maps()):  # each lock takes a file descriptor; the versions are checked anyway
             stack.enter_context(lock_folder(folder, _BEING_WRITTEN, shared=True))
         for stream in streams:
             for file, version in zip(stream.files, stream.versions, strict=True):
@@ -141,7 +143,7 @@ def check_version(file: Path, status: os.stat_result, version: FileVersion) -> N
 
 
 def max_maps() -> int:
-    """Return how many files of a stream may be mapped at once: each map keeps a file descriptor."""
+    """Return how many shards may be mapped at once: each map holds a file descriptor."""
     if "resource" not in globals():
         return 256
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -155,17 +157,17 @@ def _find_files(pattern: Path) -> tuple[Path, ...]:
         folder, rest = literal_part(Path(pattern.anchor), pattern)
         found = folder.glob(str(rest))
         return tuple(sorted(file for file in found if file.is_file()))
-    except (ValueError, IndexError, NotImplementedError):  # no pattern that pathlib knows, such as a**/b
+    except (ValueError, IndexError, NotImplementedError):  # pathlib does not know the pattern, such as a**/b
         return ()
 
 
 def read_in_order(stream: TokenStream, size: int, *, overlap: int = 0) -> Iterator[npt.NDArray[Any]]:
-    """Yield all tokens of a stream from its beginning to its end, in pieces that never cross from file to file.
+    """Yield all tokens of a stream in order, in chunks that do not span shards.
 
     Args:
         stream: what to read.
-        size: new tokens in a piece; the last one of a file may have fewer.
-        overlap: tokens before them, the last ones of the piece before, of the same file; fewer at its beginning.
+        size: new tokens in a chunk; the last one of a shard may have fewer.
+        overlap: tokens repeated from the previous chunk of the same shard; fewer at its start.
     """
     for file in range(len(stream.files)):
         tokens = map_shard(stream, file, "MADV_SEQUENTIAL")
@@ -176,10 +178,10 @@ def read_in_order(stream: TokenStream, size: int, *, overlap: int = 0) -> Iterat
 
 
 def map_shard(stream: TokenStream, number: int, advice: str) -> MappedTokens:
-    """Map a file of a stream into memory.
+    """Map a shard into memory.
 
     Raises:
-        UserError: it cannot be read, or was written again since the stream was opened.
+        UserError: it cannot be read, or was rewritten since the stream was opened.
     """
     file = stream.files[number]
     try:
@@ -193,17 +195,17 @@ def map_shard(stream: TokenStream, number: int, advice: str) -> MappedTokens:
 
 
 def check_size(tokens: MappedTokens, file: Path) -> None:
-    """Check that a mapped file still has its size: to read past the end of one kills the process (SIGBUS).
+    """Check that a mapped shard still has its size: reading past the end kills the process (SIGBUS).
 
     Raises:
-        UserError: the file was cut short, or written again in place.
+        UserError: the shard was truncated or overwritten in place.
     """
-    if tokens._mmap.size() != tokens.nbytes:  # type: ignore[attr-defined]  # of the file, as it is now
+    if tokens._mmap.size() != tokens.nbytes:  # type: ignore[attr-defined]  # current size of the file
         raise UserError(f"{file}: {_WRITTEN_AGAIN}")
 
 
 def advise(tokens: MappedTokens, advice: str) -> None:
-    """Give the kernel advice on a memory map, where it takes any (not on Windows)."""
-    mapping = tokens._mmap  # type: ignore[attr-defined]  # numpy gives the mapping no public name
+    """Advise the kernel on a memory map, where supported (not on Windows)."""
+    mapping = tokens._mmap  # type: ignore[attr-defined]  # numpy has no public name for the mapping
     if hasattr(mapping, "madvise"):
         mapping.madvise(getattr(mmap, advice))

@@ -1,4 +1,4 @@
-"""How much memory training takes, in closed form: nothing is built and nothing is tried."""
+"""How much memory training takes, in closed form: nothing is allocated or tried."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -13,22 +13,22 @@ from tiny_lm.training.config import TrainingConfig
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """What decides how much memory training takes."""
+    """What determines the memory of training."""
 
     model: ModelConfig
     training: TrainingConfig
     sequences: int
     """In a micro-batch."""
     block_size: int
-    """Tokens in a window."""
+    """Tokens in a sequence."""
     device: Device
     precision: Precision
-    """In which it is trained on ``device``; the config may name another one."""
+    """Of training on ``device``; the config may name another one."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that torch holds at the peak of a step; Python, torch itself and gaps between tensors come on top."""
+    """Peak bytes of tensors in a step; Python, torch itself and fragmentation come on top."""
 
     parameters: int
     gradients: int
@@ -38,15 +38,15 @@ class MemoryEstimate:
     weight_copies: int
     """16-bit copies of matrices, under mixed precision."""
     activations: int
-    """What the forward pass keeps for the backward pass, up to the logits."""
+    """Saved by the forward pass for the backward pass, up to the logits."""
     logits: int
-    """Log-probabilities, and the gradients of the loss in them and in the logits."""
+    """Log-probabilities, and the gradients with respect to them and the logits."""
     block: int
-    """What the backward pass of one block takes; the logits are gone by then."""
+    """Backward pass of one block; the logits are freed by then."""
 
     @property
     def total(self) -> int:
-        """The peak: all but the smaller one of ``logits`` and ``block``, which are never there together."""
+        """The peak: all except the smaller of ``logits`` and ``block``, which never coexist."""
         parts: Iterable[int] = vars(self).values()
         return sum(parts) - min(self.logits, self.block)
 
@@ -64,11 +64,11 @@ def estimate_memory(config: MemoryConfig) -> MemoryEstimate:
     if model.dropouts.embedding:
         ends += _mask_bytes(config.device, 4) * model.d_model
     copied = hidden
-    if training.gradient_checkpointing:  # of each block its input, and the rest of one block when its turn comes
+    if training.gradient_checkpointing:  # the input of each block, and the rest of one block at a time
         kept, working, copied = stream, block + 2 * stream, hidden // model.n_layers
     else:
         kept, working = block, 4 * stream
-    tables = block_size * 8 * model.head_size if model.position == "rope" else 0  # cosines and sines, for all windows
+    tables = block_size * 8 * model.head_size if model.position == "rope" else 0  # cosines and sines, for all sequences
     return MemoryEstimate(
         parameters=4 * parameters,
         gradients=4 * parameters,
@@ -82,18 +82,18 @@ def estimate_memory(config: MemoryConfig) -> MemoryEstimate:
 
 
 def _block_activations(model: ModelConfig, block_size: int, *, device: Device, mixed: bool) -> int:
-    """Return the bytes that one block keeps for the backward pass, for each token."""
-    width = 2 if mixed else 4  # bytes of what matrices read and write
+    """Return the bytes per token that one block saves for the backward pass."""
+    width = 2 if mixed else 4  # bytes per element of matrix inputs and outputs
     d, ffn = model.d_model, model.ffn_size
     queries, keys = model.n_heads * model.head_size, model.kv_heads * model.head_size
     into_ffn = {"gelu": 1, "swiglu": 2}[model.feed_forward]
     kept = 2 * _norm_activations(model, mixed=mixed)
     if mixed:
-        kept += 2 * d * (3 + into_ffn)  # each matrix keeps a 16-bit copy of its own of what it reads
+        kept += 2 * d * (3 + into_ffn)  # each matrix saves its own 16-bit copy of its input
     if model.qk_norm:
         kept += 2 * 4 * (queries + keys) + 4 * (model.n_heads + model.kv_heads)
     kept += _attention_activations(model, block_size, device=device, width=width)
-    # GELU keeps its input and output; SwiGLU gate, its SiLU, up and their product.
+    # GELU saves input and output; SwiGLU the gate, its SiLU, up, and their product.
     kept += width * ffn * 2 * into_ffn
     if model.dropouts.residual:
         kept += 2 * _mask_bytes(device, width) * d
@@ -101,43 +101,43 @@ def _block_activations(model: ModelConfig, block_size: int, *, device: Device, m
 
 
 def _norm_activations(model: ModelConfig, *, mixed: bool) -> int:
-    """Return the bytes that a norm keeps for each token: its input, statistics, and what it gives on in float32."""
+    """Return the bytes per token that a norm saves: input, statistics, and float32 outputs."""
     if model.norm == "layernorm":
         return 4 * model.d_model * (1 if mixed else 2) + 8
     return 4 * model.d_model * (2 if mixed else 3) + 4
 
 
 def _attention_activations(model: ModelConfig, block_size: int, *, device: Device, width: int) -> int:
-    """Return the bytes that the attention kernel keeps for each token, with its inputs and its output."""
+    """Return the bytes per token that attention saves, with its inputs and output."""
     queries, keys = model.n_heads * model.head_size, model.kv_heads * model.head_size
-    pairs = model.n_heads * block_size  # attention weights of a token: they are kept where no kernel is fused
+    pairs = model.n_heads * block_size  # attention weights of a token: saved unless the kernel is fused
     dropped = model.dropouts.attention > 0
     if prefers_blocked_attention(device, block_size):
-        # q and the output; for each block k and v of each query head; the softmax; its 16-bit copy; under dropout also
-        # the mask. The n-th of N blocks sees n/N of the keys.
+        # q and the output; for each block k and v of each query head; the softmax; its 16-bit copy; the dropout mask.
+        # The n-th of N blocks attends to n/N of the keys.
         blocks = math.ceil(block_size / ATTENTION_BLOCK)
         copies = dropped + (dropped or width == 2)
         pairs = pairs * (blocks + 1) // (2 * blocks)
         return width * (2 * queries + (blocks + 1) * queries + copies * pairs) + 4 * pairs
     if dropped and device == "cpu":
-        # torch's fused kernel for the CPU knows no dropout: it computes in float32 without it.
+        # torch's fused CPU kernel has no dropout: the fallback computes in float32.
         return 4 * (3 * queries + 3 * pairs) + width * queries
-    # The kernel lays out its output as q is; where RoPE has made q anew, joining the heads copies it.
+    # The output has the layout of q; RoPE creates a new q, so that merging the heads copies the output.
     outputs = 2 if model.position == "rope" else 1
     return width * ((1 + outputs) * queries + 2 * keys) + 4 * model.n_heads
 
 
 def _mask_bytes(device: Device, width: int) -> int:
-    """Return the bytes of one element of a dropout mask: a boolean on a GPU, the scale itself on a CPU."""
+    """Return the bytes per element of a dropout mask: a boolean on a GPU, the scale on a CPU."""
     return width if device == "cpu" else 1
 
 
-# --- what would lower it ---------------------------------------------------------------------------------------------
+# --- savings -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Saving:
-    """Settings that lower the estimate, by how much, and what they cost."""
+    """Settings that lower the estimate, the bytes saved, and the cost."""
 
     settings: str
     """As ``--set`` takes them."""
@@ -146,7 +146,7 @@ class Saving:
 
 
 def find_savings(config: MemoryConfig) -> list[Saving]:
-    """Return the settings that would lower the estimate and leave the global batch as it is, largest saving first."""
+    """Return the settings that lower the estimate without changing the global batch, largest saving first."""
     here = estimate_memory(config).total
     found = [
         Saving(settings, here - estimate_memory(changed).total, cost)
@@ -156,7 +156,7 @@ def find_savings(config: MemoryConfig) -> list[Saving]:
 
 
 def _alternatives(config: MemoryConfig) -> Iterator[tuple[str, str, MemoryConfig]]:
-    """Yield settings, what they cost, and the setup with them."""
+    """Yield settings, their cost, and the config with them."""
     model, training = config.model, config.training
     if config.sequences % 2 == 0:
         accumulate = 2 * training.accumulate_grad_batches
@@ -166,6 +166,6 @@ def _alternatives(config: MemoryConfig) -> Iterator[tuple[str, str, MemoryConfig
         changed = replace(training, gradient_checkpointing=True)
         yield "training.gradient_checkpointing=true", "a third more time", replace(config, training=changed)
     if config.precision == "32-true" and config.device == "cuda":
-        yield "training.precision=bf16-mixed", "coarser numbers", replace(config, precision="bf16-mixed")
+        yield "training.precision=bf16-mixed", "lower precision", replace(config, precision="bf16-mixed")
     if model.dropouts.attention and config.device == "cpu":
-        yield "model.attn_dropout=0.0", "another recipe", replace(config, model=replace(model, attn_dropout=0.0))
+        yield "model.attn_dropout=0.0", "a different recipe", replace(config, model=replace(model, attn_dropout=0.0))

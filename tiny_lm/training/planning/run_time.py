@@ -1,4 +1,4 @@
-"""How fast this machine trains a model, measured by training it for a moment; and how long whole runs would take."""
+"""How fast this machine trains a model, measured by training briefly; and how long whole runs would take."""
 
 import os
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from tiny_lm.training.planning.step_benchmark import StepTimes, benchmark_step
 
 @dataclass(frozen=True)
 class Speed:
-    """What a short run took."""
+    """Result of a short run."""
 
     tokens_per_second: float
     validation_seconds: float
@@ -37,9 +37,9 @@ _MIN_MEASURED_STEPS = 4
 def measure_speed(
     model_config: ModelConfig, training_config: TrainingConfig, data_config: BinDataConfig, *, seconds: float = 12.0
 ) -> Speed:
-    """Train for about ``seconds``, at most 30 optimizer steps, into a temporary folder, in the way of a real run.
+    """Train for about ``seconds``, at most 30 optimizer steps, into a temporary folder, like a real run.
 
-    The first half of the steps, in which memory is taken and kernels are chosen, is not counted.
+    The first half of the steps is warm-up and not timed.
 
     Raises:
         UserError: a signal stopped it.
@@ -52,7 +52,7 @@ def measure_speed(
         silent = Console(file=nowhere)
         result = train(model_config, short, data_config, Run(folder / "run"), console=silent)
     if not result.finished:
-        raise UserError("stopped while this machine was being measured; nothing was trained")
+        raise UserError("stopped while measuring this machine; nothing was trained")
     return Speed(result.metrics["tokens_per_sec"], result.metrics["val_seconds"])
 
 
@@ -61,7 +61,7 @@ def measure_speed(
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """The configs of a run that might be made."""
+    """The configs of a possible run."""
 
     model: ModelConfig
     training: TrainingConfig
@@ -69,44 +69,44 @@ class PlannedRun:
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """What decides how long a step takes; runs that share it are measured once."""
+        """What determines the duration of a step; runs that share it are measured once."""
         training = self.training
         how = (training.optimizer, training.precision, training.gradient_checkpointing)
         return (self.model, *how, self.data.block_size, self.data.batch_size)
 
     @property
     def tokens(self) -> int:
-        """That the whole run trains on."""
+        """Training tokens of the whole run."""
         training, data = self.training, self.data
         return training.max_steps * training.accumulate_grad_batches * data.batch_size * data.block_size
 
     @property
     def sequence_flops(self) -> int:
-        """Floating-point operations of training on one window."""
+        """Floating-point operations of training on one sequence."""
         return self.data.block_size * flops_per_token(self.model, self.data.block_size)
 
 
 @dataclass(frozen=True)
 class RunTime:
-    """How long a run would take on this machine, about."""
+    """Estimated duration of a run on this machine."""
 
     seconds: float
     tokens_per_second: float
     """In training, without validation."""
     measured: bool
-    """False where this shape was not measured for want of time, but scaled from another one by its operations."""
+    """False if there was no time to measure this shape, and it was scaled from another one by its operations."""
     validates: bool
-    """Whether validation is included; it is not where its token stream is not there and no limit is set."""
+    """Whether validation is included; not if its token stream does not exist and no limit is set."""
 
 
 def estimate_run_times(runs: Sequence[PlannedRun], *, seconds: float) -> list[RunTime]:
-    """Measure for about ``seconds`` in all, and estimate from it how long each run would take.
+    """Benchmark for about ``seconds`` in total and estimate the duration of each run.
 
-    Each shape is rehearsed with its own window and optimizer, and with as large a micro-batch as its share of the time
-    allows; the smallest ones come first. Nothing is compiled.
+    Each shape is benchmarked with its own sequence length and optimizer, and the largest micro-batch that its share of
+    the time allows; the smallest ones come first. Nothing is compiled.
     """
     by_shape = {run.shape: run for run in sorted(runs, key=lambda run: run.sequence_flops)}
-    for first in list(by_shape.values())[:1]:  # what torch loads and sets up when it is first used is not timed
+    for first in list(by_shape.values())[:1]:  # warm-up: torch's first use is not timed
         benchmark_step(first.model, first.training, 1, first.data.block_size)
     end = perf_counter() + seconds
     measured: dict[tuple[Any, ...], StepTimes] = {}
@@ -131,20 +131,20 @@ def estimate_run_times(runs: Sequence[PlannedRun], *, seconds: float) -> list[Ru
 
 
 _MIN_PASSES = 3
-"""A rehearsal makes two passes over a window forwards and backwards, and a shorter one to validate."""
+"""A benchmark makes two forward and backward passes over a sequence, and a shorter one to validate."""
 
 
 def _run_time(run: PlannedRun, times: StepTimes | None, seconds_per_flop: float) -> RunTime:
-    """Put the time of a run together from that of its parts."""
+    """Compute the duration of a run from the times of its parts."""
     training, data = run.training, run.data
     measured = times is not None
     if times is None:
-        window = run.sequence_flops * seconds_per_flop
-        times = StepTimes(1, window, 0.0, window / 3)  # of the operations a forward pass has a third
+        seconds = run.sequence_flops * seconds_per_flop
+        times = StepTimes(1, seconds, 0.0, seconds / 3)  # a forward pass has a third of the operations
     sequences_per_step = data.batch_size * training.accumulate_grad_batches
     step = sequences_per_step * times.micro_batch / times.sequences + times.update
     in_training, at_the_end = _validation_tokens(run)
-    passes = (training.max_steps - 1) // training.val_every_n_steps  # the last one comes after the last step
+    passes = (training.max_steps - 1) // training.val_every_n_steps  # the last validation comes after the last step
     validated = passes * in_training + at_the_end
     validation = validated / data.block_size * times.validation / times.sequences
     return RunTime(
@@ -156,10 +156,10 @@ def _run_time(run: PlannedRun, times: StepTimes | None, seconds_per_flop: float)
 
 
 def _validation_tokens(run: PlannedRun) -> tuple[int, int]:
-    """Return how many tokens a validation reads while the run goes on, and at its end; 0 where that is not known."""
+    """Return the tokens of a validation during the run and at its end; 0 if unknown."""
     most = run.training.val_max_tokens
     try:
         whole = open_stream(run.data.val_path, run.data).tokens
-    except UserError:  # it is not there yet
+    except UserError:  # it does not exist yet
         return most or 0, most or 0
     return min(most or whole, whole), whole

@@ -1,4 +1,4 @@
-"""A rehearsal: training steps on random tokens, by which speed and memory are measured before there is a run."""
+"""Benchmark of a training step on random tokens: speed and memory are measured before there is a run."""
 
 import time
 from collections import defaultdict
@@ -22,21 +22,21 @@ from tiny_lm.training.lm_module import CausalLMModule
 from tiny_lm.training.precision import choose_precision
 
 _REPEATS = 5
-"""Micro-batches of one size that a timing is made of, if there is time for them."""
+"""Timed micro-batches of one size, if there is time."""
 
 
 @dataclass(frozen=True)
 class StepTimes:
-    """What the parts of training took at best, in seconds."""
+    """The fastest times of the parts of a step, in seconds."""
 
     sequences: int
-    """In the micro-batch that was timed."""
+    """Size of the timed micro-batch."""
     micro_batch: float
     """Its forward and backward pass."""
     update: float
-    """Clipping and the step of the optimizer."""
+    """Clipping and the optimizer step."""
     validation: float
-    """A forward pass of as many windows, with the loss."""
+    """A forward pass of the same size, with the loss."""
 
 
 def benchmark_step(
@@ -48,18 +48,18 @@ def benchmark_step(
     seconds: float = 0.0,
     grow: bool = False,
 ) -> StepTimes:
-    """Train for a moment as a real run does, through Lightning's trainer, on random tokens and without a run folder.
+    """Train briefly through Lightning's trainer, on random tokens and without a run folder.
 
-    At least two optimizer steps and one validation are made, so that gradients, optimizer state and logits have all
-    been in memory together. Nothing is compiled.
+    At least two optimizer steps and one validation run, so that gradients, optimizer state and logits have all been in
+    memory together. Nothing is compiled.
 
     Args:
         model_config: the network.
         config: optimizer, precision and gradient checkpointing.
-        windows: windows in a micro-batch.
-        block_size: tokens in a window.
-        seconds: go on for so long to time it better.
-        grow: begin with one window and double it up to ``windows`` as far as ``seconds`` allow.
+        sequences: sequences in a micro-batch.
+        block_size: tokens in a sequence.
+        seconds: repeat for this long for better timings.
+        grow: start with one sequence and double up to ``sequences`` while ``seconds`` allow.
     """
     device = fastest_device()
     precision, _ = choose_precision(config, device)
@@ -69,9 +69,9 @@ def benchmark_step(
     module = CausalLMModule(model_config, config, {})
     if prefers_blocked_attention(device, block_size):
         module.model.use_blocked_attention()
-    # Gradients outlive a micro-batch only where steps accumulate.
+    # Gradients outlive a micro-batch only with accumulation.
     accumulate = 1 if grow else min(config.accumulate_grad_batches, 2)
-    stopwatch = _StepTimer(sequences, block_size, model_config.vocab_size, seconds, grow=grow)
+    timer = _StepTimer(sequences, block_size, model_config.vocab_size, seconds, grow=grow)
     with quiet_lightning():
         trainer = pl.Trainer(
             accelerator=device,
@@ -84,15 +84,15 @@ def benchmark_step(
             enable_checkpointing=False,
             enable_model_summary=False,
             enable_progress_bar=False,
-            plugins=[LightningEnvironment()],  # one process, whatever started this one
-            callbacks=[stopwatch],
+            plugins=[LightningEnvironment()],  # one process, whatever launched this one
+            callbacks=[timer],
         )
-        trainer.fit(module, train_dataloaders=stopwatch)
-    return stopwatch.times
+        trainer.fit(module, train_dataloaders=timer)
+    return timer.times
 
 
 class _StepTimer(Callback):
-    """Hands out batches, times what becomes of them, and ends the rehearsal with a validation."""
+    """Provides batches, times their processing, and ends with a validation."""
 
     def __init__(self, sequences: int, block_size: int, vocab_size: int, seconds: float, *, grow: bool) -> None:
         self._sequences = 1 if grow else sequences
@@ -100,17 +100,17 @@ class _StepTimer(Callback):
         self._block_size = block_size
         self._vocab_size = vocab_size
         self._seconds = seconds
-        self._timed = 0  # windows of the batch at hand
+        self._timed = 0  # sequences of the current batch
         self._first = self._started = self._backward_done = 0.0
-        self._passes: defaultdict[int, list[float]] = defaultdict(list)  # by windows
+        self._passes: defaultdict[int, list[float]] = defaultdict(list)  # by sequences
         self._updates: list[float] = []
         self._steps = 0
         self._validation = 0.0
 
     @property
     def times(self) -> StepTimes:
-        """The result for the largest micro-batch."""
-        # The shortest: first ones take memory and choose kernels, and others share the machine with something else.
+        """The times of the largest micro-batch."""
+        # The shortest: the first ones warm up, and others may share the machine.
         return StepTimes(self._sequences, min(self._passes[self._sequences]), min(self._updates), self._validation)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -126,17 +126,17 @@ class _StepTimer(Callback):
         self._first = _now()
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
-        """Note when a micro-batch begins."""
-        self._timed = len(batch[0])  # Lightning fetches ahead: the batch may be older than the last choice
+        """Start timing a micro-batch."""
+        self._timed = len(batch[0])  # Lightning prefetches: the batch may have an earlier size
         self._started = _now()
 
     def on_after_backward(self, trainer: pl.Trainer, module: Any) -> None:
-        """Note when its backward pass is done."""
+        """Stop timing at the end of the backward pass."""
         self._backward_done = _now()
         self._passes[self._timed].append(self._backward_done - self._started)
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Note the time of an update, and choose what comes next."""
+        """Time the update, and choose the next size."""
         if trainer.global_step == self._steps:
             return
         self._steps = trainer.global_step
