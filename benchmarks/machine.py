@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from tiny_lm.runs import processor
+from tiny_lm.environment import processor
 
 
 def machine() -> str:

@@ -19,17 +19,14 @@ import io
 import json
 import math
 import os
-import platform
 import re
 import stat
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib import metadata
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -355,54 +352,3 @@ def mean_over_time(events: Sequence[dict[str, Any]], key: str) -> float:
             passed = (event["tokens"] - tokens) / event["tokens_per_sec"]
             total, seconds, tokens = total + event[key] * passed, seconds + passed, event["tokens"]
     return total / seconds if seconds else math.nan
-
-
-def environment() -> dict[str, Any]:
-    """Return what a result depends on besides configs and data: command, machine, versions and git state."""
-    packages = ["tiny-lm", "torch", "pytorch-lightning", "numpy", "tiktoken", "rustbpe", "sentencepiece"]
-    return {
-        "command": sys.argv,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "platform": platform.platform(),
-        "processor": processor(),
-        "python": platform.python_version(),
-        "versions": {name: _version(name) for name in packages},
-        "git": _git_state(),
-    }
-
-
-def processor() -> str:
-    """Return name and cores of the processor; family and model too on Linux, where clouds call several kinds alike."""
-    name = platform.processor() or platform.machine()
-    with suppress(OSError):  # not Linux
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
-        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-        if "model name" in facts:
-            kind = (("family", "cpu family"), ("model", "model"))
-            name = ", ".join([facts["model name"], *(f"{label} {facts[key]}" for label, key in kind if key in facts)])
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _git_state() -> dict[str, Any] | None:
-    """Return commit and cleanliness of the checkout that the package runs from; None where it is installed."""
-    here = Path(__file__).parent
-    try:
-        if Path(_git("rev-parse", "--show-toplevel", cwd=here)) != here.parent.resolve():
-            return None  # installed inside another project
-        commit = _git("rev-parse", "HEAD", cwd=here)
-        changed = _git("status", "--porcelain", "--untracked-files=no", cwd=here)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return {"commit": commit, "changed_files": len(changed.splitlines())}
-
-
-def _git(*arguments: str, cwd: Path) -> str:
-    result = subprocess.run(["git", *arguments], cwd=cwd, capture_output=True, text=True, timeout=10, check=True)
-    return result.stdout.strip()

@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,13 +132,9 @@ def _write_stream(
             )
             for name in splits
         }
-        try:
-            for name, document in documents:
-                writers[name].add(document)
-            files = {f"{name}.bin": writer.finish() for name, writer in writers.items()}
-        finally:
-            for writer in writers.values():
-                writer.close()
+        for name, document in documents:
+            writers[name].add(document)
+        files = {f"{name}.bin": writer.finish() for name, writer in writers.items()}
         for name in splits:
             if files[f"{name}.bin"].documents == 0:
                 raise UserError(f"{source}: the {name} split holds no document; use more text or other filters")
@@ -172,8 +167,7 @@ class _SplitWriter:
         self._target = target
         self._dtype = dtype.newbyteorder("<")
         self._num_threads = num_threads
-        with write_errors(target):
-            self._file = path.open("wb")
+        self._path = path
         self._batch: list[str] = []
         self._characters = 0
         self._totals = {"tokens": 0, "documents": 0, "bytes": 0, "shortest": 0, "longest": 0}
@@ -188,23 +182,17 @@ class _SplitWriter:
     def finish(self) -> FileStatistics:
         """Write the last batch, sync the file to disk and return its statistics."""
         self._flush()
-        with write_errors(self._target):
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        with write_errors(self._target), self._path.open("ab") as file:
+            os.fsync(file.fileno())
         return FileStatistics(**self._totals)
-
-    def close(self) -> None:
-        """Close the file."""
-        with suppress(OSError):  # a full disk has been reported already
-            self._file.close()
 
     def _flush(self) -> None:
         if not self._batch:
             return
         batch, self._batch, self._characters = self._batch, [], 0
         encoded = self._tokenizer.encode_batch(batch, bos=True, eos=True, num_threads=self._num_threads)
-        with write_errors(self._target):
-            self._file.write(np.concatenate([np.asarray(ids) for ids in encoded]).astype(self._dtype).tobytes())
+        with write_errors(self._target), self._path.open("ab") as file:  # not kept open: there may be many splits
+            file.write(np.concatenate([np.asarray(ids) for ids in encoded]).astype(self._dtype).tobytes())
         lengths, totals = [len(ids) for ids in encoded], self._totals
         totals["shortest"] = min(lengths + [totals["shortest"]] * bool(totals["documents"]))
         totals["longest"] = max(totals["longest"], *lengths)

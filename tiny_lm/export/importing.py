@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from tiny_lm.environment import environment
 from tiny_lm.errors import UserError
 from tiny_lm.export.gguf_vocabulary import describe_missing_split
 from tiny_lm.export.source import load_source
@@ -13,7 +14,7 @@ from tiny_lm.files import atomic_folder, atomic_path
 from tiny_lm.model import num_parameters
 from tiny_lm.model.checkpoint import CHECKPOINT_KEY
 from tiny_lm.model.huggingface_folder import load_huggingface_model
-from tiny_lm.runs import Run, environment
+from tiny_lm.runs import Run
 from tiny_lm.tokenizer.huggingface_import import load_huggingface_tokenizer
 
 logger = logging.getLogger(__name__)

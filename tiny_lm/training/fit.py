@@ -20,12 +20,13 @@ from tiny_lm.console import make_console
 from tiny_lm.data import BinDataConfig
 from tiny_lm.data.bin.data_module import BinTokenDataModule
 from tiny_lm.data.bin.stream import hold_streams
+from tiny_lm.environment import environment
 from tiny_lm.errors import UserError
 from tiny_lm.hardware.device import Device, Precision, describe_device, fastest_device
 from tiny_lm.hardware.flops import peak_flops
 from tiny_lm.hardware.memory import is_out_of_memory, peak_memory
 from tiny_lm.model import ModelConfig, flops_per_token, num_parameters
-from tiny_lm.runs import Run, environment, number_in
+from tiny_lm.runs import Run, number_in
 from tiny_lm.tokenizer import Tokenizer, check_same_tokenizer, load_tokenizer
 from tiny_lm.tokenizer.chat_template import read_chat_template
 from tiny_lm.tracking.loggers import build_loggers, check_loggers
