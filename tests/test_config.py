@@ -84,7 +84,7 @@ def test_values_keep_their_types_and_survive_a_round_trip(tmp_path: Path) -> Non
         ("size: 3\npair: [1]", "pair: has too few elements (it is [1])"),
         ("size: 3\npair: 1", "pair: input should be a list, such as [1] (it is 1)"),
         ("size: 3\npair: [1, x]", "pair.1: input should be a valid number (it is 'x')"),
-        ("size: 3\nname: 2020-01-01", "holds a value that no config has"),
+        ("size: 3\nname: 2020-01-01", "holds a value of an unsupported type"),
         ("size: 3\nsize: 4", "example.yaml:2:1: is not valid YAML (the key 'size' is given twice)"),
         ("size: &a 3\nrate: *a", "is not valid YAML (aliases are not supported)"),
         ("size: [", "is not valid YAML"),

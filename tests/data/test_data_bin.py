@@ -96,14 +96,14 @@ def test_a_glob_of_shards_is_one_stream(data_config: MakeConfig, stream_folder: 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"eos_token_id": 2}, r"eos_token_id: the data config says 2, the metadata.json beside .* says 509"),
-        ({"dtype": "uint32"}, r"dtype: the data config says uint32, the metadata.json beside .* says uint16"),
+        ({"eos_token_id": 2}, r"eos_token_id: is 2 in the data config but 509 in the metadata.json of"),
+        ({"dtype": "uint32"}, r"dtype: is uint32 in the data config but uint16 in the metadata.json of"),
         (
             {"train_path": "nowhere/train.bin"},
             r"nowhere/train.bin: no such token stream; write one with `tiny-lm tokenize`",
         ),
         ({"block_size": 2**20}, r"tokens are too few for one sequence of block_size 1048576"),
-        ({"batch_size": 2**19}, r"windows, fewer than batch_size 524288; use more text"),
+        ({"batch_size": 2**19}, r"sequences, fewer than batch_size 524288; use more text"),
     ],
 )
 def test_what_does_not_fit_is_one_line(data_config: MakeConfig, values: dict[str, object], message: str) -> None:
@@ -116,7 +116,7 @@ def test_damaged_stream_is_one_line(data_config: MakeConfig, stream_folder: Path
     shutil.copytree(stream_folder, tmp_path, dirs_exist_ok=True)
     with (tmp_path / "train.bin").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(UserError, match=r"train.bin: has [\d,]+ bytes where its metadata.json says"):
+    with pytest.raises(UserError, match=r"train.bin: has [\d,]+ bytes but [\d,]+ according to its metadata.json"):
         BinTokenDataModule(data_config(train_path=str(tmp_path / "train.bin")))
     (tmp_path / "other.bin").write_bytes(b"")
     with pytest.raises(UserError, match=r"other.bin: is not listed in"):

@@ -60,7 +60,7 @@ def test_the_text_of_the_batch_is_the_one_that_was_trained_on(
     text = file.read_text()
     assert text.startswith("step 2, micro-batch 1, epoch 0, loss ")
     stream = np.fromfile(data_config().train_path, dtype="<u2")
-    places = re.findall(r"--- window (\d+): (\S+), tokens (\d+) to (\d+) ---\n(.*?)\n(?=\n---|\Z)", text, re.DOTALL)
+    places = re.findall(r"--- sequence (\d+): (\S+), tokens (\d+) to (\d+) ---\n(.*?)\n(?=\n---|\Z)", text, re.DOTALL)
     assert len(places) == 4
     for window, path, start, stop, quoted in places:
         assert path == data_config().train_path

@@ -87,7 +87,7 @@ def test_real_trials_in_a_child_with_a_limit() -> None:
     """A limit that a few windows reach: the largest that fits is found, and a larger one is not tried."""
     made = replace(setup(), model=model(dropout=0.0, d_model=64, context_length=512), block_size=512)
     seen: list[BatchSizeTrial] = []
-    found = find_batch_sizes(made, 8, memory=2**40, seconds=120.0, report=seen.append)
+    found = find_batch_sizes(made, 8, memory=2**40, seconds=120.0, on_trial=seen.append)
     assert [trial.sequences for trial in found.trials] == [1, 2, 4, 8]
     assert all(trial.tokens_per_second for trial in found.trials)
     assert found.trials == tuple(seen)

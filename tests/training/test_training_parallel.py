@@ -122,13 +122,13 @@ def test_lightning_numbers_the_processes_that_it_starts(monkeypatch: pytest.Monk
     [
         ("cuda", {"devices": 3}, "devices 3: this process sees 2 GPUs"),
         ("mps", {"devices": 2}, "devices 2: an Apple GPU trains in one process; set training.devices=1"),
-        ("cpu", {"devices": 1000}, "devices 1000: this machine has 4 cores, and a process needs at least one"),
+        ("cpu", {"devices": 1000}, "devices 1000: this machine has 4 cores, and each process needs one"),
         ("cpu", {"num_nodes": 2}, "num_nodes 2: start the command on each node with torchrun or srun"),
         ("cpu", {"devices": 2, "strategy": "fsdp"}, "strategy fsdp: needs GPUs; on a CPU use ddp"),
-        ("cuda", {"strategy": "fsdp"}, "strategy fsdp: has nothing to share on one device"),
+        ("cuda", {"strategy": "fsdp"}, "strategy fsdp: needs more than one device"),
         ("cuda", {"devices": 2, "strategy": "fsdp", "optimizer": "muon"}, "strategy fsdp: muon needs whole matrices"),
         ("cuda", {"devices": 2, "strategy": "fsdp", "ema_decay": 0.9}, "strategy fsdp: ema_decay needs all weights"),
-        ("cuda", {"devices": 2, "strategy": "fsdp", "compile": True}, "strategy fsdp: is not compiled"),
+        ("cuda", {"devices": 2, "strategy": "fsdp", "compile": True}, "strategy fsdp: cannot be compiled"),
     ],
 )
 def test_what_does_not_fit_the_machine_is_one_line(
@@ -235,7 +235,7 @@ def test_a_signal_to_one_process_stops_both_at_one_step(ranks: Path, told: list[
 def test_processes_with_other_plans_refuse_to_train(ranks: Path, told: list[dict[str, Any]]) -> None:
     for rank in (0, 1):
         assert told[rank]["disagreeing"] == (
-            "process 1 has seed 1 where process 0 has 0: give all the same command and the same files (run folder, "
+            "process 1 has seed 1 where process 0 has 0: all need the same command and the same files (run folder, "
             "streams, configs)"
         )
     assert not Run(ranks / "disagreeing").last_checkpoint.exists()

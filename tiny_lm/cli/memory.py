@@ -70,7 +70,7 @@ def find_batch_size(
     free = memory * 1e9 if memory is not None else free_memory(config.device) * (1 - margin)
     print_result(f"{'sequences':>9} {'memory':>12} {'speed':>18}")
     found = find_batch_sizes(
-        config, sequences_per_step, limit=most, memory=int(free), seconds=seconds, report=_print_trial
+        config, sequences_per_step, limit=most, memory=int(free), seconds=seconds, on_trial=_print_trial
     )
     _print_choice(found, sequences_per_step, free)
 

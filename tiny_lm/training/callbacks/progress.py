@@ -21,7 +21,7 @@ class OptimizerStepProgressBar(ProgressBar, StepCallback):
         self._progress = Progress(
             BarColumn(bar_width=12),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[metrics]}"),
             TextColumn("ETA"),
             TimeRemainingColumn(),
             console=console,
@@ -36,13 +36,13 @@ class OptimizerStepProgressBar(ProgressBar, StepCallback):
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
         """Show the bar at the current step."""
         self._progress.start()
-        self._task = self._progress.add_task("", total=trainer.max_steps, completed=trainer.global_step, figures="")
+        self._task = self._progress.add_task("", total=trainer.max_steps, completed=trainer.global_step, metrics="")
 
     def on_step_end(self, trainer: pl.Trainer, module: Any, step: int) -> None:
         """Advance the bar."""
         latest = {key: value for source in self._sources for key, value in source.latest.items()}
-        figures = [text.format(latest[key]) for key, text in _BAR.items() if key in latest]
-        self._progress.update(self._task, completed=step, figures="  ".join(figures))
+        metrics = [text.format(latest[key]) for key, text in _BAR.items() if key in latest]
+        self._progress.update(self._task, completed=step, metrics="  ".join(metrics))
 
     def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
         """Remove the bar."""
