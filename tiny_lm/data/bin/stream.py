@@ -79,7 +79,7 @@ def open_stream(path: str, config: BinDataConfig) -> TokenStream:
     files = _find_files(Path(path))
     if Path(path).is_dir():
         raise UserError(
-            f"{path}: is a folder, not a token stream; name a file in it, such as {Path(path) / 'train.bin'}"
+            f"{path}: no such token stream, but a folder; name a file in it, such as {Path(path) / 'train.bin'}"
         )
     if not files:
         raise UserError(f"{path}: no such token stream; write one with `tiny-lm tokenize`")
