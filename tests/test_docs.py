@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -101,3 +102,8 @@ def test_walks_through_the_code_are_true() -> None:
         assert 3 <= len(stops) == len(re.findall(r"^\d\.", walk, flags=re.MULTILINE)) <= 7
         for file, name in stops:
             assert name in defined_names(ROOT / file), f"{file} has no {name}"
+
+
+def test_cli_reference_is_up_to_date() -> None:
+    reference = runpy.run_path(str(ROOT / "scripts" / "write_cli_reference.py"))["render"]()
+    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == reference, "run `make docs-cli`"
