@@ -56,9 +56,9 @@ def parts(name: str) -> Iterator[bytes]:
     [
         ("row.csv.gz", 0, "larger than 64 MiB"),
         ("columns.csv.gz", 0, "a.csv.gz:2: the row has more than 1,048,576 columns"),
-        ("lists.jsonl.gz", 0, "a.jsonl.gz:1: holds more than 1,048,576 JSON values"),
-        ("nested.jsonl.gz", 0, "holds more than 1,048,576 JSON values"),
-        ("strings.jsonl.gz", 0, "holds more than 1,048,576 JSON values"),
+        ("lists.jsonl.gz", 0, "a.jsonl.gz:1: has more than 1,048,576 JSON values"),
+        ("nested.jsonl.gz", 0, "has more than 1,048,576 JSON values"),
+        ("strings.jsonl.gz", 0, "has more than 1,048,576 JSON values"),
         ("text.jsonl.gz", 1, ""),
         ("text.csv.gz", 1, ""),
         ("zeros.parquet.gz", 0, "unpacks to more than 256 MiB"),

@@ -147,7 +147,7 @@ def test_streamed_downloaded_and_then_without_a_network(hub: str, nowhere: str, 
 def test_what_the_hub_refuses_is_one_line(hub: str, tmp_path: Path):
     cases = {
         "no such data set on the Hub": {"name": "no/such"},
-        "is no name of a data set": {"name": "a/b/c"},
+        "not a valid data set name": {"name": "a/b/c"},
         "has no revision 'v9'": {**STREAMED, "revision": "v9"},
         "gated dataset": {"name": "gated/set"},
         "429": {"name": "busy/set"},
@@ -156,7 +156,7 @@ def test_what_the_hub_refuses_is_one_line(hub: str, tmp_path: Path):
         "Available splits: ['train', 'test']": {**STREAMED, "splits": {"train": "nope"}},
         "should be one of": {**STREAMED, "splits": {"train": "nope"}, "streaming": False},
         "has no field 'txt', set text_field; did you mean 'text'?": {**STREAMED, "text_field": "txt"},
-        "the field 'id' holds no text but 0": {**STREAMED, "text_field": "id"},
+        "the field 'id' is not text but 0": {**STREAMED, "text_field": "id"},
     }
     for (message, case), answer in zip(cases.items(), ask(hub, tmp_path, *cases.values()), strict=True):
         assert isinstance(answer, str), case

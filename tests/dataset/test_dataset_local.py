@@ -133,7 +133,7 @@ def test_blank_lines_separate_when_there_is_no_separator_line(file):
     notes = ReadingNotes()
     path = file("a.txt", "one\nmore\n\ntwo\n")
     assert list(read_local(config(path), "train", "strict", notes)) == ["one\nmore", "two"]
-    assert "by blank lines, since there is no <|endoftext|>" in notes.describe()
+    assert "by blank lines, since <|endoftext|> does not occur" in notes.describe()
 
 
 def test_a_separator_line_counts_only_near_the_start(file):
@@ -223,11 +223,11 @@ def test_a_file_in_both_splits_is_refused(file, tmp_path: Path):
 
 
 def test_the_home_directory_of_nobody():
-    assert "is no valid path" in fault("~no-such-user-here/a.txt")
+    assert "not a valid path" in fault("~no-such-user-here/a.txt")
 
 
 def test_splits_of_a_file_are_refused(file):
-    assert "is no folder" in fault(file("a.txt", "a"), splits={"train": "train.txt"})
+    assert "not a folder" in fault(file("a.txt", "a"), splits={"train": "train.txt"})
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------
@@ -242,7 +242,7 @@ def test_splits_of_a_file_are_refused(file):
         ("empty", "no supported file below this folder"),
         ("a.pdf", "a.pdf: not one of .txt, .jsonl"),
         ("a**.txt[", "a**.txt["),
-        ("a\0.txt", "a\\x00.txt': is no valid path"),
+        ("a\0.txt", "a\\x00.txt': not a valid path"),
         ("x" * 5000, "could not be read (File name too long)"),
     ],
 )
@@ -283,7 +283,7 @@ def test_invalid_utf8_in_parquet_is_named_by_its_row(tmp_path: Path):
 
 def test_half_a_surrogate_pair_in_json(file):
     path = file("a.jsonl", '{"text": "a\\ud83d"}\n{"text": "\\ud83d\\udc22"}')
-    assert "a.jsonl:1: holds half of a surrogate pair" in fault(path)
+    assert "a.jsonl:1: contains a lone surrogate" in fault(path)
     assert read(path, "replace") == ["a\ufffd", "🐢"]
 
 
@@ -296,11 +296,11 @@ def test_a_binary_file(file, name: str):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{oops", "a.jsonl:3: is no JSON"),
-        ("[" * 100_000, "a.jsonl:3: is no JSON"),
+        ("{oops", "a.jsonl:3: invalid JSON"),
+        ("[" * 100_000, "a.jsonl:3: invalid JSON"),
         ('["a"]', "one JSON object per line"),
         ('{"txt": "a"}', "a.jsonl:3: has no field 'text', set text_field; did you mean 'txt'?"),
-        ('{"text": 7}', "a.jsonl:3: the field 'text' holds no text but 7"),
+        ('{"text": 7}', "a.jsonl:3: the field 'text' is not text but 7"),
     ],
 )
 def test_faulty_json_lines(file, line: str, message: str):
@@ -313,7 +313,7 @@ def test_faulty_json_lines(file, line: str, message: str):
         ("", "a.csv: has no column 'text'"),
         ("id,story\n1,a", "has no column 'text', set text_field"),
         ("id,text\n1,a\n2\n", "a.csv:3: has 1 of 2 columns"),
-        ('text\n"never closed\n', "is no valid CSV"),
+        ('text\n"never closed\n', "invalid CSV"),
     ],
 )
 def test_faulty_csv(file, content: str, message: str):
@@ -323,10 +323,12 @@ def test_faulty_csv(file, content: str, message: str):
 def test_faulty_parquet(tmp_path: Path, file):
     whole = write_parquet(tmp_path / "a.parquet", pyarrow.array([f"story {n}" for n in range(5000)]))
     data = whole.read_bytes()
-    assert "is no whole parquet file" in fault(file("cut.parquet", data[:-9]))
-    assert "is no whole parquet file" in fault(file("bad.parquet", data[:-9000] + b"\xff" * 4000 + data[-5000:]))
-    assert "is no whole parquet file" in fault(file("empty.parquet", b""))
-    assert "holds no text but int64" in fault(whole, text_field="id")
+    assert "damaged or incomplete parquet file" in fault(file("cut.parquet", data[:-9]))
+    assert "damaged or incomplete parquet file" in fault(
+        file("bad.parquet", data[:-9000] + b"\xff" * 4000 + data[-5000:])
+    )
+    assert "damaged or incomplete parquet file" in fault(file("empty.parquet", b""))
+    assert "is not text but int64" in fault(whole, text_field="id")
     assert "has no column 'story', set text_field; there are: id, text" in fault(whole, text_field="story")
 
 
@@ -336,7 +338,7 @@ def test_faulty_gzip(tmp_path: Path, name: str):
     whole = gzip.compress(os.urandom(50_000).hex().encode(), mtime=0)
     for data in (whole[:-1000], whole[:9000] + b"\0" * 9000 + whole[18000:], b"no gzip"):
         path.write_bytes(data)
-        assert f"{name}: is no whole gzip file" in fault(path)
+        assert f"{name}: damaged or incomplete gzip file" in fault(path)
 
 
 def test_a_document_above_the_limit_is_refused_where_it_starts(tmp_path: Path):

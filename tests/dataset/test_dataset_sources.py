@@ -101,7 +101,7 @@ def test_a_first_document_longer_than_the_look_ahead(tmp_path: Path):
     [
         ("a\n <|endoftext|>\nb", "document 1: holds '<|endoftext|>'"),
         ("a\0", "document 1: holds a NUL"),
-        ("a\ud83d", "document 1: holds half of a surrogate pair at character 1"),
+        ("a\ud83d", "document 1: contains a lone surrogate at character 1"),
     ],
 )
 def test_what_could_not_be_read_back_is_refused_and_nothing_written(tmp_path: Path, text: str, message: str):

@@ -23,7 +23,8 @@ def test_the_line_names_documents_separator_encoding_and_skipped_files(tmp_path:
     assert found and not found.split_within
     assert found.description == (
         f"{tmp_path}: 100 documents, 2 files, UTF-16, UTF-8 with CR line ends, divided by <|endoftext|> and by blank "
-        "lines, since there is no <|endoftext|>, 50 of the separators inside a line, where they divide too, skipped 2 "
+        "lines, since <|endoftext|> does not occur, 50 of the separators inside a line, where they divide too, "
+        "skipped 2 "
         "other files (.hidden.txt, notes.md)"
     )
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiny_lm.export.source import Source
-from tiny_lm.export.verify import never_drawn
+from tiny_lm.export.source import ExportSource
+from tiny_lm.export.verify import suppressed_tokens
 
 ROOT = Path(__file__).parent.parent.parent
 LLAMA_CPP = Path(os.environ.get("LLAMA_CPP", ROOT / "build" / "llama.cpp"))
@@ -75,9 +75,9 @@ class LlamaServerEngine:
 
     name = "llama-server"
 
-    def __init__(self, client: httpx.Client, source: Source) -> None:
+    def __init__(self, client: httpx.Client, source: ExportSource) -> None:
         self._client, self._size, self._eos_id = client, source.config.vocab_size, source.tokenizer.eos_id
-        self.banned = [[token, False] for token in never_drawn(source)]
+        self.banned = [[token, False] for token in suppressed_tokens(source)]
 
     def post(self, path: str, **body: Any) -> Any:
         answer = self._client.post(path, json=body)
@@ -87,7 +87,7 @@ class LlamaServerEngine:
     def encode(self, text: str) -> list[int]:
         return self.post("/tokenize", content=text, add_special=False, parse_special=False)["tokens"]
 
-    def encode_beginning(self, text: str) -> list[int]:
+    def encode_document_start(self, text: str) -> list[int]:
         return self.post("/tokenize", content=text, add_special=True, parse_special=False)["tokens"]
 
     def log_probabilities(self, ids: Sequence[int]) -> Tensor:

@@ -15,7 +15,7 @@ from tiny_lm.export.gguf_file import write_gguf
 from tiny_lm.export.gguf_vocabulary import PRE_TOKENIZERS, to_gguf_vocabulary
 from tiny_lm.export.huggingface import write_huggingface
 from tiny_lm.export.llamacpp_engine import LlamaCppEngine
-from tiny_lm.export.source import Source, load_source
+from tiny_lm.export.source import ExportSource, load_source
 from tiny_lm.export.verify import OwnEngine, check_tokens
 from tiny_lm.tokenizer import BPETokenizer
 
@@ -50,7 +50,7 @@ DIFFERENT = {
 }
 
 
-def folder_of(source: Source, folder: Path) -> Path:
+def folder_of(source: ExportSource, folder: Path) -> Path:
     folder.mkdir()
     write_huggingface(source, folder)
     return folder
@@ -81,7 +81,7 @@ def read(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return fields, {tensor.name: tensor.data for tensor in reader.tensors}
 
 
-def write_ours(source: Source, file: Path) -> Path:
+def write_ours(source: ExportSource, file: Path) -> Path:
     write_gguf(source, to_gguf_vocabulary(source.tokenizer, source.config.vocab_size), file, "F32")
     return file
 

@@ -20,7 +20,7 @@ from tiny_exports import TrainedRun, train_run
 from tiny_lm.errors import UserError
 from tiny_lm.export.gguf_file import write_gguf
 from tiny_lm.export.gguf_vocabulary import to_gguf_vocabulary
-from tiny_lm.export.source import Source, load_source
+from tiny_lm.export.source import ExportSource, load_source
 from tiny_lm.export.verify import PROMPTS, OwnEngine, split_documents
 from tiny_lm.files import write_json
 from tiny_lm.model import model_config_from_dict
@@ -39,7 +39,7 @@ CHAT = [
 CHAT_AS_STORY = "Once upon a time , there was a bear.\nThe bear was happy."
 
 
-def write(source: Source, file: Path) -> Path:
+def write(source: ExportSource, file: Path) -> Path:
     write_gguf(source, to_gguf_vocabulary(source.tokenizer, source.config.vocab_size), file, "F32")
     return file
 
@@ -51,7 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, stories: list[str], tokenizer:
 
 
 @pytest.fixture
-def source(run: Run) -> Source:
+def source(run: Run) -> ExportSource:
     return load_source(run.folder)
 
 
@@ -112,7 +112,7 @@ def test_vllm_refuses_heads_that_it_cannot_run(d_model: int, refused: bool, tmp_
     )
     write_json(tmp_path / "config.json", to_huggingface_config(config, bos_id=1, eos_id=2, pad_id=0))
     if refused:
-        with pytest.raises(UserError, match="vLLM has no attention for heads of 16"):
+        with pytest.raises(UserError, match="vLLM does not support the head size 16"):
             vllm(tmp_path, Place("127.0.0.1", 8000, "python"))
     else:
         assert "--max-model-len 48" in " ".join(vllm(tmp_path, Place("127.0.0.1", 8000, "python")).words)
@@ -247,7 +247,7 @@ def ask(url: str, path: str, **body: object) -> dict[str, object]:
     return json.loads(answer.text)["choices"][0]
 
 
-def sure_words(source: Source, prompt: str) -> tuple[int, str]:
+def sure_words(source: ExportSource, prompt: str) -> tuple[int, str]:
     """Return how many tokens our model is sure of after a prompt, and these in words.
 
     These engines keep keys and values in half precision, which decides where two tokens are as likely.
@@ -261,7 +261,7 @@ def sure_words(source: Source, prompt: str) -> tuple[int, str]:
     return count, source.tokenizer.decode(ids[:count])
 
 
-def check_answers(url: str, name: str, source: Source) -> None:
+def check_answers(url: str, name: str, source: ExportSource) -> None:
     """Compare completions and chats with our greedy text, as far as our model is sure of it."""
     compared = 0
     for prompt in [*PROMPTS, *(source.tokenizer.decode(ids[:20]) for ids in split_documents(source)[:30])]:
@@ -278,7 +278,7 @@ def check_answers(url: str, name: str, source: Source) -> None:
 
 
 @pytest.mark.llama_server
-def test_llama_server_serves_a_run(run: Run, source: Source, tmp_path: Path) -> None:
+def test_llama_server_serves_a_run(run: Run, source: ExportSource, tmp_path: Path) -> None:
     if not LLAMA_SERVER.is_file():
         pytest.fail(f"{LLAMA_SERVER} is not built: make test-llama-server")
     with engine_process("llamacpp", run.folder, tmp_path, PATH=f"{LLAMA_SERVER.parent}:/usr/bin:/bin") as engine:
@@ -293,7 +293,7 @@ def test_llama_server_serves_a_run(run: Run, source: Source, tmp_path: Path) -> 
 
 
 @pytest.mark.llama_server
-def test_llama_cpp_python_serves_a_file(source: Source, tmp_path: Path) -> None:
+def test_llama_cpp_python_serves_a_file(source: ExportSource, tmp_path: Path) -> None:
     with engine_process("llamacpp", write(source, tmp_path / "bear.gguf"), tmp_path, PATH="/usr/bin:/bin") as engine:
         url = engine.wait_for("/v1 answers for bear (llamacpp)", 120).split("/v1")[0]
         check_answers(url, "bear", source)
@@ -301,7 +301,7 @@ def test_llama_cpp_python_serves_a_file(source: Source, tmp_path: Path) -> None:
 
 
 @pytest.mark.llama_server
-def test_transformers_serves_a_run(run: Run, source: Source, tmp_path: Path) -> None:
+def test_transformers_serves_a_run(run: Run, source: ExportSource, tmp_path: Path) -> None:
     with engine_process("transformers", run.folder, tmp_path, HF_HOME=str(tmp_path)) as engine:
         words = engine.wait_for("/v1 answers for ", 120).removesuffix(" (transformers); Ctrl-C stops")
         url, _, name = words.partition("/v1 answers for ")
@@ -310,7 +310,7 @@ def test_transformers_serves_a_run(run: Run, source: Source, tmp_path: Path) -> 
 
 
 @pytest.mark.vllm
-def test_vllm_serves_a_run(run: Run, source: Source, tmp_path: Path) -> None:
+def test_vllm_serves_a_run(run: Run, source: ExportSource, tmp_path: Path) -> None:
     python = Path(os.environ.get("VLLM_ENVIRONMENT", ROOT / ".venv-vllm")) / "bin" / "python"
     with engine_process("vllm", run.folder, tmp_path, python=str(python)) as engine:
         url = engine.wait_for("/v1 answers for llama3-BPE (vllm)", 600).split("/v1")[0]

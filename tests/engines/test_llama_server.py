@@ -12,15 +12,15 @@ from tiny_lm.export.gguf import llama_cpp_reference
 from tiny_lm.export.gguf_file import write_gguf
 from tiny_lm.export.gguf_vocabulary import to_gguf_vocabulary
 from tiny_lm.export.modelfile import modelfile
-from tiny_lm.export.ollama import continuation_surprise, garbled_from
-from tiny_lm.export.source import Source, load_source
+from tiny_lm.export.ollama import completion_loss, garbled_from
+from tiny_lm.export.source import ExportSource, load_source
 from tiny_lm.export.verify import PROMPTS, OwnEngine, check_greedy, check_tokens
 from tiny_lm.inference import TextGenerator
 
 pytestmark = pytest.mark.llama_server
 
 
-def write(source: Source, file: Path, kind: str = "F32") -> Path:
+def write(source: ExportSource, file: Path, kind: str = "F32") -> Path:
     write_gguf(source, to_gguf_vocabulary(source.tokenizer, source.config.vocab_size), file, kind)
     return file
 
@@ -71,4 +71,4 @@ def test_a_modelfile_s_parameters_as_ollama_passes_them(family: str, trained_run
     assert answer["tokens_evaluated"] == len(source.tokenizer.encode(PROMPTS[0], bos=True))
     assert answer["stop_type"] in ("eos", "limit")
     assert "<" not in answer["content"]
-    assert continuation_surprise(source, PROMPTS[0], answer["content"]) <= garbled_from(source)
+    assert completion_loss(source, PROMPTS[0], answer["content"]) <= garbled_from(source)

@@ -14,8 +14,8 @@ from server_process import free_ports, server
 from tiny_exports import FAMILIES, train_run
 
 from tiny_lm.export.serve_config import ServeOptions, serve_commands
-from tiny_lm.export.source import Source, load_source
-from tiny_lm.export.verify import OwnEngine, check_greedy, check_tokens, choose_windows
+from tiny_lm.export.source import ExportSource, load_source
+from tiny_lm.export.verify import OwnEngine, check_greedy, check_tokens, choose_sequences
 from tiny_lm.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.vllm
@@ -41,7 +41,7 @@ class VLLMEngine:
     def encode(self, text: str) -> list[int]:
         return self._post("/tokenize", prompt=text, add_special_tokens=False)["tokens"]
 
-    def encode_beginning(self, text: str) -> list[int]:
+    def encode_document_start(self, text: str) -> list[int]:
         return self._post("/tokenize", prompt=text)["tokens"]
 
     def log_probabilities(self, ids: Sequence[int]) -> torch.Tensor:
@@ -62,7 +62,7 @@ class VLLMEngine:
 @pytest.fixture(scope="module", params=FAMILIES)
 def served(
     request: pytest.FixtureRequest, tokenizer: Tokenizer, stories: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Source, VLLMEngine]]:
+) -> Iterator[tuple[ExportSource, VLLMEngine]]:
     """A run of a family, and vLLM serving it as ``tiny-lm serve-config`` says."""
     folder = tmp_path_factory.mktemp(request.param)
     run = train_run(request.param, 0, tokenizer, stories, folder, steps=800, d_model=128)  # heads of 32 and 64
@@ -77,17 +77,17 @@ def served(
         yield source, VLLMEngine(client, commands.commands[0][6], source.config.vocab_size)
 
 
-def test_ids_and_beginnings_are_ours(served: tuple[Source, VLLMEngine]) -> None:
+def test_ids_and_beginnings_are_ours(served: tuple[ExportSource, VLLMEngine]) -> None:
     source, engine = served
     checks = check_tokens(source, OwnEngine(source), engine)
     assert [check.result for check in checks if not check.passed] == []
 
 
-def test_log_probabilities_are_ours(served: tuple[Source, VLLMEngine]) -> None:
+def test_log_probabilities_are_ours(served: tuple[ExportSource, VLLMEngine]) -> None:
     source, engine = served
     own = OwnEngine(source)
     largest = 0.0
-    for window in choose_windows(source, 4):
+    for window in choose_sequences(source, 4):
         ids = window[:-1]  # vLLM wants room for one more
         ours, theirs = own.log_probabilities(ids)[:-1], engine.log_probabilities(ids)
         assert theirs.shape == ours.shape == (len(ids) - 1, source.config.vocab_size)
@@ -96,13 +96,13 @@ def test_log_probabilities_are_ours(served: tuple[Source, VLLMEngine]) -> None:
     assert largest <= TOLERANCE
 
 
-def test_greedy_text_is_ours(served: tuple[Source, VLLMEngine]) -> None:
+def test_greedy_text_is_ours(served: tuple[ExportSource, VLLMEngine]) -> None:
     source, engine = served
     check = check_greedy(source, OwnEngine(source), engine, TOLERANCE)
     assert check.passed, check.result
 
 
-def test_a_prompt_of_text_goes_on_from_bos(served: tuple[Source, VLLMEngine]) -> None:
+def test_a_prompt_of_text_goes_on_from_bos(served: tuple[ExportSource, VLLMEngine]) -> None:
     source, engine = served
     prompt = "One day, a girl named Lily"
     ids = source.tokenizer.encode(prompt, bos=True)

@@ -11,7 +11,7 @@ from tiny_exports import FAMILIES, TrainedRun
 from torch import Tensor, nn
 
 from tiny_lm.export.agreement import Reference, TableGELU, check_settings
-from tiny_lm.export.source import Source, load_source
+from tiny_lm.export.source import ExportSource, load_source
 from tiny_lm.model import RoPE, Transformer, build_model
 
 
@@ -40,7 +40,7 @@ class SequentialLinear(nn.Module):
         return total if self.bias is None else total + self.bias
 
 
-def make_source(trained_run: TrainedRun, family: str, kind: str) -> Source:
+def make_source(trained_run: TrainedRun, family: str, kind: str) -> ExportSource:
     """Return a trained model, the same with logits six times as large, or one with its first weights."""
     source = load_source(trained_run(family).folder)
     if kind == "trained":

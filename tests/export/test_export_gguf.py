@@ -8,7 +8,7 @@ import torch
 from tiny_exports import FAMILIES, TrainedRun
 
 from tiny_lm.errors import UserError
-from tiny_lm.export.gguf import check_kinds, check_model, export_gguf, tell_fallbacks
+from tiny_lm.export.gguf import check_kinds, check_model, export_gguf, quantization_warnings
 from tiny_lm.export.gguf_file import gguf_tensors, interleave_pairs, read_facts, tensor_type, write_gguf
 from tiny_lm.export.gguf_vocabulary import TokenType, to_gguf_vocabulary
 from tiny_lm.export.source import load_source
@@ -103,13 +103,13 @@ def test_what_llama_cpp_has_no_tokenizer_for_is_refused(trained_run: TrainedRun,
 def test_rows_that_do_not_fit_are_told_beforehand() -> None:
     size = {"vocab_size": 500, "context_length": 8, "n_layers": 2, "n_heads": 4}
     wide = model_config_from_dict({"d_model": 256, **size})
-    assert tell_fallbacks(wide, ["Q4_K_M", "Q8_0"]) == []
-    (line,) = tell_fallbacks(model_config_from_dict({"d_model": 384, **size}), ["Q4_K_M", "Q6_K", "Q8_0"])
-    assert line.startswith("7 tensors have rows of 384 numbers, no multiple of 256, so Q4_K_M, Q6_K will be larger")
+    assert quantization_warnings(wide, ["Q4_K_M", "Q8_0"]) == []
+    (line,) = quantization_warnings(model_config_from_dict({"d_model": 384, **size}), ["Q4_K_M", "Q6_K", "Q8_0"])
+    assert line.startswith("7 tensors have rows of 384 numbers, not a multiple of 256, so Q4_K_M, Q6_K will be larger")
     assert "Q4_K: Q5_0, Q6_K: Q8_0" in line
     odd = model_config_from_dict({"d_model": 256, "d_ff": 100, **size})
-    (line,) = tell_fallbacks(odd, ["Q8_0"])
-    assert line == "2 tensors have rows of 100 numbers, no multiple of 32: they stay F16 in Q8_0"
+    (line,) = quantization_warnings(odd, ["Q8_0"])
+    assert line == "2 tensors have rows of 100 numbers, not a multiple of 32: they stay F16 in Q8_0"
     assert tensor_type("blk.0.ffn_down.weight", (256, 100), "Q8_0") == "F16"
 
 

@@ -18,7 +18,7 @@ from small_hub import address_of_nobody, hub_environment, serving
 from tiny_exports import TrainedRun
 
 from tiny_lm.errors import UserError
-from tiny_lm.export.hub import Target, admitted_files, check_license
+from tiny_lm.export.hub import Target, allowed_files, check_license
 from tiny_lm.export.importing import import_model
 from tiny_lm.export.source import load_source
 from tiny_lm.model.checkpoint import load_checkpoint_model
@@ -137,10 +137,10 @@ def folder(tmp_path: Path) -> Path:
     "name", ["last.ckpt", "tokenizer.pkl", "pytorch_model.bin", "optimizer.pt", "model.onnx.data", ".env", "notes.md"]
 )
 def test_other_files_are_refused(name: str, folder: Path) -> None:
-    assert [file.name for file in admitted_files(folder)] == ["README.md", "config.json", "model.safetensors"]
+    assert [file.name for file in allowed_files(folder)] == ["README.md", "config.json", "model.safetensors"]
     (folder / name).write_bytes(b"x")
-    with pytest.raises(UserError, match=f"{name}: is not sent to the Hub, which gets only"):
-        admitted_files(folder)
+    with pytest.raises(UserError, match=f"{name}: not allowed on the Hub, only"):
+        allowed_files(folder)
 
 
 def test_a_pickle_under_another_name_is_refused(folder: Path) -> None:
@@ -149,35 +149,35 @@ def test_a_pickle_under_another_name_is_refused(folder: Path) -> None:
         kept = (folder / name).read_bytes() if (folder / name).exists() else None
         for write in (lambda file: torch.save(checkpoint, file), lambda file: file.write_bytes(pickle.dumps(["\0"]))):
             write(folder / name)
-            with pytest.raises(UserError, match=f"{name}: does not hold what its name says"):
-                admitted_files(folder)
+            with pytest.raises(UserError, match=f"{name}: its content does not match its name"):
+                allowed_files(folder)
         (folder / name).unlink() if kept is None else (folder / name).write_bytes(kept)
     (folder / "more.json").write_bytes(pickle.dumps(["x"], protocol=0))  # which is text
-    with pytest.raises(UserError, match=r"more\.json: does not hold what its name says"):
-        admitted_files(folder)
+    with pytest.raises(UserError, match=r"more\.json: its content does not match its name"):
+        allowed_files(folder)
     (folder / "more.json").unlink()
     save_file({"x.exp_avg": torch.zeros(3)}, folder / "state.safetensors")
-    with pytest.raises(UserError, match=r"state\.safetensors: does not hold what its name says"):
-        admitted_files(folder)
+    with pytest.raises(UserError, match=r"state\.safetensors: its content does not match its name"):
+        allowed_files(folder)
     (folder / "state.safetensors").unlink()
     (folder / "more.json").symlink_to("/etc/hostname")
     with pytest.raises(UserError, match=r"more\.json: is not sent"):
-        admitted_files(folder)
+        allowed_files(folder)
     (folder / "more.json").unlink()
     (folder / "checkpoints.json").mkdir()
     with pytest.raises(UserError, match=r"checkpoints\.json: is not sent"):
-        admitted_files(folder)
+        allowed_files(folder)
 
 
 @pytest.mark.parametrize("name", ["", "a/b/c", "me/", "/x", "me/-x", "me/x..y", "me/x y", "me/x.git", "me/" + "x" * 97])
 def test_a_name_that_the_hub_does_not_have(name: str) -> None:
-    with pytest.raises(UserError, match="is no name on the Hub"):
+    with pytest.raises(UserError, match="not a valid name on the Hub"):
         Target(name)
 
 
 def test_a_name_without_its_owner_and_a_license() -> None:
     assert Target("me-2/x.y_z-1").repo_id == "me-2/x.y_z-1"
-    with pytest.raises(UserError, match="must name the owner, too, as in user/tiny"):
+    with pytest.raises(UserError, match="must include the owner, as in user/tiny"):
         Target("tiny")
     check_license("apache-2.0")
     with pytest.raises(UserError, match="--license MIT license: is no identifier"):
@@ -190,11 +190,11 @@ SEND = """
 import json, sys
 from pathlib import Path
 from tiny_lm.errors import UserError
-from tiny_lm.export.hub import Target, admitted_files, check_access, send
+from tiny_lm.export.hub import Target, allowed_files, check_access, send
 for repo_id, private in json.loads(sys.argv[2]):
     try:
         check_access(Target(repo_id, private))
-        print(send(admitted_files(Path(sys.argv[1])), Target(repo_id, private), "message"))
+        print(send(allowed_files(Path(sys.argv[1])), Target(repo_id, private), "message"))
     except UserError as error:
         print(error)
 """
@@ -213,8 +213,8 @@ def test_what_the_hub_refuses_is_one_line(hub: type[ReceivingHub], address: str,
     twice = ("me/new", True)
     sent = send(folder, address, twice, twice, ("me/open", True), ("you/x", False), ("me/texts", False), **WRITER)
     assert sent[:2] == [f"{address}/me/new/commit/{'b' * 40}"] * 2
-    assert sent[2].startswith("me/open: is there already, and public, which --private does not change")
-    assert sent[3].startswith("you/x: the Hub does not let you write this; give the token the right to write")
+    assert sent[2].startswith("me/open: already exists and is public, which --private does not change")
+    assert sent[3].startswith("you/x: no write permission; use a token with write access")
     assert sent[4].startswith("me/texts: the Hub has no model of this name; is it a data set or a Space?")
     assert hub.repositories["me/open"].files == {}
     assert len(hub.repositories["me/new"].commits) == 2
@@ -243,7 +243,7 @@ def test_large_files_go_to_xet_where_the_hub_has_it(hub: type[ReceivingHub], add
     save_file({"x": torch.ones(3)}, folder / "model.safetensors")
     (refused,) = send(folder, address, ("me/new", False), **WRITER)
     assert refused.startswith("me/new: ")
-    assert "set HF_HUB_DISABLE_XET=1 to send the files in the plain way" in refused
+    assert "set HF_HUB_DISABLE_XET=1 to send the files through Git LFS" in refused
     assert len(hub.repositories["me/new"].commits) == 1
     assert send(folder, address, ("me/new", False), **WRITER, HF_HUB_DISABLE_XET="1") == [sent]
 
@@ -255,9 +255,9 @@ def test_tokens(hub: type[ReceivingHub], address: str, folder: Path) -> None:
     ]
     assert hub.requests == []
     (unknown,) = send(folder, address, case, HF_TOKEN="hf_other")
-    assert unknown.startswith("me/new: the Hub does not know the token; log in again")
+    assert unknown.startswith("me/new: the Hub rejected the token; log in again")
     (reader,) = send(folder, address, case, HF_TOKEN="hf_reader")
-    assert reader.startswith("me/new: the Hub does not let you write this")
+    assert reader.startswith("me/new: no write permission")
     assert "me/new" not in hub.repositories
 
 

@@ -73,7 +73,7 @@ def test_what_runs_begin_with_and_never_say(trained_run: TrainedRun, tmp_path: P
     assert content["suppress_tokens"] == sorted([tokenizer.pad_id, tokenizer.bos_id, tokenizer.unk_id, *unused])
     engine = TransformersEngine(tmp_path / "out")
     for text in HARD_STRINGS:
-        assert engine.encode_beginning(text) == tokenizer.encode(text, bos=True)
+        assert engine.encode_document_start(text) == tokenizer.encode(text, bos=True)
 
 
 def test_half_precision_is_compared_with_rounded_weights(trained_run: TrainedRun, tmp_path: Path) -> None:
@@ -98,14 +98,14 @@ def test_a_wrong_model_is_noticed_and_nothing_stays(
 ) -> None:
     right = huggingface.to_huggingface_config
     monkeypatch.setattr(huggingface, "to_huggingface_config", lambda *a, **k: {**right(*a, **k), key: value})
-    with pytest.raises(UserError, match=f"is not the model that was trained \\({check}.*nothing was written"):
+    with pytest.raises(UserError, match=f"does not match the trained model \\({check}.*nothing was written"):
         export_huggingface(load_source(trained_run().folder), tmp_path / "out")
     assert names(tmp_path) == []
 
 
 def test_a_wrong_tokenizer_is_noticed(trained_run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface, "begin_with_bos", lambda tokenizer: None)
-    with pytest.raises(UserError, match=r"is not the model that was trained \(beginning of a text"):
+    with pytest.raises(UserError, match=r"does not match the trained model \(beginning of a text"):
         export_huggingface(load_source(trained_run().folder), tmp_path / "out")
     assert names(tmp_path) == []
 
@@ -120,7 +120,7 @@ def test_the_command_shows_a_table_and_refuses_what_is_there(
     command = ("export", "huggingface", run, "--output-dir", out)
     assert run_main(monkeypatch, *command) == 0
     captured = capsys.readouterr()
-    assert "greedy continuation" in captured.err
+    assert "greedy completion" in captured.err
     assert "FAILED" not in captured.err
     assert [line.split("  ")[0] for line in captured.out.splitlines()] == [str(out / name) for name in FILES]
     before = (out / "config.json").stat().st_mtime_ns

@@ -68,7 +68,7 @@ def test_the_command_tells_sizes_and_perplexities(
         main()
     assert not exit_.value.code
     captured = capsys.readouterr()
-    assert "no multiple of 256, so Q4_K_M will be larger" in captured.err
+    assert "not a multiple of 256, so Q4_K_M will be larger" in captured.err
     assert captured.out.count(" bits per weight (") == 3
     assert captured.out.count("    perplexity ") == 3
     assert "Q5_0" in captured.out  # what Q4_K_M really holds here
@@ -79,7 +79,7 @@ def test_a_wrong_order_of_rows_is_noticed_and_nothing_stays(
     trained_run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gguf_file, "interleave_pairs", lambda weight, heads: weight)
-    with pytest.raises(UserError, match=r"is not the model that was trained \(log-probabilities"):
+    with pytest.raises(UserError, match=r"does not match the trained model \(log-probabilities"):
         export_gguf(load_source(trained_run().folder), tmp_path / "out", ["F16"])
     assert list(tmp_path.iterdir()) == []
 

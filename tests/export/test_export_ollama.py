@@ -17,12 +17,12 @@ from tiny_lm.export.gguf_file import write_gguf
 from tiny_lm.export.gguf_vocabulary import to_gguf_vocabulary
 from tiny_lm.export.modelfile import modelfile, quote
 from tiny_lm.export.ollama import OllamaModel, create_model, ollama_name, read_license
-from tiny_lm.export.source import Source, load_source
+from tiny_lm.export.source import ExportSource, load_source
 from tiny_lm.inference import TextGenerator
 
 
 @pytest.fixture
-def source(trained_run: TrainedRun) -> Source:
+def source(trained_run: TrainedRun) -> ExportSource:
     return load_source(trained_run().folder)
 
 
@@ -66,7 +66,7 @@ def test_the_reader_of_the_tests_is_as_strict_as_ollama(text: str) -> None:
         read_modelfile(text)
 
 
-def test_gpt2s_one_special_token_is_one_stop_string(source: Source) -> None:
+def test_gpt2s_one_special_token_is_one_stop_string(source: ExportSource) -> None:
     eos = next(token for token in source.tokenizer.specials if token.role == "eos")
 
     class OneSpecial:
@@ -88,7 +88,7 @@ def test_names_and_licenses(tmp_path: Path) -> None:
     file.write_text("All of it.\f\nMine.\n")
     assert read_license("MIT") == "MIT"
     assert read_license(str(file)) == "All of it.\f\nMine."
-    with pytest.raises(UserError, match="there is no such file"):
+    with pytest.raises(UserError, match="no such file"):
         read_license(str(tmp_path / "gone.txt"))
 
 
@@ -117,7 +117,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def model(source: Source, tmp_path: Path) -> OllamaModel:
+def model(source: ExportSource, tmp_path: Path) -> OllamaModel:
     """A folder as the export writes it, but not checked in llama.cpp."""
     folder = tmp_path / "out folder"
     folder.mkdir()
@@ -126,7 +126,7 @@ def model(source: Source, tmp_path: Path) -> OllamaModel:
     return OllamaModel("tiny", folder / "Modelfile")
 
 
-def test_create_makes_the_model_and_checks_a_story(source: Source, model: OllamaModel, stand_in: Path) -> None:
+def test_create_makes_the_model_and_checks_a_story(source: ExportSource, model: OllamaModel, stand_in: Path) -> None:
     begin = "Once upon a time"
     generator = TextGenerator(source.model, source.tokenizer)
     told = generator.generate(begin, 60, temperature=0.8, top_k=40, seed=1).removeprefix(begin)
@@ -138,14 +138,14 @@ def test_create_makes_the_model_and_checks_a_story(source: Source, model: Ollama
 
 @pytest.mark.parametrize("answer", ["\n", "zq#9 @@xK ]]7 vW~ qqz 0=% JJx"])
 def test_an_answer_that_is_not_the_models_is_noticed(
-    answer: str, source: Source, model: OllamaModel, stand_in: Path
+    answer: str, source: ExportSource, model: OllamaModel, stand_in: Path
 ) -> None:
     (stand_in / "answer").write_text(answer)
     with pytest.raises(UserError, match="ollama run tiny: the answer is not from this model"):
         create_model(source, model)
 
 
-def test_what_ollama_complains_of_is_told(source: Source, model: OllamaModel, stand_in: Path) -> None:
+def test_what_ollama_complains_of_is_told(source: ExportSource, model: OllamaModel, stand_in: Path) -> None:
     model.modelfile.with_name("x.gguf").unlink()
     with pytest.raises(UserError, match=r"ollama create tiny: exit code 1"):
         create_model(source, model)
@@ -166,7 +166,7 @@ def test_without_ollama_there_is_one_clear_line(
         == 2
     )
     error = capsys.readouterr().err
-    assert error.startswith("error: --create needs Ollama, but there is no `ollama` on the PATH")
+    assert error.startswith("error: --create needs Ollama, but `ollama` is not on the PATH")
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

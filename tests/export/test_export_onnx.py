@@ -223,7 +223,7 @@ def test_wrong_positions_are_noticed_and_nothing_stays(
         return positions, seen
 
     monkeypatch.setattr(onnx_graph._PassedCache, "prepare", without_mask)
-    with pytest.raises(UserError, match=r"is not the model that was trained \(a batch of 3 texts padded on the left"):
+    with pytest.raises(UserError, match=r"does not match the trained model \(a batch of 3 texts padded on the left"):
         export_onnx(load_source(trained_run().folder), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -237,7 +237,7 @@ def test_other_weights_in_the_small_file_are_noticed(
     monkeypatch.setattr(
         onnx_export, "quantize_graph", lambda base, target: write_graph(other, source.config, target, cached=True)
     )
-    with pytest.raises(UserError, match=r"model_quantized.onnx is not the model that was trained \(perplexity"):
+    with pytest.raises(UserError, match=r"model_quantized.onnx does not match the trained model \(perplexity"):
         export_onnx(source, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

@@ -14,7 +14,7 @@ from tiny_exports import FAMILIES, TrainedRun
 from tiny_lm.export.agreement import Reference
 from tiny_lm.export.onnx import CACHED, QUANTIZED, export_onnx
 from tiny_lm.export.onnx_engine import OnnxEngine
-from tiny_lm.export.source import Source, load_source
+from tiny_lm.export.source import ExportSource, load_source
 from tiny_lm.export.verify import OwnEngine, check_greedy, check_tokens
 
 pytestmark = pytest.mark.transformersjs
@@ -25,7 +25,7 @@ SCRIPT = Path(__file__).with_name("transformersjs.cjs")
 class TransformersJs:
     """An engine: a Node.js process that answers requests."""
 
-    def __init__(self, folder: Path, source: Source, *, dtype: str) -> None:
+    def __init__(self, folder: Path, source: ExportSource, *, dtype: str) -> None:
         command = ["node", str(SCRIPT), os.environ["TRANSFORMERS_JS"]]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
         self.eos_id, self.size = source.tokenizer.eos_id, source.config.vocab_size
@@ -44,7 +44,7 @@ class TransformersJs:
     def encode(self, text: str) -> list[int]:
         return self.ask("encode", text=text, begin=False)
 
-    def encode_beginning(self, text: str) -> list[int]:
+    def encode_document_start(self, text: str) -> list[int]:
         return self.ask("encode", text=text, begin=True)
 
     def log_probabilities(self, ids: Sequence[int]) -> torch.Tensor:
@@ -65,7 +65,7 @@ class TransformersJs:
 def start() -> Iterator[Any]:
     started: list[TransformersJs] = []
 
-    def make(folder: Path, source: Source, *, dtype: str) -> TransformersJs:
+    def make(folder: Path, source: ExportSource, *, dtype: str) -> TransformersJs:
         started.append(TransformersJs(folder, source, dtype=dtype))
         return started[-1]
 

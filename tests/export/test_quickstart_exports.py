@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from modelfile_grammar import parameters, read_modelfile
 
-from tiny_lm.export.ollama import continuation_surprise, garbled_from
+from tiny_lm.export.ollama import completion_loss, garbled_from
 from tiny_lm.export.onnx import CACHED, PROGRAM, QUANTIZED
-from tiny_lm.export.source import Source, load_source
+from tiny_lm.export.source import ExportSource, load_source
 from tiny_lm.export.torchserve import load_handler
 
 pytestmark = pytest.mark.quickstart_exports
@@ -53,11 +53,11 @@ def export(workplace: Path, kind: str, *options: str) -> Path:
     return folder
 
 
-def assert_plausible(source: Source, text: str) -> None:
+def assert_plausible(source: ExportSource, text: str) -> None:
     """Check that our model finds a continuation of the prompt likely: quantized weights need not give the same text."""
     assert text.startswith(PROMPT)
     assert len(text) > len(PROMPT) + 100
-    assert continuation_surprise(source, PROMPT, text.removeprefix(PROMPT)) < garbled_from(source)
+    assert completion_loss(source, PROMPT, text.removeprefix(PROMPT)) < garbled_from(source)
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def greedy_text(workplace: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def source(workplace: Path) -> Source:
+def source(workplace: Path) -> ExportSource:
     return load_source(str(workplace / RUN))
 
 
@@ -103,7 +103,7 @@ def test_transformers_generates_the_quickstarts_text(workplace: Path, greedy_tex
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_K_M"])
 def test_llama_cpp_generates_the_quickstarts_text(
-    kind: str, gguf_folder: Path, source: Source, greedy_text: str
+    kind: str, gguf_folder: Path, source: ExportSource, greedy_text: str
 ) -> None:
     import llama_cpp
 
@@ -122,7 +122,7 @@ def test_llama_cpp_generates_the_quickstarts_text(
         assert_plausible(source, made["choices"][0]["text"])
 
 
-def test_llama_cpp_runs_the_quickstarts_modelfile(workplace: Path, source: Source) -> None:
+def test_llama_cpp_runs_the_quickstarts_modelfile(workplace: Path, source: ExportSource) -> None:
     """Ollama itself is not installed here: llama.cpp, which it is built on, takes the Modelfile's parameters."""
     import llama_cpp
 
@@ -137,7 +137,7 @@ def test_llama_cpp_runs_the_quickstarts_modelfile(workplace: Path, source: Sourc
     assert_plausible(source, made["choices"][0]["text"])
 
 
-def test_onnx_program_generates_the_quickstarts_text(workplace: Path, source: Source, greedy_text: str) -> None:
+def test_onnx_program_generates_the_quickstarts_text(workplace: Path, source: ExportSource, greedy_text: str) -> None:
     folder = export(workplace, "onnx")
     options = ["--prompt", PROMPT, "--max-new-tokens", str(MAX_NEW_TOKENS), "--temperature", "0", "--file"]
     texts = {

@@ -14,7 +14,7 @@ from tiny_lm.cli import main
 from tiny_lm.errors import UserError
 from tiny_lm.export.huggingface import export_huggingface, write_huggingface
 from tiny_lm.export.serve_config import ServeOptions, serve_commands
-from tiny_lm.export.source import Source, load_source
+from tiny_lm.export.source import ExportSource, load_source
 from tiny_lm.export.torchserve import serve_words
 from tiny_lm.model import build_model
 
@@ -29,7 +29,7 @@ def print_commands(
     return int(exit_.value.code or 0), captured.out.splitlines(), captured.err
 
 
-def with_heads(source: Source, **shape: int) -> Source:
+def with_heads(source: ExportSource, **shape: int) -> ExportSource:
     """The same source with a new model of another shape."""
     config = dataclasses.replace(source.config, **shape)
     return dataclasses.replace(source, config=config, model=build_model(config).eval())
@@ -115,7 +115,7 @@ def test_wrong_words(
         (("sglang", folder), "there are: vllm, tgi, llamacpp, ollama"),
         (("vllm", folder, "--dtype", "int8"), "--dtype int8: unknown"),
         (("vllm", folder, "--device", "tpu"), "--device tpu: unknown"),
-        (("llamacpp", folder, "--outtype", "Q9"), "no such type of a GGUF file"),
+        (("llamacpp", folder, "--outtype", "Q9"), "unknown GGUF type"),
         (("vllm", folder, "--port", "70000"), "Invalid value for '--port'"),
     ):
         code, lines, error = print_commands(monkeypatch, capsys, *words)

@@ -210,9 +210,9 @@ def _read_judge_answer(path: Path) -> None:
 
 
 def _read_files_to_push(path: Path) -> None:
-    from tiny_lm.export.hub import admitted_files
+    from tiny_lm.export.hub import allowed_files
 
-    admitted_files(path.parent)
+    allowed_files(path.parent)
 
 
 # --- the server ------------------------------------------------------------------------------------------------------

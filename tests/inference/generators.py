@@ -28,7 +28,7 @@ def make(tokenizer: Tokenizer, family: str = "gpt2", **values: Any) -> TextGener
     return TextGenerator(model, tokenizer)
 
 
-def never_drawn(generator: TextGenerator) -> torch.Tensor:
+def suppressed_tokens(generator: TextGenerator) -> torch.Tensor:
     """The mask of tokens that are no text, eos among them."""
     return generator._no_text.clone()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from generators import FAMILIES, GREEDY, generated_ids, make, never_drawn
+from generators import FAMILIES, GREEDY, generated_ids, make, suppressed_tokens
 
 from tiny_lm.data import BinDataConfig
 from tiny_lm.errors import UserError
@@ -22,7 +22,7 @@ def test_cached_generation_equals_reading_everything_again(family: str, tokenize
     generator = make(tokenizer, family)
     prompt = "Once upon a time, there was a bear"
     ids = generator.tokenizer.encode(prompt, bos=True)
-    forbidden = never_drawn(generator)
+    forbidden = suppressed_tokens(generator)
     expected = list(ids)
     with torch.no_grad():
         for _ in range(30):
@@ -40,7 +40,7 @@ def test_text_goes_on_beyond_the_context(family: str, tokenizer: Tokenizer) -> N
 def test_the_window_slides_by_reading_its_later_half_again(tokenizer: Tokenizer) -> None:
     generator = make(tokenizer)
     ids = generated_ids(generator, "", 65)  # bos and 63 tokens fill the context; the 64th makes the window slide
-    forbidden = never_drawn(generator)
+    forbidden = suppressed_tokens(generator)
     with torch.no_grad():
         logits = generator.model(torch.tensor([ids[65 - 32 : 65]]))[0, -1]
     assert ids[65] == int(logits.masked_fill(forbidden, float("-inf")).argmax())
@@ -53,7 +53,7 @@ def test_prompt_longer_than_the_context_keeps_its_end(tokenizer: Tokenizer) -> N
     assert len(ids) > 64
     with torch.no_grad():
         logits = generator.model(torch.tensor([ids[-64:]]))[0, -1]
-    forbidden = never_drawn(generator)
+    forbidden = suppressed_tokens(generator)
     expected = int(logits.masked_fill(forbidden, float("-inf")).argmax())
     assert generated_ids(generator, prompt, 1)[-1] == expected
 

@@ -130,7 +130,7 @@ def test_long_prompts_are_scored_in_parts_while_others_go_on(generator: TextGene
     )
     with pytest.raises(UserError, match="the prompt has 65 tokens"):
         generator.new_score([*ids, 1])
-    with pytest.raises(UserError, match="is no token id"):
+    with pytest.raises(UserError, match="is out of range"):
         generator.new_score([512])
 
     loop = Scheduler(generator, slots=2, prompt_tokens=8)

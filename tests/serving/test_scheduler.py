@@ -179,7 +179,7 @@ def test_ids_are_a_prompt_as_they_are(generator: TextGenerator, start: Start) ->
     ids = generator.tokenizer.encode("One day", bos=True)
     request = GenerationConfig(max_new_tokens=20, min_new_tokens=20, temperature=0)
     assert loop.submit(ids, request).result().ids == loop.submit("One day", request).result().ids
-    with pytest.raises(UserError, match="100000 is no token id"):
+    with pytest.raises(UserError, match="token id 100000 is out of range"):
         loop.submit([1, 100_000], request)
 
 

@@ -23,7 +23,7 @@ def test_the_folder_or_any_file_in_it(folder: Path) -> None:
     expected = load_tokenizer(folder).hash
     for name in ("tokenizer.json", "metadata.json", "tokenizer_config.json", "tokenizer.pkl", "tokenizer.model"):
         assert load_tokenizer(str(folder / name)).hash == expected
-    with pytest.raises(UserError, match=r"holds no tokenizer \(metadata\.json is missing\)"):
+    with pytest.raises(UserError, match=r"has no tokenizer \(metadata\.json is missing\)"):
         load_tokenizer(folder.parent)
     for missing in (folder.parent / "none", folder.parent / "none.pkl", folder / "a" / "b"):
         with pytest.raises(UserError, match="no such tokenizer folder; `tiny-lm tokenizer train` writes one"):

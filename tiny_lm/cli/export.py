@@ -1,4 +1,4 @@
-"""Commands that write a trained model in the formats of other programs."""
+"""The commands ``tiny-lm export``, ``import`` and ``convert``: models for other programs, and back."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,18 +11,18 @@ from tiny_lm.runs import run_folder_of
 
 if TYPE_CHECKING:
     from tiny_lm.export.gguf import GGUFFile
-    from tiny_lm.export.source import Source
+    from tiny_lm.export.source import ExportSource
 
 export_app = typer.Typer(
-    help="Write a trained model for other programs, and prove that it is the same model.",
+    help="Export a trained model for other programs, and verify the result.",
     rich_markup_mode=None,
     no_args_is_help=True,
 )
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or a checkpoint inside one.")]
-OutputDir = Annotated[Path, typer.Option(help="The folder to write.")]
-DtypeOption = Annotated[str, typer.Option("--dtype", metavar="float32|float16|bfloat16", help="Of the weights.")]
-Quantize = Annotated[str, typer.Option(metavar="TYPE,...", help="Further files, such as Q4_K_M,Q5_K_M,Q6_K.")]
+OutputDir = Annotated[Path, typer.Option(help="Output folder.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", metavar="float32|float16|bfloat16", help="Dtype of the weights.")]
+Quantize = Annotated[str, typer.Option(metavar="TYPE,...", help="Additional types, such as Q4_K_M,Q5_K_M,Q6_K.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an earlier export.")]
 
 
@@ -30,7 +30,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an earlier export.
 def export_huggingface(
     run: RunArgument, output_dir: OutputDir, dtype: DtypeOption = "float32", force: Force = False
 ) -> None:
-    """Write a folder that transformers and vLLM load."""
+    """Export for transformers and vLLM (safetensors)."""
     from tiny_lm.export.source import load_source
 
     _export_huggingface(load_source(run), output_dir, dtype, force)
@@ -41,18 +41,19 @@ def export_gguf(
     run: RunArgument,
     output_dir: OutputDir,
     outtype: Annotated[
-        str, typer.Option(metavar="f32|f16|bf16|q8_0|q4_0|q4_1|q5_0|q5_1", help="Of the file that is always written.")
+        str,
+        typer.Option(metavar="f32|f16|bf16|q8_0|q4_0|q4_1|q5_0|q5_1", help="Type of the file that is always written."),
     ] = "f16",
     quantize: Quantize = "",
     force: Force = False,
 ) -> None:
-    """Write GGUF files, which llama.cpp and Ollama run."""
+    """Export GGUF files for llama.cpp and Ollama."""
     from tiny_lm.export import gguf
     from tiny_lm.export.source import load_source
 
     kinds = _gguf_kinds(outtype, quantize)
     source = load_source(run)
-    files = gguf.export_gguf(source, output_dir, kinds, force=force, tell=_tell)
+    files = gguf.export_gguf(source, output_dir, kinds, force=force, log=print_message)
     _show_gguf(source, output_dir, files)
 
 
@@ -64,18 +65,21 @@ def export_ollama(
         str | None,
         typer.Option(
             metavar="f32|f16|bf16|q8_0|q4_0|q4_1|q5_0|q5_1",
-            help="Of the GGUF file; by default f16, or what --quantize names.",
+            help="GGUF type; default: f16, or the types of --quantize.",
         ),
     ] = None,
     quantize: Quantize = "",
-    name: Annotated[str | None, typer.Option(help="Of the model in Ollama; by default the run's.")] = None,
+    name: Annotated[str | None, typer.Option(help="Model name in Ollama; default: the run's.")] = None,
     license_: Annotated[
-        str | None, typer.Option("--license", metavar="NAME|FILE", help="Of the model, such as MIT, or a file.")
+        str | None,
+        typer.Option(
+            "--license", metavar="NAME|FILE", help="License of the model, such as MIT, or a file with its text."
+        ),
     ] = None,
-    create: Annotated[bool, typer.Option("--create", help="Make the model in the Ollama that is installed.")] = False,
+    create: Annotated[bool, typer.Option("--create", help="Also create the model in the installed Ollama.")] = False,
     force: Force = False,
 ) -> None:
-    """Write a folder that Ollama makes a model from: GGUF files, each with a Modelfile."""
+    """Export for Ollama: GGUF files with Modelfiles."""
     from tiny_lm.export import ollama
     from tiny_lm.export.source import load_source
 
@@ -85,7 +89,7 @@ def export_ollama(
         ollama.find_ollama()
     source = load_source(run)
     files, models = ollama.export_ollama(
-        source, output_dir, kinds, name=name, license_text=license_text, force=force, tell=_tell
+        source, output_dir, kinds, name=name, license_text=license_text, force=force, log=print_message
     )
     _show_gguf(source, output_dir, files)
     for model in models:
@@ -93,9 +97,9 @@ def export_ollama(
         if create:
             print(f"{model.name} in Ollama: {model.commands[1][-1]}{ollama.create_model(source, model)}")
     if not license_:
-        _tell("The Modelfile says that no license was chosen; name one with --license: MIT, or a file of yours.")
+        print_message("The Modelfile has no license; set one with --license, such as MIT or a file.")
     for command in [] if create else [shell_command(*words) for model in models for words in model.commands]:
-        _tell(f"next: {command}")
+        print_message(f"next: {command}")
 
 
 def _gguf_kinds(outtype: str, quantize: str) -> list[str]:
@@ -103,11 +107,11 @@ def _gguf_kinds(outtype: str, quantize: str) -> list[str]:
     from tiny_lm.export.gguf_file import BLOCKS
 
     if outtype and gguf.check_kinds([outtype])[0] not in BLOCKS:
-        raise UserError(f"--outtype {outtype}: is made by quantizing; use --quantize {outtype.upper()}")
+        raise UserError(f"--outtype {outtype}: is a quantized type; use --quantize {outtype.upper()}")
     return gguf.check_kinds([outtype, *quantize.replace(" ", "").split(",")])
 
 
-def _show_gguf(source: "Source", folder: Path, files: "list[GGUFFile]") -> None:
+def _show_gguf(source: "ExportSource", folder: Path, files: "list[GGUFFile]") -> None:
     from tiny_lm.export.verify import show_table
 
     show_table(f"float32 GGUF of {source.name} in llama.cpp", files[0].checks)
@@ -120,17 +124,13 @@ def _show_gguf(source: "Source", folder: Path, files: "list[GGUFFile]") -> None:
     print(folder / "verification.json")
 
 
-def _tell(line: str) -> None:
-    print_message(line)
-
-
-def _tell_next(*words: object) -> None:
-    _tell(f"next: {shell_command(*words, '--prompt', 'Once upon a time')}")
+def _suggest(*words: object) -> None:
+    print_message(f"next: {shell_command(*words, '--prompt', 'Once upon a time')}")
 
 
 @export_app.command("onnx")
 def export_onnx(run: RunArgument, output_dir: OutputDir, force: Force = False) -> None:
-    """Write a folder that ONNX Runtime and transformers.js run."""
+    """Export for ONNX Runtime and transformers.js."""
     from tiny_lm.export import onnx
     from tiny_lm.export.source import load_source
     from tiny_lm.export.verify import show_table
@@ -141,43 +141,45 @@ def export_onnx(run: RunArgument, output_dir: OutputDir, force: Force = False) -
         bits = f"{file.facts.bits_per_weight:.2f} bits per weight"
         print(f"{output_dir / file.name}  {file.facts.bytes:,} bytes, {bits}, opset {file.facts.opset}")
     print(output_dir / "verification.json")
-    _tell_next("python", output_dir / onnx.PROGRAM)
+    _suggest("python", output_dir / onnx.PROGRAM)
 
 
 def import_model(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A Hugging Face folder, or a run folder.")],
-    output_dir: Annotated[Path | None, typer.Option(help="The run folder to write; by default runs/NAME.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Run folder to write; default: runs/NAME-imported.")] = None,
 ) -> None:
-    """Make a run of ours from a model in Hugging Face's layout: GPT-2, Llama, Starcoder2 or Qwen3."""
+    """Import a model in Hugging Face layout as a run: GPT-2, Llama, Starcoder2 or Qwen3."""
     from tiny_lm.export import importing
     from tiny_lm.runs import RUNS_FOLDER
 
     run = importing.import_model(folder, output_dir or RUNS_FOLDER / f"{folder.resolve().name}-imported")
     print(run.folder)
-    _tell_next("tiny-lm", "generate", run.folder)
+    _suggest("tiny-lm", "generate", run.folder)
 
 
 def convert_to_huggingface(
     checkpoint: Annotated[Path, typer.Option(help="A .ckpt file.")],
     output_dir: OutputDir,
-    model_config: Annotated[str | None, typer.Option(help="Must be the config that the checkpoint carries.")] = None,
+    model_config: Annotated[str | None, typer.Option(help="Model config; must equal the checkpoint's.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, or any file in it.")] = None,
-    tokenizer_config: Annotated[str | None, typer.Option(help="Must name the kind of the tokenizer folder.")] = None,
+    tokenizer_config: Annotated[
+        str | None, typer.Option(help="Tokenizer config; must match the tokenizer folder.")
+    ] = None,
     dtype: DtypeOption = "float32",
     force: Force = False,
 ) -> None:
-    """Write a Hugging Face folder from a checkpoint and a tokenizer given one by one."""
+    """Export a checkpoint and a tokenizer from separate paths to Hugging Face layout."""
     source = load_named_source(checkpoint, model_config, tokenizer, tokenizer_config)
     _export_huggingface(source, output_dir, dtype, force)
 
 
 def load_named_source(
     checkpoint: Path, model_config: str | None, tokenizer: Path | None, tokenizer_config: str | None
-) -> "Source":
-    """Load a checkpoint and a tokenizer, which must be what the config files say.
+) -> "ExportSource":
+    """Load a checkpoint and a tokenizer and check them against the config files.
 
     Raises:
-        UserError: a file is missing or damaged, or something is not what a config says.
+        UserError: a file is missing or damaged, or does not match its config.
     """
     from tiny_lm.export.source import load_checkpoint_source
     from tiny_lm.model.config import load_model_config
@@ -193,14 +195,14 @@ def load_named_source(
     return source
 
 
-def _export_huggingface(source: "Source", folder: Path, dtype: str, force: bool) -> None:
+def _export_huggingface(source: "ExportSource", folder: Path, dtype: str, force: bool) -> None:
     from tiny_lm.export import huggingface
     from tiny_lm.export.verify import show_table
 
     checks = huggingface.export_huggingface(source, folder, dtype=huggingface.check_dtype(dtype), force=force)
     show_table(f"{folder} beside {source.name}", checks)
     _print_files(folder)
-    _tell_next("tiny-lm", "generate", folder)
+    _suggest("tiny-lm", "generate", folder)
 
 
 def _print_files(folder: Path) -> None:

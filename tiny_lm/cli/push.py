@@ -1,4 +1,4 @@
-"""Commands that put a trained model on the Hugging Face Hub."""
+"""The commands that push a trained model to the Hugging Face Hub."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,13 +10,15 @@ from tiny_lm.console import print_message
 from tiny_lm.files import scratch_folder
 
 if TYPE_CHECKING:
-    from tiny_lm.export.source import Source
+    from tiny_lm.export.source import ExportSource
 
-RepoId = Annotated[str, typer.Option(metavar="USER/NAME", help="The repository; it is created if it is not there.")]
-Private = Annotated[bool, typer.Option("--private", help="Only you may see it.")]
-License = Annotated[str, typer.Option("--license", metavar="ID", help="Of the weights, as the Hub names it.")]
-Gguf = Annotated[str, typer.Option(metavar="TYPE,...", help="GGUF files to send as well, such as Q8_0,Q4_K_M.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Export, list what would go, and ask the Hub nothing.")]
+RepoId = Annotated[str, typer.Option(metavar="USER/NAME", help="The repository; created if it does not exist.")]
+Private = Annotated[bool, typer.Option("--private", help="Create a private repository.")]
+License = Annotated[str, typer.Option("--license", metavar="ID", help="License of the weights, as the Hub names it.")]
+Gguf = Annotated[
+    str, typer.Option(metavar="TYPE,...", help="Also push GGUF files of these types, such as Q8_0,Q4_K_M.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Export and list the files, without contacting the Hub.")]
 
 
 def push(
@@ -28,10 +30,10 @@ def push(
     dtype: DtypeOption = "float32",
     dry_run: DryRun = False,
 ) -> None:
-    """Export a run, and put the proven export on the Hugging Face Hub.
+    """Export a run, verify the export and push it to the Hugging Face Hub.
 
-    The token is the one that `hf auth login` saved, or the variable HF_TOKEN. Sent are weights (safetensors, GGUF),
-    JSON and the model card: never a checkpoint, a pickle or an optimizer's state.
+    The token is that of `hf auth login`, or the variable HF_TOKEN. Only weights (safetensors, GGUF), JSON and the model
+    card are pushed: never a checkpoint, a pickle or optimizer state.
     """
     from tiny_lm.export.source import load_source
 
@@ -42,17 +44,19 @@ def push(
 def upload_checkpoint(
     repo_id: RepoId,
     checkpoint: Annotated[Path, typer.Option(help="A .ckpt file.")],
-    model_config: Annotated[str | None, typer.Option(help="Must be the config that the checkpoint carries.")] = None,
-    training_config: Annotated[str | None, typer.Option(help="Is checked to be one.")] = None,
+    model_config: Annotated[str | None, typer.Option(help="Model config; must equal the checkpoint's.")] = None,
+    training_config: Annotated[str | None, typer.Option(help="Training config; only validated.")] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="Tokenizer folder, or any file in it.")] = None,
-    tokenizer_config: Annotated[str | None, typer.Option(help="Must name the kind of the tokenizer folder.")] = None,
+    tokenizer_config: Annotated[
+        str | None, typer.Option(help="Tokenizer config; must match the tokenizer folder.")
+    ] = None,
     private: Private = False,
     license_name: License = "mit",
     gguf: Gguf = "",
     dtype: DtypeOption = "float32",
     dry_run: DryRun = False,
 ) -> None:
-    """Put a checkpoint and a tokenizer, given one by one, on the Hugging Face Hub."""
+    """Push a checkpoint and a tokenizer from separate paths to the Hugging Face Hub."""
     from tiny_lm.training import TrainingConfig
 
     options = _Options(repo_id, private, license_name, gguf, dtype, dry_run)
@@ -62,13 +66,13 @@ def upload_checkpoint(
 
 
 class _Options:
-    """What both commands are told; whatever is wrong with it is said before a model is loaded."""
+    """The options of both commands, validated before a model is loaded."""
 
     def __init__(self, repo_id: str, private: bool, license_name: str, gguf: str, dtype: str, dry_run: bool) -> None:
-        """Check the options, and unless nothing is to be sent the way to the Hub.
+        """Check the options and, except for a dry run, access to the Hub.
 
         Raises:
-            UserError: one is wrong, or there is no network or token.
+            UserError: an option is invalid, or network or token are missing.
         """
         from tiny_lm.export import hub
         from tiny_lm.export.gguf import check_kinds
@@ -82,13 +86,13 @@ class _Options:
         if not dry_run:
             hub.check_access(self.target)
 
-    def push(self, source: "Source") -> None:
-        """Export, prove, list, and send."""
+    def push(self, source: "ExportSource") -> None:
+        """Export, verify, list and push."""
         from tiny_lm import __version__
         from tiny_lm.export import hub
 
         with scratch_folder(name="tiny-lm-push") as temporary:
-            files = hub.admitted_files(self._export(source, temporary))
+            files = hub.allowed_files(self._export(source, temporary))
             for file in files:
                 print(f"{file.name}  {file.stat().st_size:,} bytes")
             who = "only you may see it" if self.target.private else "everybody may see it"
@@ -101,7 +105,7 @@ class _Options:
             message = f"{source.name}, step {source.step:,}, as tiny-lm {__version__} exports it"
             print(hub.send(files, self.target, message))
 
-    def _export(self, source: "Source", folder: Path) -> Path:
+    def _export(self, source: "ExportSource", folder: Path) -> Path:
         from tiny_lm.export.gguf import export_gguf
         from tiny_lm.export.huggingface import export_huggingface
         from tiny_lm.export.model_card import CARD_FILE, model_card

@@ -1,4 +1,4 @@
-"""Commands about tokenizers: train one, look at one, import an old one."""
+"""The commands ``tiny-lm tokenizer train``, ``inspect`` and ``import``."""
 
 import sys
 from pathlib import Path
@@ -21,13 +21,13 @@ tokenizer_app = typer.Typer(help="Train, inspect or import a tokenizer.", rich_m
 def train(
     config: Annotated[str, typer.Option(help="Tokenizer config: a YAML file or the name of a shipped one.")],
     seed: Annotated[
-        int, typer.Option(min=0, help="As of `tiny-lm tokenize`: which documents are left out for validation.")
+        int, typer.Option(min=0, help="As for `tiny-lm tokenize`: selects the documents held out for validation.")
     ] = 0,
     errors: ReplaceErrors = "strict",
     settings: Settings = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Train a tokenizer on the corpus that its config names."""
+    """Train a tokenizer on the corpus named in its config."""
     tokenizer_config, dataset_config = load_corpus_configs(config, settings)
     if dry_run:
         print_configs([("tokenizer", tokenizer_config), ("dataset", dataset_config)])
@@ -68,9 +68,9 @@ def train_and_save(
 @tokenizer_app.command()
 def inspect(
     tokenizer: Annotated[Path, typer.Argument(metavar="FOLDER", help="Tokenizer folder, or any file in it.")],
-    text: Annotated[str, typer.Option(help="Text to show as tokens.")] = "Once upon a time, there was a little bear.",
+    text: Annotated[str, typer.Option(help="Text to tokenize.")] = "Once upon a time, there was a little bear.",
 ) -> None:
-    """Print what a tokenizer is and how it splits a text."""
+    """Show a tokenizer's properties and how it splits a text."""
     from tiny_lm.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(tokenizer)
@@ -96,7 +96,7 @@ def import_(
         typer.Option(help="Tokenizer config that names the special tokens; default: <pad>, <eos>, <bos>, <unk>."),
     ] = None,
 ) -> None:
-    """Import an old pickled tokenizer, admitting nothing but tiktoken's own data."""
+    """Import an old pickled tokenizer without unpickling code: only tiktoken's data is accepted."""
     from tiny_lm.export.gguf_vocabulary import describe_missing_split
     from tiny_lm.locks import lock_folder
     from tiny_lm.tokenizer import TokenizerConfig, import_pickled_tokenizer

@@ -1,4 +1,4 @@
-"""The command that writes an archive for TorchServe."""
+"""The command ``tiny-lm export torchserve``."""
 
 from typing import Annotated
 
@@ -13,11 +13,11 @@ def export_torchserve(
     output_dir: OutputDir,
     dtype: DtypeOption = "float32",
     port: Annotated[
-        int, typer.Option(min=1, max=65531, help="Of predictions; the four after it are taken as well.")
+        int, typer.Option(min=1, max=65531, help="Port of predictions; the next four are used, too.")
     ] = 8080,
     force: Force = False,
 ) -> None:
-    """Write an archive (.mar) that TorchServe serves, and its configuration."""
+    """Export an archive (.mar) for TorchServe, and its configuration."""
     from tiny_lm.export import torchserve
     from tiny_lm.export.huggingface import check_dtype
     from tiny_lm.export.source import load_source

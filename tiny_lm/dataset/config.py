@@ -1,4 +1,4 @@
-"""What a data set is: where its documents come from and which of them count."""
+"""Dataset configs: where documents come from, and filters."""
 
 from typing import Annotated, ClassVar, Literal
 
@@ -18,28 +18,30 @@ _Count = Annotated[int, Field(ge=1)]
 
 @config_dataclass
 class Splits:
-    """The names that a data set gives its splits, or for a local one the files or globs inside its folder."""
+    """The names of a data set's splits; for local data, files or globs inside its folder."""
 
     train: str = Field(min_length=1)
-    validation: str | None = Field(default=None, min_length=1, description="null: a share of train is held out")
+    validation: str | None = Field(default=None, min_length=1, description="null: hold out a share of train")
 
 
 @config_dataclass
 class Filters:
-    """Which documents count; a bound that is null does not bind. Words are runs of characters between white space."""
+    """Bounds on documents; null means no bound. Words are separated by white space."""
 
     min_chars: _Count | None = None
     max_chars: _Count | None = None
     min_words: _Count | None = None
     max_words: _Count | None = None
-    max_documents: _Count | None = Field(default=None, description="the first so many that pass, of each named split")
+    max_documents: _Count | None = Field(
+        default=None, description="keep at most this many documents of each named split"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         for unit in ("chars", "words"):
             least, most = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
             if least is not None and most is not None and least > most:
-                raise ValueError(f"min_{unit} ({least}) is above max_{unit} ({most}), which no document passes")
+                raise ValueError(f"min_{unit} ({least}) is greater than max_{unit} ({most}): no document can pass")
         return self
 
 
@@ -47,9 +49,9 @@ class Filters:
 class DatasetConfig(Config):
     """One data set: `configs/datasets/*.yaml`.
 
-    For `source: huggingface`, `name` is a data set on the Hub, or a local folder that is laid out like one.
-    For `source: local`, it is a file, a folder or a glob; a relative one is relative to the working directory,
-    wherever the YAML file lies, and `~` is the home directory. For `source: stories` it means nothing.
+    For `source: huggingface`, `name` is a data set on the Hub, or a local folder of the same layout.
+    For `source: local`, it is a file, folder or glob, relative to the working directory (not to the YAML file); `~` is
+    the home directory. For `source: stories` it has no meaning.
     """
 
     folder: ClassVar[str] = "datasets"
@@ -60,14 +62,16 @@ class DatasetConfig(Config):
     config_name: str | None = Field(default=None, description="configuration of a Hub data set")
     splits: Splits | None = Field(default=None, description="null: train and validation on the Hub, all of a local one")
     filters: Filters = Field(default_factory=Filters)
-    separator: str = Field(default=END_OF_TEXT, description="line between the documents of a .txt file, or blank-line")
-    streaming: bool = Field(default=True, description="huggingface: read over the network; false downloads it first")
+    separator: str = Field(
+        default=END_OF_TEXT, description="line that separates documents in .txt files, or blank-line"
+    )
+    streaming: bool = Field(default=True, description="huggingface: stream over the network; false: download first")
     revision: str | None = Field(default=None, description="huggingface: branch, tag or commit")
-    cache_dir: str | None = Field(default=None, description="huggingface: where downloads are kept")
+    cache_dir: str | None = Field(default=None, description="huggingface: download cache")
     num_stories: int = Field(default=20_000, ge=1, le=10**9, description="stories: documents in train")
     num_validation: int = Field(default=500, ge=0, le=10**9, description="stories: documents in validation")
-    num_plots: int | None = Field(default=None, ge=1, description="stories: only the first so many plots; null: all")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="stories: another seed tells other stories")
+    num_plots: int | None = Field(default=None, ge=1, description="stories: use only the first N plots; null: all")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="stories: random seed")
 
     @field_validator("filters", mode="before")
     @classmethod
@@ -78,7 +82,7 @@ class DatasetConfig(Config):
     @classmethod
     def _one_line(cls, value: str) -> str:
         if not value or value != value.strip() or len(value.splitlines()) != 1:
-            raise ValueError("a separator is one line of text without space around it, or blank-line")
+            raise ValueError("separator must be one line of text without surrounding space, or blank-line")
         return value
 
     @model_validator(mode="after")
@@ -92,7 +96,7 @@ class DatasetConfig(Config):
         return self
 
     def split_name(self, split: Split) -> str | None:
-        """Return what the data set itself calls ``split``, or None where it has no name for it."""
+        """Return the data set's own name of ``split``, or None."""
         if self.splits is not None:
             return self.splits.train if split == "train" else self.splits.validation
         return split if self.source == "huggingface" else None

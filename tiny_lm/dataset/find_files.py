@@ -1,4 +1,4 @@
-"""Which files a local data set consists of: one file, those below a folder, or those that a glob matches."""
+"""Find the files of a local data set: one file, all below a folder, or those a glob matches."""
 
 import os
 import stat
@@ -18,7 +18,7 @@ _SHOWN = 3  # names of skipped files
 
 @dataclass
 class FoundFiles:
-    """The files of a data set, sorted, and what was left out: hidden, of an unknown format, or found before."""
+    """The files of a data set, sorted, and the skipped ones: hidden, of unknown format, or duplicates."""
 
     files: list[Path] = field(default_factory=list)
     skipped: list[Path] = field(default_factory=list)
@@ -28,16 +28,16 @@ def find_files(config: DatasetConfig, split: Split) -> FoundFiles:
     """Return the files of ``split``.
 
     Raises:
-        UserError: there are none, or the two splits of ``config`` share a file.
+        UserError: no files were found, or the two splits of ``config`` share a file.
     """
-    with _readable(config.name):
+    with _as_user_error(config.name):
         root = path_from_name(config.name)
         is_folder = root.is_dir()
     if config.splits is None:
         return _find(Path(root.anchor), root)
     if not is_folder:
         name = name_from_path(root)
-        raise UserError(f"{name}: is no folder, so it holds no splits; remove `splits` or name the folder of the files")
+        raise UserError(f"{name}: not a folder, so it has no splits; remove `splits` or name the folder of the files")
     if config.splits.validation is None:
         return _find(root, root / path_from_name(config.splits.train))
     found: dict[Split, FoundFiles] = {
@@ -55,9 +55,9 @@ def find_files(config: DatasetConfig, split: Split) -> FoundFiles:
 def _find(base: Path, place: Path) -> FoundFiles:
     """Find one file, the files below a folder, or those that a glob below ``base`` matches.
 
-    What exists is taken by its name, so a folder ``corpus [2024]`` is no glob, and neither is a file in it.
+    An existing path is never treated as a glob, such as a folder ``corpus [2024]``.
     """
-    with _readable(place):
+    with _as_user_error(place):
         if "\0" in str(place):
             raise ValueError("embedded NUL")
         if place.is_dir():
@@ -77,7 +77,7 @@ def _find(base: Path, place: Path) -> FoundFiles:
 
 
 def literal_part(base: Path, place: Path) -> tuple[Path, Path]:
-    """Divide a path into the folders that exist and the glob below them."""
+    """Split a path into its existing parent folder and the glob below it."""
     parts = list(place.relative_to(base).parts)
     while len(parts) > 1 and (base / parts[0]).is_dir():
         base /= parts.pop(0)
@@ -85,7 +85,7 @@ def literal_part(base: Path, place: Path) -> tuple[Path, Path]:
 
 
 def _matches(base: Path, pattern: Path) -> Iterator[Path]:
-    """Yield what a glob matches; a hidden folder counts only where the glob names one."""
+    """Yield the matches of a glob; hidden folders only if the glob names one."""
     names_hidden = any(part.startswith(".") for part in pattern.parts)
     for path in base.glob(pattern.as_posix()):
         folders = path.relative_to(base).parts[:-1]
@@ -94,12 +94,12 @@ def _matches(base: Path, pattern: Path) -> Iterator[Path]:
 
 
 def _select(paths: Iterator[Path], base: Path) -> FoundFiles:
-    """Keep files of a known format, each once, however many links lead to it; none of what tiny-lm wrote below."""
+    """Keep files of known formats, each once even if linked several times, except those written by tiny-lm."""
     found = FoundFiles()
     seen: set[tuple[int, int]] = set()
     is_output = {base: False}
     for path in sorted(paths, key=lambda path: path.as_posix()):
-        is_hidden = path.name.startswith(".")  # leavings of editors, file managers and notebooks
+        is_hidden = path.name.startswith(".")  # from editors, file managers and notebooks
         if path.is_dir() and not is_hidden:
             continue
         if path.parent not in is_output:
@@ -107,7 +107,7 @@ def _select(paths: Iterator[Path], base: Path) -> FoundFiles:
         is_skipped = is_hidden or is_output[path.parent] or _extension(path) not in FORMATS
         status = None if is_skipped else path.stat()
         if status is not None and not stat.S_ISREG(status.st_mode):
-            status = None  # a pipe or a device, which may have no end
+            status = None  # a pipe or device, which may never end
         identity = status and (status.st_dev, status.st_ino)
         if identity is None or identity in seen:
             found.skipped.append(path)
@@ -118,32 +118,32 @@ def _select(paths: Iterator[Path], base: Path) -> FoundFiles:
 
 
 def _is_output(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer or a token stream, as a corpus `data` has where they are written below it."""
+    """Whether a folder has a tokenizer or token stream, which may be written below the corpus."""
     contents = ("tokenizer.json", "tokenizer.model", "train.bin")
     return (folder / "metadata.json").is_file() and any((folder / name).is_file() for name in contents)
 
 
 def describe_skipped(skipped: list[Path]) -> str:
-    """Return the number and the first names of files that are not read."""
+    """Return the number and first names of skipped files."""
     names = ", ".join(name_from_path(path.name) for path in skipped[:_SHOWN])
     more = ", ..." if len(skipped) > _SHOWN else ""
     return f"{len(skipped):,} other {'file' if len(skipped) == 1 else 'files'} ({names}{more})"
 
 
 @contextmanager
-def _readable(place: Path | str) -> Iterator[None]:
-    """Turn what looking for files raises into a UserError."""
+def _as_user_error(place: Path | str) -> Iterator[None]:
+    """Convert errors of file access to UserError."""
     try:
         yield
     except OSError as error:
         name = name_from_path(error.filename or str(place))
         raise UserError(f"{name}: could not be read ({error.strerror or error})") from error
-    except (ValueError, RuntimeError) as error:  # RuntimeError: the home directory of a user who is not
-        raise UserError(f"{str(place)!r}: is no valid path or glob ({error})") from None
+    except (ValueError, RuntimeError) as error:  # RuntimeError: home directory of an unknown user
+        raise UserError(f"{str(place)!r}: not a valid path or glob ({error})") from None
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Yield every file and hidden folder below ``folder``, through symbolic links, visiting each real folder once."""
+    """Yield all files and hidden folders below ``folder``, following symbolic links but visiting each folder once."""
 
     def stop(error: OSError) -> None:
         raise error
@@ -166,10 +166,10 @@ def _extension(path: Path) -> str:
 
 
 def format_of(path: Path) -> str:
-    """Return which of ``FORMATS`` a file has, by its name.
+    """Return a file's format by its name.
 
     Raises:
-        UserError: it has none of them, or does not exist.
+        UserError: the format is not supported, or the file does not exist.
     """
     extension = _extension(path)
     if extension not in FORMATS:

@@ -10,7 +10,7 @@ from tiny_lm.dataset.config import DatasetConfig, Split
 from tiny_lm.dataset.text_file import DOCUMENT_LIMIT
 from tiny_lm.errors import UserError
 
-_PATIENCE = 10.0  # seconds for the Hub's first answer; the library alone retries for half a minute before it gives up
+_TIMEOUT = 10.0  # seconds for the Hub's first answer; the library alone retries for half a minute before it gives up
 _BATCH = 64  # documents in memory
 _NETWORK_LIBRARIES = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp"}
 
@@ -22,11 +22,11 @@ def read_huggingface(config: DatasetConfig, split: Split) -> Iterator[str]:
     and without a network the latest copy in the cache.
 
     Raises:
-        UserError: the Hub cannot be reached and nothing is cached; there is no such data set, configuration, split or
+        UserError: the Hub cannot be reached and nothing is cached; unknown data set, configuration, split or
             text field, or no right to read it.
     """
     place = f"{config.name}, split {config.split_name(split)!r}"
-    with _told(place):
+    with _as_user_error(place):
         builder = _builder(config)
         # The folder is named by the commit, so it holds what the Hub would send now.
         dataset = _cached(builder, config, split) if _stored(builder, config) else _streamed(builder, config, split)
@@ -39,7 +39,7 @@ def download_huggingface(config: DatasetConfig, split: Split) -> int:
     Raises:
         UserError: as :func:`read_huggingface`, or the disk is full.
     """
-    with _told(f"{config.name}, split {config.split_name(split)!r}"):
+    with _as_user_error(f"{config.name}, split {config.split_name(split)!r}"):
         return len(_cached(_builder(config), config, split))
 
 
@@ -57,7 +57,7 @@ def _streamed(builder: Any, config: DatasetConfig, split: Split) -> Any:
 
 
 def _builder(config: DatasetConfig) -> Any:
-    """Find the data set: a folder laid out like one of the Hub's, else on the Hub, else in the cache."""
+    """Find the data set: a local folder of the Hub's layout, else on the Hub, else in the cache."""
     from datasets import load_dataset_builder
 
     if Path(config.name).is_dir() or _on_hub(config):
@@ -68,23 +68,23 @@ def _builder(config: DatasetConfig) -> Any:
 
 
 def _on_hub(config: DatasetConfig) -> bool:
-    """Ask the Hub once whether the data set is there; False when the Hub does not answer.
+    """Return whether the Hub has the data set; False if the Hub cannot be reached.
 
     Raises:
-        UserError: the Hub answers, and has no such data set or revision.
+        UserError: the Hub has no such data set or revision.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        HfApi().dataset_info(config.name, revision=config.revision, timeout=_PATIENCE)
+        HfApi().dataset_info(config.name, revision=config.revision, timeout=_TIMEOUT)
     except RevisionNotFoundError:
         raise UserError(f"{config.name}: has no revision {config.revision!r} on the Hub") from None
     except RepositoryNotFoundError:
         message = "no such data set on the Hub, or a private one; check the name, or log in with `hf auth login`"
         raise UserError(f"{config.name}: {message}") from None
     except HFValidationError:
-        raise UserError(f"{config.name}: is no name of a data set on the Hub, which has the form owner/name") from None
+        raise UserError(f"{config.name}: not a valid data set name on the Hub, which has the form owner/name") from None
     except Exception as error:
         if not is_network_error(error):
             raise
@@ -120,20 +120,20 @@ def _unreachable(place: str) -> UserError:
 
 
 def is_network_error(error: BaseException) -> bool:
-    """Tell whether ``error`` is a broken connection; the HTTP library under the Hub's differs by version."""
+    """Return whether ``error`` is a connection error; the Hub client's HTTP library differs by version."""
     return isinstance(error, ConnectionError | TimeoutError) or (
         type(error).__module__.partition(".")[0] in _NETWORK_LIBRARIES
     )
 
 
 @contextmanager
-def _told(place: str) -> Iterator[None]:
-    """Turn whatever the library raises about the user's data set into one line."""
+def _as_user_error(place: str) -> Iterator[None]:
+    """Convert any error of the library to a one-line UserError."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # it has no common base: its own classes, OSError, ValueError, Arrow's, HTTP's
+    except Exception as error:  # no common base: its own classes, OSError, ValueError, Arrow's, HTTP's
         if is_network_error(error):
             raise _unreachable(place) from error
         problem = " ".join(str(error).split()) or type(error).__name__
@@ -155,7 +155,7 @@ def _texts(dataset: Any, field: str, place: str) -> Iterator[str]:
                 raise UserError(f"{place}: the document in row {row} is larger than {limit} MiB; use a copy without it")
             text = value.as_py()
             if not isinstance(text, str | None):
-                raise UserError(f"{place}: the field {field!r} holds no text but {shorten(text)}; set text_field")
+                raise UserError(f"{place}: the field {field!r} is not text but {shorten(text)}; set text_field")
             if text and not text.isspace():
                 yield text
             row += 1

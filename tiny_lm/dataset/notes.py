@@ -1,4 +1,4 @@
-"""What a local corpus was read as: what divides documents, which encodings, what was skipped."""
+"""How a local corpus was read: separators, encodings, skipped files."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +13,10 @@ class ReadingNotes:
 
     Attributes:
         files: files read so far.
-        skipped: what was found beside them and is not read.
-        encodings: as messages name them.
-        separators: what divides the documents of .txt files.
-        inside_lines: separators that do not stand on a line of their own.
+        skipped: files found but not read.
+        encodings: names of the encodings.
+        separators: document separators of .txt files.
+        inside_lines: separators that are not on their own line.
     """
 
     files: int = 0
@@ -26,14 +26,14 @@ class ReadingNotes:
     inside_lines: int = 0
 
     def count_separator(self, separator: str, *, is_missing: bool) -> None:
-        """Note what divides the documents of one file."""
+        """Record the separator of one file."""
         if is_missing:
-            self.separators.add(f"by blank lines, since there is no {separator}")
+            self.separators.add(f"by blank lines, since {separator} does not occur")
         else:
             self.separators.add("by blank lines" if separator == BLANK_LINE else f"by {separator}")
 
     def describe(self) -> str:
-        """Return all of it in one line."""
+        """Return a one-line summary."""
         facts = [f"{self.files:,} {'file' if self.files == 1 else 'files'}"]
         facts += sorted(self.encodings)
         if self.separators:

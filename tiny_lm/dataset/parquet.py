@@ -55,16 +55,16 @@ def read_parquet(path: Path, text_field: str, errors: Errors) -> Iterator[str]:
                         row += 1
         except (pyarrow.ArrowException, OSError, PageError) as error:
             problem = (str(error).splitlines() or [type(error).__name__])[0]
-            raise UserError(f"{name}: is no whole parquet file ({problem}); fetch it again") from None
+            raise UserError(f"{name}: damaged or incomplete parquet file ({problem}); download it again") from None
 
 
-def _unpack(file: IO[bytes], whole: IO[bytes], name: str) -> IO[bytes]:
+def _unpack(file: IO[bytes], target: IO[bytes], name: str) -> IO[bytes]:
     while data := file.read(_BUFFER):
-        if whole.tell() + len(data) > _UNPACKED_LIMIT:
+        if target.tell() + len(data) > _UNPACKED_LIMIT:
             limit = _UNPACKED_LIMIT // 2**20
             raise UserError(f"{name}: unpacks to more than {limit} MiB; unpack it with gunzip first")
-        whole.write(data)
-    return whole
+        target.write(data)
+    return target
 
 
 def _check_column(schema: Any, field: str, name: str) -> None:
@@ -75,7 +75,7 @@ def _check_column(schema: Any, field: str, name: str) -> None:
     kind = schema.field(schema.names.index(field)).type
     kind = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
-        raise UserError(f"{name}: the column {field!r} holds no text but {kind}; set text_field")
+        raise UserError(f"{name}: the column {field!r} is not text but {kind}; set text_field")
 
 
 def _decode_row(value: bytes, errors: Errors, name: str, row: int) -> str:

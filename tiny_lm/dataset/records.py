@@ -11,8 +11,8 @@ from tiny_lm.dataset.config import Errors
 from tiny_lm.dataset.text_file import DOCUMENT_LIMIT, TextFile
 from tiny_lm.errors import UserError
 
-# A record of this size or less is parsed unseen. In a larger one, parts are counted first: in memory a part takes up
-# to fifty times its two or three bytes.
+# Records up to this size are parsed directly. In larger ones, values are counted first: in memory a value can take
+# fifty times its two or three bytes.
 _SMALL = 2**20
 _MAX_PARTS = 2**20
 _BLANK_LINES = re.compile(rb"[\r\n]*\n")
@@ -35,42 +35,44 @@ def read_jsonl(file: TextFile, text_field: str, errors: Errors) -> Iterator[str]
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{place}: is no JSON ({error}); the file must hold one JSON object per line") from None
+            raise UserError(f"{place}: invalid JSON ({error}); the file must have one JSON object per line") from None
         del text
         if not isinstance(record, dict):
-            raise UserError(f"{place}: holds {shorten(record)}; the file must hold one JSON object per line")
+            raise UserError(
+                f"{place}: not a JSON object but {shorten(record)}; the file must have one JSON object per line"
+            )
         yield _without_surrogates(_field(record, text_field, place), errors, place)
 
 
 def _check_json_parts(line: bytes, place: str) -> None:
-    """Refuse a line that would become a huge number of objects: brackets and commas outside strings are counted."""
+    """Reject a line that would parse to a huge number of objects, by counting brackets and commas outside strings."""
     plain = line.replace(b"\\\\", b"").replace(b'\\"', b"")
     parts = plain.count(b'"')
     if parts <= _MAX_PARTS:
         outside = b"".join(plain.split(b'"')[::2])
         parts += sum(map(outside.count, (b",", b"[", b"{")))
     if parts > _MAX_PARTS:
-        raise UserError(f"{place}: holds more than {_MAX_PARTS:,} JSON values; keep the text, and leave the others out")
+        raise UserError(f"{place}: has more than {_MAX_PARTS:,} JSON values; keep only the text")
 
 
 def _field(record: dict[str, Any], field: str, place: str) -> str:
-    """Return the text of a record; null is a record without text."""
+    """Return the text of a record; null means no text."""
     if field not in record:
         raise UserError(f"{place}: has no field {field!r}, set text_field{nearest(field, record)}")
     value = record[field]
     if not isinstance(value, str | None):
-        raise UserError(f"{place}: the field {field!r} holds no text but {shorten(value)}; set text_field")
+        raise UserError(f"{place}: the field {field!r} is not text but {shorten(value)}; set text_field")
     return value or ""
 
 
 def _without_surrogates(text: str, errors: Errors, place: str) -> str:
-    """JSON can escape half of a UTF-16 pair, which is no character and has no UTF-8."""
+    """Handle lone surrogates, which JSON can escape but UTF-8 cannot encode."""
     try:
         text.encode("utf-8")
         return text
     except UnicodeEncodeError:
         if errors == "strict":
-            message = "holds half of a surrogate pair, which is no character; fix the file, or pass --errors replace"
+            message = "contains a lone surrogate, which is not a character; fix the file, or pass --errors replace"
             raise UserError(f"{place}: {message}") from None
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -81,7 +83,7 @@ def read_csv(file: TextFile, text_field: str) -> Iterator[str]:
     Raises:
         UserError: the file is not CSV, has no such column, or a row is too large; names the file and the line.
     """
-    csv.field_size_limit(DOCUMENT_LIMIT)  # of the whole process: the module knows no other
+    csv.field_size_limit(DOCUMENT_LIMIT)  # a global setting; the module has no other
     lines = _CSVLines(file)
     rows = csv.reader(lines, strict=True)
     try:
@@ -99,11 +101,11 @@ def read_csv(file: TextFile, text_field: str) -> Iterator[str]:
             if row:
                 yield row[column]
     except csv.Error as error:
-        raise UserError(f"{file.name}:{lines.number}: is no valid CSV ({error})") from None
+        raise UserError(f"{file.name}:{lines.number}: invalid CSV ({error})") from None
 
 
 class _CSVLines:
-    """The lines of a CSV file, counted by row: a reader of CSV keeps all fields of a row in memory."""
+    """The lines of a CSV file, with limits per row: the csv module keeps all fields of a row in memory."""
 
     def __init__(self, file: TextFile) -> None:
         self.number = 1
@@ -112,7 +114,7 @@ class _CSVLines:
         self.begin_row()
 
     def begin_row(self) -> None:
-        """Count from zero."""
+        """Reset the counters."""
         self._size = self._commas = 0
         self._is_quoted = False
 
@@ -131,7 +133,7 @@ class _CSVLines:
         return self._file.decode(line, offset)
 
     def _read_lines(self) -> Iterator[tuple[int, bytes]]:
-        """Yield lines with their offsets, all at once those that a quoted field holds whole; leave out blank ones."""
+        """Yield lines with their offsets, those within a quoted field together; skip blank lines."""
         number = 1
         for offset, block in self._file.blocks():
             start = 0
@@ -148,7 +150,7 @@ class _CSVLines:
                 number, start = number + block.count(b"\n", start, end), end
 
     def _count(self, line: bytes) -> None:
-        """Count the commas outside quotes, in rows that are not small."""
+        """Count the commas outside quotes in large rows."""
         plain = line.replace(b'""', b"")
         quotes = plain.count(b'"')
         if self._size > _SMALL:

@@ -1,4 +1,4 @@
-"""The documents of a data set, wherever they come from, and a writer for text files of documents."""
+"""The documents of a data set from any source, and a writer of text files."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -29,19 +29,19 @@ def iter_documents(
 ) -> Iterator[str]:
     """Yield the documents of one split, filtered, in the order of the source, in constant memory.
 
-    Where the data set names a validation split, that is used. Where it names none, the documents that pass the filters
-    are divided by their content (see :func:`~tiny_lm.dataset.filters.in_validation`): no document is in both splits.
+    If the data set names a validation split, that is used. Otherwise the documents that pass the filters are split by
+    their content (see :func:`~tiny_lm.dataset.filters.in_validation`): no document is in both splits.
 
     Args:
         config: the data set.
         split: ``train`` or ``validation``.
-        val_split: share of the documents held out where the data set names no validation split.
-        seed: another seed holds out other documents.
-        errors: invalid UTF-8 in local files: ``strict`` refuses it, ``replace`` reads it as U+FFFD.
-        split_within: divide each document into a beginning and an end instead, as ``survey_corpus`` advises.
+        val_split: share of documents to hold out if the data set names no validation split.
+        seed: selects which documents are held out.
+        errors: invalid UTF-8 in local files: ``strict`` raises, ``replace`` reads it as U+FFFD.
+        split_within: split each document into a beginning and an end instead, as ``survey_corpus`` advises.
 
     Raises:
-        UserError: the source cannot be reached or read; on the first step of the iterator or wherever the trouble is.
+        UserError: the source cannot be reached or read; raised while iterating.
     """
     for found, text in iter_splits(
         config, (split,), val_split=val_split, seed=seed, errors=errors, split_within=split_within
@@ -79,7 +79,7 @@ def iter_splits(
 
 
 def _raw_documents(config: DatasetConfig, split: Split, errors: Errors) -> Iterator[str]:
-    """Yield every document of a split that the data set itself has."""
+    """Yield all documents of a split of the data set itself."""
     if config.source == "local":
         return read_local(config, split, errors)
     if config.source == "stories":
@@ -93,12 +93,12 @@ def _raw_documents(config: DatasetConfig, split: Split, errors: Errors) -> Itera
 
 
 def story_count(config: DatasetConfig, split: Split) -> int:
-    """Return the number of stories that `source: stories` tells in ``split``."""
+    """Return the number of stories of `source: stories` in ``split``."""
     return config.num_stories if split == "train" else config.num_validation
 
 
 def estimate_bytes(config: DatasetConfig, split: Split, *, val_split: float = 0.01) -> int | None:
-    """Return about how much text :func:`iter_documents` will yield, for a progress bar; None where it cannot be told.
+    """Estimate the bytes of text that :func:`iter_documents` will yield, for a progress bar; None if unknown.
 
     Raises:
         UserError: no local file is where the config says.
@@ -133,7 +133,7 @@ def describe(config: DatasetConfig) -> str:
 def download(
     config: DatasetConfig, *, errors: Errors = "strict", notes: ReadingNotes | None = None
 ) -> dict[Split, int]:
-    """Fetch a data set so that later commands find it at hand, and count its documents.
+    """Download a data set for later commands, and count its documents.
 
     A Hub data set is downloaded into the cache of the `datasets` library; local files are read through once, which
     finds their faults early; the built-in stories need nothing.
@@ -195,9 +195,7 @@ def _encode(text: str, marker: bytes, place: str) -> bytes:
     try:
         data = text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"{place}: holds half of a surrogate pair at character {error.start}, which is no text"
-        ) from None
+        raise UserError(f"{place}: contains a lone surrogate at character {error.start}, which is not text") from None
     if b"\0" in data:
         raise UserError(f"{place}: holds a NUL character, which marks binary files; remove it")
     if len(data) >= DOCUMENT_LIMIT:

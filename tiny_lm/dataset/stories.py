@@ -10,7 +10,7 @@ A plot file has four parts::
     cast:        {hero: children, friend: house_pets} # role: the pool that it is drawn from
     choose:      {toy: [{name: kite, needs: wind}]}   # choices made once per story, of records or of plain texts
     paragraphs:  [[opening, wish], [trouble], ...]    # which beats stand in which paragraph
-    beats:       {opening: [text, text, ...], ...}    # the ways to tell each beat
+    beats:       {opening: [text, text, ...], ...}    # the variants of each beat
 
 Texts are written in a small template language:
 
@@ -19,11 +19,11 @@ Texts are written in a small template language:
   pronouns that agree with it;
 - ``{a:toy}`` puts "a" or "an" before the word, and a capital first letter (``{Toy}``, ``{A:toy}``, ``{Hero.they}``)
   makes one in the text;
-- ``[x|y|z]`` stands for one of its alternatives, picked anew at each place; they nest, and one may be empty;
+- ``[x|y|z]`` becomes one of its alternatives, picked independently each time; they nest, and one may be empty;
 - a field whose value is a list is one of its items, picked once per story.
 
 A story carries about 40 bits of choice, so that equal ones are not to be expected among some hundred thousand (a test
-looks at those of seed 0). Whether it belongs to training or to validation is told by a checksum of its own first
+looks at those of seed 0). Whether it belongs to training or to validation depends on a checksum of its first
 paragraph: the two splits cannot share a story, nor even an opening, whatever seeds they were made from.
 """
 
@@ -43,7 +43,7 @@ from tiny_lm.errors import UserError
 
 _PARTS = Path(__file__).parent / "story_parts"
 _INDEX_BITS = 63
-_MAX_WORDS = 220  # a longer one is told anew: about one in a hundred
+_MAX_WORDS = 220  # longer ones are rejected and regenerated: about one in a hundred
 _PRONOUNS = {
     "she": {"they": "she", "them": "her", "their": "her", "theirs": "hers", "themselves": "herself"},
     "he": {"they": "he", "them": "him", "their": "his", "theirs": "his", "themselves": "himself"},
@@ -75,12 +75,12 @@ Draw = Callable[[], float]
 
 @dataclass(frozen=True)
 class Plot:
-    """The shape of a story, as its file tells it."""
+    """The structure of a story, as its file defines it."""
 
     name: str
     cast: Mapping[str, str]
     choices: Mapping[str, Sequence[Record]]
-    paragraphs: Sequence[Sequence[Sequence[Template]]]  # paragraph -> beat -> ways to tell it
+    paragraphs: Sequence[Sequence[Sequence[Template]]]  # paragraph -> beat -> variants
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def generate_stories(
         seed: any integer; each gives other stories.
         split: which half of the possible stories to draw from.
         start: index of the first story, at least 0.
-        num_plots: tell only the first so many plots; all of them when None.
+        num_plots: use only the first N plots; None: all.
 
     Raises:
         UserError: a number is out of range or the split is unknown (raised at the call, not at the first story).
@@ -205,7 +205,7 @@ def _character(pool: Sequence[Record], material: Library, draw: Draw) -> dict[st
 
 
 def _clear(character: Mapping[str, Template], cast: Sequence[Mapping[str, Template]]) -> bool:
-    """Tell whether readers can keep a character apart from those who are cast already.
+    """Return whether readers can distinguish a character from those already cast.
 
     No two share a name, and the first two differ in kind and pronoun, so that "he" and "she" say who is meant.
     """

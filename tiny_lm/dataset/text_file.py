@@ -36,7 +36,7 @@ def opened(path: Path) -> Iterator[gzip.GzipFile | BufferedReader]:
     except FileNotFoundError:
         raise UserError(f"{name}: no such file or folder") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{name}: is no whole gzip file ({error}); fetch or compress it again") from None
+        raise UserError(f"{name}: damaged or incomplete gzip file ({error}); download or compress it again") from None
     except OSError as error:
         raise UserError(f"{name}: could not be read ({error.strerror or error})") from error
 

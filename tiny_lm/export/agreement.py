@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tiny_lm.export.source import Source
-from tiny_lm.export.verify import WINDOWS, Check, Engine, choose_windows
+from tiny_lm.export.source import ExportSource
+from tiny_lm.export.verify import SEQUENCES, Check, Engine, choose_sequences
 from tiny_lm.model import Transformer
 
 FACTOR = 16.0
@@ -40,7 +40,7 @@ one that keeps 256 partial sums, which is as many as matrix kernels of processor
 class TableGELU(nn.Module):
     """GELU (tanh form) as llama.cpp computes it on a CPU: looked up by a float16, as a float16.
 
-    Source: ``ggml_vec_gelu_f32`` in ggml/src/ggml-cpu/vec.h.
+    ExportSource: ``ggml_vec_gelu_f32`` in ggml/src/ggml-cpu/vec.h.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,12 +72,12 @@ class Reference:
     """Our model in float64 on windows of validation text, and the error of our own float32 there.
 
     Attributes:
-        windows: ids of the windows.
+        sequences: token ids of the validation sequences.
         scale: standard deviation of the logits over the vocabulary, root mean square over all positions.
         noise: how our float32 agrees with float64.
     """
 
-    def __init__(self, source: Source, *, table_gelu: bool = False) -> None:
+    def __init__(self, source: ExportSource, *, table_gelu: bool = False) -> None:
         """Evaluate the model.
 
         Args:
@@ -85,12 +85,12 @@ class Reference:
             table_gelu: compute GELU as llama.cpp does.
         """
         model = _with_table_gelu(source.model) if table_gelu else source.model
-        self.windows = choose_windows(source, WINDOWS)
+        self.sequences = choose_sequences(source, SEQUENCES)
         double = copy.deepcopy(model).double()
-        self._exact = [_log_probabilities(double, window) for window in self.windows]
+        self._exact = [_log_probabilities(double, sequence) for sequence in self.sequences]
         variances = torch.cat([exact.var(dim=-1, unbiased=False) for exact in self._exact])
         self.scale = max(math.sqrt(float(variances.mean())), torch.finfo(torch.float32).tiny)
-        self.noise = self._compare([_log_probabilities(model, window) for window in self.windows], tie=math.inf)
+        self.noise = self._compare([_log_probabilities(model, sequence) for sequence in self.sequences], tie=math.inf)
 
     @property
     def difference_limit(self) -> float:
@@ -109,8 +109,8 @@ class Reference:
         return rms, largest, max(FACTOR**2 * self.noise.divergence, (self._limit(self.noise.rms) * self.scale) ** 2)
 
     def agreement(self, engine: Engine) -> Agreement:
-        """Run ``engine`` over the windows and compare."""
-        found = [engine.log_probabilities(window) for window in self.windows]
+        """Run ``engine`` on the sequences and compare."""
+        found = [engine.log_probabilities(sequence) for sequence in self.sequences]
         return self._compare(found, tie=2 * self.difference_limit)
 
     def _compare(self, found: Sequence[Tensor], *, tie: float) -> Agreement:
@@ -135,7 +135,7 @@ class Reference:
     def checks_of(self, found: Agreement) -> list[Check]:
         """Return the rows of the report on an agreement."""
         rms_limit, largest_limit, divergence_limit = self._limits
-        where = f"{len(self.windows)} windows of {len(self.windows[0])} tokens"
+        where = f"{len(self.sequences)} sequences of {len(self.sequences[0])} tokens"
         return [
             Check(
                 f"log-probabilities: {where}",

@@ -22,7 +22,7 @@ from tiny_lm.export.gguf_file import (
 from tiny_lm.export.gguf_vocabulary import Vocabulary, to_gguf_vocabulary
 from tiny_lm.export.huggingface import check_space
 from tiny_lm.export.llamacpp_engine import LlamaCppEngine, import_llama_cpp, quantize_file
-from tiny_lm.export.source import Source
+from tiny_lm.export.source import ExportSource
 from tiny_lm.export.verify import (
     REPORT_FILE,
     Check,
@@ -32,27 +32,27 @@ from tiny_lm.export.verify import (
     check_perplexity,
     check_tokens,
     perplexity,
-    require,
+    raise_on_failure,
     write_report,
 )
 from tiny_lm.files import atomic_folder, check_free, write_text
 from tiny_lm.model import ModelConfig, num_parameters
 
 K_QUANTS = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
-"""What llama.cpp itself quantizes; blocks have 256 numbers."""
+"""Types quantized by llama.cpp itself; blocks of 256 weights."""
 
 _FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 _LIMITS = {"F16": 0.01, "BF16": 0.01, "Q8_0": 0.01}
-"""By how much the perplexity may rise; coarser types have no limit but are told."""
+"""Maximum increase of the perplexity; coarser types have no limit, only a report."""
 
 _WEIGHT_ERRORS = {"F16": 2**-10, "BF16": 2**-7, "Q8_0": 0.02}
 _COARSE_WEIGHT_ERROR = 0.5
-"""How far rounding may move a tensor, as a share of its norm: two bits reach a third, another tensor is 1.4 away."""
+"""Maximum rounding error relative to a tensor's norm: two bits reach a third, an unrelated tensor 1.4."""
 
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """A file that was written: its name, what it holds, and how it was checked."""
+    """A written file: name, contents, and checks."""
 
     name: str
     facts: FileFacts
@@ -60,23 +60,23 @@ class GGUFFile:
 
 
 def check_kinds(kinds: Sequence[str]) -> list[str]:
-    """Return the names of types in capitals, each once.
+    """Return the type names in upper case, without duplicates.
 
     Raises:
-        UserError: a name is unknown, or there is none.
+        UserError: a name is unknown, or the list is empty.
     """
     known = (*BLOCKS, *K_QUANTS)
     chosen = list(dict.fromkeys(kind.upper() for kind in kinds if kind))
     for kind in chosen:
         if kind not in known:
-            raise UserError(f"{kind}: no such type of a GGUF file; there are: {', '.join(known)}")
+            raise UserError(f"{kind}: unknown GGUF type; choose from: {', '.join(known)}")
     if not chosen:
-        raise UserError(f"name at least one type of a GGUF file; there are: {', '.join(known)}")
+        raise UserError(f"name at least one GGUF type: {', '.join(known)}")
     return chosen
 
 
-def tell_fallbacks(config: ModelConfig, kinds: Sequence[str]) -> list[str]:
-    """Say which rows do not fit the blocks of the chosen types, and what those tensors get instead."""
+def quantization_warnings(config: ModelConfig, kinds: Sequence[str]) -> list[str]:
+    """Describe which rows do not fit the blocks of the chosen types, and which types are used instead."""
     lines = []
     for length, names in sorted(row_lengths(config).items()):
         what = f"{len(names)} tensors have rows of {length} numbers"
@@ -84,45 +84,45 @@ def tell_fallbacks(config: ModelConfig, kinds: Sequence[str]) -> list[str]:
         if coarse and length % 32 == 0 and length % 256:
             instead = ", ".join(f"{kind[:4]}: {_FALLBACKS[kind[:4]]}" for kind in coarse)
             lines.append(
-                f"{what}, no multiple of 256, so {', '.join(coarse)} will be larger than their names say: "
-                f"there llama.cpp takes other types ({instead}; the embedding Q8_0)"
+                f"{what}, not a multiple of 256, so {', '.join(coarse)} will be larger than the name says: "
+                f"llama.cpp uses other types there ({instead}; the embedding Q8_0)"
             )
         blocked = [kind for kind in kinds if BLOCKS.get(kind, 256) > 1]
         if blocked and length % 32:
-            lines.append(f"{what}, no multiple of 32: they stay F16 in {', '.join(blocked)}")
+            lines.append(f"{what}, not a multiple of 32: they stay F16 in {', '.join(blocked)}")
     return lines
 
 
 def export_gguf(
-    source: Source,
+    source: ExportSource,
     folder: Path,
     kinds: Sequence[str],
     *,
     form: str = "gguf",
     beside: Mapping[str, str] | None = None,
     force: bool = False,
-    tell: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> list[GGUFFile]:
     """Write a GGUF file of each type, run each in llama.cpp, and compare.
 
-    A float32 file is always made and proven, since it shows that names, shapes and order are right; it stays only where
-    it was asked for. The others are held to their token ids and their perplexity.
+    A float32 file is always written and verified, since it shows that names, shapes and order are right; it is kept
+    only if requested. The others are checked by their token ids and perplexity.
 
     Args:
         source: what to export.
-        folder: to write.
-        kinds: types, such as ``F16`` or ``Q4_K_M``.
+        folder: output folder.
+        kinds: GGUF types, such as ``F16`` or ``Q4_K_M``.
         form: name of the format in the report.
-        beside: text files to write beside them, by name.
+        beside: further text files to write, by name.
         force: replace an earlier export.
-        tell: gets lines on what is about to happen.
+        log: called with warnings about the chosen types.
 
     Returns:
-        the files; the float32 one comes first, whether it stays or not.
+        the files; the float32 one comes first, whether it is kept or not.
 
     Raises:
-        UserError: the folder holds files, the disk is full, an extra is missing, llama.cpp has nothing that computes
-            what this model computes, or a check failed.
+        UserError: the folder is not empty, the disk is full, an extra is missing, llama.cpp does not support this
+            model, or a check failed.
     """
     replaceable = REPORT_FILE if force else None
     check_free(folder, replaceable=replaceable)
@@ -132,8 +132,8 @@ def export_gguf(
     vocabulary = to_gguf_vocabulary(source.tokenizer, source.config.vocab_size)
     check_model(source.config)
     check_space(folder, num_parameters(source.config) * 4 * (1 + len(kinds)))
-    for line in tell_fallbacks(source.config, kinds):
-        tell(line)
+    for line in quantization_warnings(source.config, kinds):
+        log(line)
     with atomic_folder(folder, replaceable=replaceable) as temporary:
         files = _write_files(source, vocabulary, temporary, kinds)
         for name, text in (beside or {}).items():
@@ -143,22 +143,22 @@ def export_gguf(
 
 
 def check_model(config: ModelConfig) -> None:
-    """Check that llama.cpp can compute what the model computes.
+    """Check that llama.cpp supports the model.
 
     Raises:
-        UserError: it cannot.
+        UserError: it does not.
     """
     if config.architecture == "qwen3" and config.qkv_bias:
         raise UserError("llama.cpp's qwen3 has no biases on q, k and v: train with qkv_bias: false, or as llama3")
 
 
-def _write_files(source: Source, vocabulary: Vocabulary, folder: Path, kinds: Sequence[str]) -> list[GGUFFile]:
+def _write_files(source: ExportSource, vocabulary: Vocabulary, folder: Path, kinds: Sequence[str]) -> list[GGUFFile]:
     own = OwnEngine(source)
     original = perplexity(source, own)
     base = folder / file_name(source, "F32")
     write_gguf(source, vocabulary, base, "F32")
-    files = [GGUFFile(base.name, read_facts(base), _prove(source, own, base))]
-    require(base.name, files[0].checks)
+    files = [GGUFFile(base.name, read_facts(base), _verify(source, own, base))]
+    raise_on_failure(base.name, files[0].checks)
     for kind in kinds:
         if kind == "F32":
             continue
@@ -172,13 +172,13 @@ def _write_files(source: Source, vocabulary: Vocabulary, folder: Path, kinds: Se
         checks.append(check_perplexity(source, original, engine, limit=_LIMITS.get(kind)))
         engine.close()
         files.append(GGUFFile(file.name, read_facts(file), checks))
-        require(file.name, checks)
+        raise_on_failure(file.name, checks)
     if "F32" not in kinds:
         base.unlink()
     return files
 
 
-def _prove(source: Source, own: OwnEngine, file: Path) -> list[Check]:
+def _verify(source: ExportSource, own: OwnEngine, file: Path) -> list[Check]:
     engine = LlamaCppEngine(file, source)
     reference = llama_cpp_reference(source, engine)
     checks = [check_settings(expected_settings(source.config), read_settings(file, source.config))]
@@ -190,8 +190,8 @@ def _prove(source: Source, own: OwnEngine, file: Path) -> list[Check]:
     return checks
 
 
-def _check_weights(source: Source, file: Path, kind: str) -> Check:
-    """Compare the weights that a file holds with the model's: rounding may move them, and nothing else may."""
+def _check_weights(source: ExportSource, file: Path, kind: str) -> Check:
+    """Compare a file's weights with the model's: only rounding may change them."""
     errors = weight_errors(source, file)
     worst = max(errors, key=lambda name: errors[name])
     limit = _WEIGHT_ERRORS.get(kind, _COARSE_WEIGHT_ERROR)
@@ -199,10 +199,10 @@ def _check_weights(source: Source, file: Path, kind: str) -> Check:
     return Check("weights read back", errors[worst], result, f"{limit:.2%}", errors[worst] <= limit)
 
 
-def llama_cpp_reference(source: Source, engine: Engine) -> Reference:
-    """Return our model as ``engine``, a llama.cpp, computes it: with GELU from its table where it reads one.
+def llama_cpp_reference(source: ExportSource, engine: Engine) -> Reference:
+    """Return the reference for a llama.cpp ``engine``: with GELU from a lookup table if it uses one.
 
-    It does on a CPU and does not elsewhere, so the reference that agrees better is taken.
+    It does on a CPU only, so the reference that agrees better is used.
     """
     exact = Reference(source)
     if source.config.architecture not in ("gpt2", "smalllm"):
@@ -210,8 +210,8 @@ def llama_cpp_reference(source: Source, engine: Engine) -> Reference:
     return min(exact, Reference(source, table_gelu=True), key=lambda reference: reference.agreement(engine).rms)
 
 
-def file_name(source: Source, kind: str) -> str:
-    """Return the name of the file of a type, as is usual: model, then type in capitals."""
+def file_name(source: ExportSource, kind: str) -> str:
+    """Return the conventional file name: model, then type in upper case."""
     return f"{source.name}-{kind}.gguf".replace(os.sep, "-")
 
 

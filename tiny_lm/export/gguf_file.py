@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tiny_lm.errors import UserError
 from tiny_lm.export.gguf_vocabulary import Vocabulary
-from tiny_lm.export.source import Source
+from tiny_lm.export.source import ExportSource
 from tiny_lm.model import ModelConfig, build_model
 from tiny_lm.model.huggingface_weights import to_huggingface_state, weight_mappings
 
@@ -75,7 +75,7 @@ def interleave_pairs(weight: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def write_gguf(source: Source, vocabulary: Vocabulary, file: Path, kind: str) -> None:
+def write_gguf(source: ExportSource, vocabulary: Vocabulary, file: Path, kind: str) -> None:
     """Write one file.
 
     A tensor whose rows are no multiple of the block of its type becomes F16. Where the others have less, embedding and
@@ -115,7 +115,7 @@ def tensor_type(name: str, shape: tuple[int, ...], kind: str) -> str:
     return kind if shape[-1] % BLOCKS[kind] == 0 else "F16"
 
 
-def _add_facts(writer: "GGUFWriter", source: Source, file_type: int) -> None:
+def _add_facts(writer: "GGUFWriter", source: ExportSource, file_type: int) -> None:
     config = source.config
     writer.add_type("model")
     writer.add_name(source.name)
@@ -163,7 +163,7 @@ def read_settings(file: Path, config: ModelConfig) -> dict[str, Any]:
     return {key: None if field is None else field.contents() for key, field in fields.items()}
 
 
-def _add_vocabulary(writer: "GGUFWriter", source: Source, vocabulary: Vocabulary) -> None:
+def _add_vocabulary(writer: "GGUFWriter", source: ExportSource, vocabulary: Vocabulary) -> None:
     tokenizer = source.tokenizer
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
@@ -214,7 +214,7 @@ def read_facts(file: Path) -> FileFacts:
     return FileFacts(file.stat().st_size, bits / weights, types)
 
 
-def weight_errors(source: Source, file: Path) -> dict[str, float]:
+def weight_errors(source: ExportSource, file: Path) -> dict[str, float]:
     """Return by tensor how far the weights in a GGUF file, dequantized, are from the model's.
 
     The measure is the norm of the difference over the norm of the weights; a tensor that the file lacks has infinity.

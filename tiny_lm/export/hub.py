@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: the files of a proven export, in one commit, and nothing else."""
+"""Push a verified export to the Hugging Face Hub: only its files, in one commit."""
 
 import fnmatch
 import json
@@ -14,7 +14,7 @@ from tiny_lm.errors import UserError
 from tiny_lm.export.model_card import CARD_FILE
 from tiny_lm.tokenizer import chat_template
 
-# --- what may go -----------------------------------------------------------------------------------------------------
+# --- allowed files ---------------------------------------------------------------------------------------------------
 
 
 _OPTIMIZER = re.compile(r"optimizer|exp_avg|momentum_buffer")
@@ -37,7 +37,7 @@ def _is_json(file: Path) -> bool:
 
 
 def _is_weights(file: Path) -> bool:
-    """Whether a file begins as safetensors do, with the length of a header and that, and holds no optimizer's state."""
+    """Whether a file has a safetensors header (its length, then JSON) without optimizer state."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         if length > min(_HEADER_LIMIT, file.stat().st_size):
@@ -57,7 +57,7 @@ def _begins_with(magic: bytes) -> Callable[[Path], bool]:
     return check
 
 
-ADMITTED: Mapping[str, Callable[[Path], bool]] = {
+ALLOWED: Mapping[str, Callable[[Path], bool]] = {
     "*.safetensors": _is_weights,
     "*.gguf": _begins_with(b"GGUF"),
     "*.json": _is_json,
@@ -65,26 +65,26 @@ ADMITTED: Mapping[str, Callable[[Path], bool]] = {
     chat_template.FILE: _is_text,
     "tokenizer.model": _begins_with(b"\n"),  # SentencePiece: the first field of its protocol buffer, a piece
 }
-"""What is sent: patterns of names, and a look into the file that shows it to be what it is called."""
+"""Allowed files: name patterns, and a check that the content matches."""
 
 
-def admitted_files(folder: Path) -> list[Path]:
-    """Return the files of an export in the order of their names; every one is of a kind that is sent.
+def allowed_files(folder: Path) -> list[Path]:
+    """Return the files of an export, sorted by name.
 
     Raises:
-        UserError: the folder holds anything else, such as a checkpoint, a pickle under whatever name, or a link.
+        UserError: the folder has any other file, such as a checkpoint, a pickle under whatever name, or a link.
     """
     files = sorted(folder.iterdir())
     for file in files:
-        checks = [check for pattern, check in ADMITTED.items() if fnmatch.fnmatchcase(file.name, pattern)]
+        checks = [check for pattern, check in ALLOWED.items() if fnmatch.fnmatchcase(file.name, pattern)]
         if file.is_symlink() or not file.is_file() or not checks:
-            raise UserError(f"{file}: is not sent to the Hub, which gets only {', '.join(ADMITTED)}; nothing was sent")
+            raise UserError(f"{file}: not allowed on the Hub, only {', '.join(ALLOWED)} are; nothing was sent")
         if not checks[0](file):
-            raise UserError(f"{file}: does not hold what its name says, so it is not sent; nothing was sent")
+            raise UserError(f"{file}: its content does not match its name; nothing was sent")
     return files
 
 
-# --- where it goes ---------------------------------------------------------------------------------------------------
+# --- destination -----------------------------------------------------------------------------------------------------
 
 
 _NAME = re.compile(r"\w(?:[\w.-]{0,94}\w)?", re.ASCII)
@@ -92,7 +92,7 @@ _NAME = re.compile(r"\w(?:[\w.-]{0,94}\w)?", re.ASCII)
 
 @dataclass(frozen=True)
 class Target:
-    """A repository of models on the Hub.
+    """A model repository on the Hub.
 
     Attributes:
         repo_id: ``user/name`` or ``organization/name``.
@@ -103,44 +103,44 @@ class Target:
     private: bool = False
 
     def __post_init__(self) -> None:
-        """Check the name by the Hub's own rule.
+        """Check the name by the Hub's own rules.
 
         Raises:
-            UserError: it is no name of a repository.
+            UserError: the name is invalid.
         """
         parts = self.repo_id.split("/")
         sound = all(_NAME.fullmatch(part) for part in parts) and not re.search(r"--|\.\.|\.git$", self.repo_id)
         if sound and len(parts) == 1:
-            raise UserError(f"--repo-id {self.repo_id}: must name the owner, too, as in user/{self.repo_id}")
+            raise UserError(f"--repo-id {self.repo_id}: must include the owner, as in user/{self.repo_id}")
         if not sound or len(parts) != 2:
             raise UserError(
-                f"--repo-id {self.repo_id}: is no name on the Hub; in user/name both have letters, digits, '-', '_' or "
-                "'.' (at most 96), and no '-' or '.' at an end or twice in a row"
+                f"--repo-id {self.repo_id}: not a valid name on the Hub; in user/name both consist of letters, digits, "
+                "'-', '_' or '.' (at most 96), without '-' or '.' at either end or twice in a row"
             )
 
     @property
     def url(self) -> str:
-        """Address of the repository's page."""
+        """URL of the repository."""
         from huggingface_hub import constants
 
         return f"{constants.ENDPOINT}/{self.repo_id}"
 
 
 def check_license(name: str) -> None:
-    """Check that a license is an identifier as the Hub has them: ``mit``, ``apache-2.0``, ``cc-by-4.0``.
+    """Check that a license is an identifier as the Hub uses them: ``mit``, ``apache-2.0``, ``cc-by-4.0``.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not.
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,63}", name):
-        raise UserError(f"--license {name}: is no identifier of a license, such as mit, apache-2.0 or cc-by-4.0")
+        raise UserError(f"--license {name}: not a license identifier such as mit, apache-2.0 or cc-by-4.0")
 
 
 def check_access(target: Target) -> None:
-    """Check with one question that there is a network and a token that the Hub knows.
+    """Check with one request that the Hub is reachable and accepts the token.
 
     Raises:
-        UserError: there is not.
+        UserError: it is not, or does not.
     """
     from huggingface_hub import HfApi, get_token
 
@@ -148,32 +148,32 @@ def check_access(target: Target) -> None:
         raise UserError(
             f"{target.repo_id}: no token for the Hub; log in with `hf auth login`, or set the variable HF_TOKEN"
         )
-    with _told(target):
+    with _as_user_error(target):
         HfApi().whoami()
 
 
 def send(files: Sequence[Path], target: Target, message: str) -> str:
-    """Create the repository where it is not there, and put files into it in one commit.
+    """Create the repository if it does not exist, and commit the files.
 
     Args:
-        files: as :func:`admitted_files` returns them; they keep their names, and files of other names stay.
+        files: as :func:`allowed_files` returns them; other files in the repository are kept.
         target: the repository.
-        message: of the commit.
+        message: the commit message.
 
     Returns:
-        the address of the commit.
+        the URL of the commit.
 
     Raises:
-        UserError: the Hub cannot be reached, refuses, or has a public repository where a private one was asked for.
+        UserError: the Hub cannot be reached or refuses, or the repository is public where a private one was requested.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
-    with _told(target):
+    with _as_user_error(target):
         api.create_repo(target.repo_id, private=target.private, exist_ok=True)
         if target.private and not api.repo_info(target.repo_id).private:
             raise UserError(
-                f"{target.repo_id}: is there already, and public, which --private does not change; make it private in "
+                f"{target.repo_id}: already exists and is public, which --private does not change; make it private in "
                 f"its settings ({target.url}/settings) or choose another --repo-id"
             )
         _choose_transfer(target)
@@ -186,17 +186,17 @@ def send(files: Sequence[Path], target: Target, message: str) -> str:
 
 
 def _choose_transfer(target: Target) -> None:
-    """Send large files in the plain way (Git LFS) to a Hub without Xet, for which the client would try for minutes."""
+    """Use Git LFS for large files if the Hub has no Xet, which the client would otherwise retry for minutes."""
     from huggingface_hub import constants, get_session, get_token
 
-    place = f"{constants.ENDPOINT}/api/models/{target.repo_id}/xet-write-token/main"
-    if get_session().get(place, headers={"Authorization": f"Bearer {get_token()}"}).status_code == 404:
-        constants.HF_HUB_DISABLE_XET = True  # what the variable of this name sets
+    url = f"{constants.ENDPOINT}/api/models/{target.repo_id}/xet-write-token/main"
+    if get_session().get(url, headers={"Authorization": f"Bearer {get_token()}"}).status_code == 404:
+        constants.HF_HUB_DISABLE_XET = True  # what the environment variable of this name sets
 
 
 @contextmanager
-def _told(target: Target) -> Iterator[None]:
-    """Turn whatever the client raises into one line."""
+def _as_user_error(target: Target) -> Iterator[None]:
+    """Convert any error of the client to a one-line UserError."""
     try:
         yield
     except UserError:
@@ -206,24 +206,24 @@ def _told(target: Target) -> Iterator[None]:
 
 
 def _explain(error: Exception, target: Target) -> str:
-    """Say in one line what went wrong, and what to do."""
+    """Describe in one line what went wrong and what to do."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    said: Any = getattr(error, "server_message", None) or str(error)
-    reason = " ".join(str(said).split())[:300] or type(error).__name__
+    message: Any = getattr(error, "server_message", None) or str(error)
+    reason = " ".join(str(message).split())[:300] or type(error).__name__
     if isinstance(error, OfflineModeIsEnabled):
         return f"{target.repo_id}: HF_HUB_OFFLINE is set, so nothing can be sent; unset it"
-    if type(error) is ConnectionError:  # as Xet has it, whose storage stands elsewhere than the Hub
-        instead = "set HF_HUB_DISABLE_XET=1 to send the files in the plain way"
+    if type(error) is ConnectionError:  # from Xet, whose storage has another host
+        instead = "set HF_HUB_DISABLE_XET=1 to send the files through Git LFS"
         return f"{target.repo_id}: the Hub's storage of large files cannot be reached ({reason}); {instead}"
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):  # it names the file
         return f"{reason} {_explain(error.__cause__, target)}"
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status is None and is_network_error(error):
         return f"{target.url}: the Hugging Face Hub cannot be reached; check the network and run the command again"
-    told = {
-        401: "the Hub does not know the token; log in again with `hf auth login`, or mend HF_TOKEN",
-        403: "the Hub does not let you write this; give the token the right to write, or name a user of yours",
+    problem = {
+        401: "the Hub rejected the token; log in again with `hf auth login`, or correct HF_TOKEN",
+        403: "no write permission; use a token with write access, or a user name of yours",
         404: "the Hub has no model of this name; is it a data set or a Space? choose another --repo-id",
     }.get(status or 0, "the Hub refused, and nothing was committed")
-    return f"{target.repo_id}: {told} ({reason})"
+    return f"{target.repo_id}: {problem} ({reason})"

@@ -1,4 +1,4 @@
-"""A folder that transformers, vLLM and text-generation-inference load: the run as a Hugging Face model."""
+"""Export to Hugging Face layout, for transformers, vLLM and text-generation-inference."""
 
 import shutil
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ import torch
 from tiny_lm.errors import UserError
 from tiny_lm.export.agreement import Reference, check_settings
 from tiny_lm.export.model_card import CARD_FILE, model_card
-from tiny_lm.export.source import Source
+from tiny_lm.export.source import ExportSource
 from tiny_lm.export.verify import (
     REPORT_FILE,
     Check,
@@ -18,9 +18,9 @@ from tiny_lm.export.verify import (
     check_greedy,
     check_perplexity,
     check_tokens,
-    never_drawn,
     perplexity,
-    require,
+    raise_on_failure,
+    suppressed_tokens,
     write_report,
 )
 from tiny_lm.files import atomic_folder, check_free, write_json, write_text
@@ -39,22 +39,24 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
-def export_huggingface(source: Source, folder: Path, *, dtype: Dtype = "float32", force: bool = False) -> list[Check]:
+def export_huggingface(
+    source: ExportSource, folder: Path, *, dtype: Dtype = "float32", force: bool = False
+) -> list[Check]:
     """Write the model and its tokenizer, load them with transformers, and compare.
 
-    The folder gets its name when every check has passed; until then nothing is to be seen of it.
+    The folder appears under its name only when all checks have passed.
 
     Args:
         source: what to export.
-        folder: to write.
-        dtype: of the weights in the file; they are compared with ours rounded alike.
+        folder: output folder.
+        dtype: dtype of the weights; they are compared with ours rounded alike.
         force: replace an earlier export.
 
     Returns:
-        the checks, all of them passed.
+        the checks, all passed.
 
     Raises:
-        UserError: the folder holds files, the disk is full, transformers is not installed, or a check failed.
+        UserError: the folder is not empty, the disk is full, transformers is not installed, or a check failed.
     """
     from tiny_lm.export.transformers_engine import TransformersEngine, import_transformers
 
@@ -73,12 +75,12 @@ def export_huggingface(source: Source, folder: Path, *, dtype: Dtype = "float32"
         if dtype != "float32":
             checks.append(check_perplexity(source, perplexity(source, OwnEngine(source)), engine, limit=None))
         write_report(temporary, source, "huggingface", {WEIGHTS_FILE: {"engine": engine.name, "checks": checks}})
-        require(str(folder), checks)
+        raise_on_failure(str(folder), checks)
     return checks
 
 
 def _check_config(config: ModelConfig, file: Path) -> Check:
-    """Read ``config.json`` back as an import does, and compare all that decides what the model computes."""
+    """Read ``config.json`` back as an import does, and compare all settings that matter."""
     found = from_huggingface_config(read_json(file), source=str(file))
     return check_settings(_settings(config), _settings(found))
 
@@ -91,42 +93,42 @@ def _settings(config: ModelConfig) -> dict[str, Any]:
 
 
 def check_dtype(name: str) -> Dtype:
-    """Return the type of this name.
+    """Return a dtype by name.
 
     Raises:
-        UserError: weights are not written in it.
+        UserError: it is not supported.
     """
     if name not in DTYPES:
-        raise UserError(f"--dtype {name}: unknown; there are: {', '.join(DTYPES)}")
+        raise UserError(f"--dtype {name}: unknown; choose from: {', '.join(DTYPES)}")
     chosen: Dtype = name  # type: ignore[assignment]  # just checked
     return chosen
 
 
 def check_space(folder: Path, size: int) -> None:
-    """Check that the disk has room for ``size`` bytes of weights and a little more.
+    """Check that the disk has space for ``size`` bytes of weights plus 16 MiB.
 
     Raises:
         UserError: it has not.
     """
-    place = next(parent for parent in folder.resolve().parents if parent.is_dir())
-    free = shutil.disk_usage(place).free
+    parent = next(parent for parent in folder.resolve().parents if parent.is_dir())
+    free = shutil.disk_usage(parent).free
     needed = size + 2**24
     if free < needed:
         raise UserError(f"{folder}: needs {needed / 1e6:,.0f} MB, but the disk has only {free / 1e6:,.0f} MB free")
 
 
-def check_finite(rounded: Source, dtype: str) -> None:
-    """Check that no weight left the range of its new type.
+def check_finite(rounded: ExportSource, dtype: str) -> None:
+    """Check that no weight overflowed in its new dtype.
 
     Raises:
         UserError: one did.
     """
     for name, weight in rounded.model.state_dict().items():
         if not bool(torch.isfinite(weight).all()):
-            raise UserError(f"{name} has weights that {dtype} cannot hold; export float32 or bfloat16")
+            raise UserError(f"{name} has weights outside the range of {dtype}; export float32 or bfloat16")
 
 
-def write_huggingface(source: Source, folder: Path, *, dtype: Dtype = "float32") -> None:
+def write_huggingface(source: ExportSource, folder: Path, *, dtype: Dtype = "float32") -> None:
     """Write all files of the export into an existing, empty folder.
 
     Raises:
@@ -137,8 +139,8 @@ def write_huggingface(source: Source, folder: Path, *, dtype: Dtype = "float32")
     write_text(folder / CARD_FILE, model_card(source))
 
 
-def write_settings(source: Source, folder: Path, *, dtype: Dtype = "float32") -> None:
-    """Write what says how the model is built, how it reads text and how it draws tokens: all but weights and card.
+def write_settings(source: ExportSource, folder: Path, *, dtype: Dtype = "float32") -> None:
+    """Write config, tokenizer and generation config: all files but weights and model card.
 
     Raises:
         UserError: the disk is full.
@@ -146,14 +148,14 @@ def write_settings(source: Source, folder: Path, *, dtype: Dtype = "float32") ->
     tokenizer = source.tokenizer
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     write_json(folder / "config.json", to_huggingface_config(source.config, **ids, dtype=dtype))
-    tokenizer.save(folder)  # also what load_tokenizer needs to give the very same tokenizer, and its chat template
+    tokenizer.save(folder)  # includes what load_tokenizer needs, and the chat template
     write_json(folder / "tokenizer.json", {**tokenizer.to_json(), "post_processor": begin_with_bos(tokenizer)})
     write_json(folder / "tokenizer_config.json", _tokenizer_config(source))
     write_json(folder / "special_tokens_map.json", _special_tokens_map(tokenizer))
     write_json(folder / "generation_config.json", _generation_config(source))
 
 
-def _write_weights(source: Source, file: Path, dtype: torch.dtype) -> None:
+def _write_weights(source: ExportSource, file: Path, dtype: torch.dtype) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -165,9 +167,9 @@ def _write_weights(source: Source, file: Path, dtype: torch.dtype) -> None:
 
 
 def begin_with_bos(tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """Return the part of ``tokenizer.json`` that begins each text with bos, as each document of the training began.
+    """Return the post-processor of ``tokenizer.json`` that prepends bos, as in training documents.
 
-    None where documents begin without one.
+    None if documents begin without bos.
     """
     if tokenizer.bos_id is None:
         return None
@@ -194,29 +196,29 @@ def _special_tokens_map(tokenizer: Tokenizer) -> dict[str, str]:
     return {f"{role}_token": text for role, text in texts.items()}
 
 
-def _tokenizer_config(source: Source) -> dict[str, Any]:
+def _tokenizer_config(source: ExportSource) -> dict[str, Any]:
     return {
-        # Other classes bring a split of their own and would yield other ids, in transformers 5 as in 4.
+        # Other classes use their own split and would yield other ids, in transformers 5 as in 4.
         "tokenizer_class": "PreTrainedTokenizerFast",
         **_special_tokens_map(source.tokenizer),
         "add_bos_token": source.tokenizer.bos_id is not None,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": source.config.context_length,
-        # transformers.js looks for it only here.
+        # transformers.js reads it only from here.
         **({} if source.chat_template is None else {"chat_template": source.chat_template}),
         **(_for_converters(source.tokenizer) if isinstance(source.tokenizer, SentencePieceTokenizer) else {}),
     }
 
 
 def _for_converters(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return what llama.cpp's converter looks for beside ``tokenizer.model``, which lacks the special tokens."""
+    """Return what llama.cpp's converter needs besides ``tokenizer.model``, which lacks the special tokens."""
     tokens = {str(token["id"]): token for token in tokenizer.added_tokens()}
     without_id = {i: {key: value for key, value in token.items() if key != "id"} for i, token in tokens.items()}
     return {"add_prefix_space": False, "added_tokens_decoder": without_id}
 
 
-def _generation_config(source: Source) -> dict[str, Any]:
+def _generation_config(source: ExportSource) -> dict[str, Any]:
     tokenizer = source.tokenizer
     return {
         "bos_token_id": tokenizer.bos_id,
@@ -226,6 +228,6 @@ def _generation_config(source: Source) -> dict[str, Any]:
         "temperature": 0.8,
         "top_k": 40,
         "top_p": 0.95,
-        # Tokens that stand in no text, as our own generator never draws them either.
-        **({"suppress_tokens": never_drawn(source)} if never_drawn(source) else {}),
+        # Tokens that occur in no text; our own generator never produces them either.
+        **({"suppress_tokens": suppressed_tokens(source)} if suppressed_tokens(source) else {}),
     }

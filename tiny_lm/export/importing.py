@@ -1,4 +1,4 @@
-"""The way back: a run folder out of a model in Hugging Face's layout, or out of another run."""
+"""Import a model in Hugging Face layout, or another run, as a run folder."""
 
 import logging
 from datetime import datetime, timezone
@@ -21,17 +21,17 @@ logger = logging.getLogger(__name__)
 
 
 def import_model(folder: Path, output_dir: Path) -> Run:
-    """Write a run folder that holds a model, its config and its tokenizer, at step 0 and without an optimizer.
+    """Write a run folder with a model, its config and tokenizer, at step 0 and without optimizer state.
 
     Args:
-        folder: a Hugging Face folder of one of our four classes, or a run folder of ours.
+        folder: a Hugging Face folder of one of the four classes, or a run folder.
         output_dir: the run folder to write.
 
     Returns:
-        the run: ``tiny-lm generate``, every export and ``load_checkpoint_model`` take it.
+        the run, for ``tiny-lm generate``, all exports and ``load_checkpoint_model``.
 
     Raises:
-        UserError: the model or its tokenizer is not what tiny-lm can express, or the folder cannot be written.
+        UserError: the model or its tokenizer is not supported, or the folder cannot be written.
     """
     if (folder / "run.json").is_file():
         source = load_source(folder)

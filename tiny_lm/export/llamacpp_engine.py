@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiny_lm.errors import UserError
-from tiny_lm.export.source import Source
-from tiny_lm.export.verify import never_drawn
+from tiny_lm.export.source import ExportSource
+from tiny_lm.export.verify import suppressed_tokens
 
 _ERROR_LEVEL = 4  # ggml_log_level
 
@@ -36,7 +36,7 @@ def import_llama_cpp() -> Any:
 class LlamaCppEngine:
     """Loads a GGUF file on the CPU; keys and values are kept in float32, and attention is the plain one."""
 
-    def __init__(self, file: Path, source: Source) -> None:
+    def __init__(self, file: Path, source: ExportSource) -> None:
         """Load the file.
 
         Args:
@@ -48,7 +48,7 @@ class LlamaCppEngine:
         """
         self._library = library = import_llama_cpp()
         self._complaints = _listen(library)
-        self._never, self._eos_id = never_drawn(source), source.tokenizer.eos_id
+        self._suppressed, self._eos_id = suppressed_tokens(source), source.tokenizer.eos_id
         library.llama_backend_init()
         model_options = library.llama_model_default_params()
         model_options.n_gpu_layers = 0
@@ -81,7 +81,7 @@ class LlamaCppEngine:
         """Tokenize; special tokens written in the text are text."""
         return self._tokenize(text, add_special=False)
 
-    def encode_beginning(self, text: str) -> list[int]:
+    def encode_document_start(self, text: str) -> list[int]:
         """Tokenize as llama.cpp's programs do."""
         return self._tokenize(text, add_special=True)
 
@@ -104,7 +104,7 @@ class LlamaCppEngine:
         for _ in range(count):
             last = self._run(text[read:], read, everywhere=False)[-1]
             read = len(text)
-            last[self._never] = float("-inf")
+            last[self._suppressed] = float("-inf")
             token = int(last.argmax())
             if token == self._eos_id:
                 break

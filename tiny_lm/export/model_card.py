@@ -5,7 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 from tiny_lm import __version__
-from tiny_lm.export.source import Source
+from tiny_lm.export.source import ExportSource
 from tiny_lm.model import num_parameters
 from tiny_lm.model.huggingface import ARCHITECTURES
 from tiny_lm.runs import number_in
@@ -30,7 +30,7 @@ print(generate("Once upon a time", max_new_tokens=200)[0]["generated_text"])
 
 
 def model_card(
-    source: Source,
+    source: ExportSource,
     *,
     library: str = "transformers",
     use: str = _TRANSFORMERS,
@@ -41,10 +41,10 @@ def model_card(
 
     Args:
         source: what is exported.
-        library: that loads the folder, as the Hub names it.
-        use: how, in Markdown.
-        place: where it is loaded from, which stands in ``use`` in place of ``path/of/this/folder``.
-        license_name: identifier of the license of the weights, as the Hub has them.
+        library: the library that loads the folder, as the Hub names it.
+        use: usage in Markdown.
+        place: replaces ``path/of/this/folder`` in ``use``.
+        license_name: license identifier of the weights, as the Hub uses it.
     """
     front = {
         "library_name": library,
@@ -71,22 +71,22 @@ A small language model, trained from scratch with tiny-lm {__version__}.
 
 {use.replace("path/of/this/folder", place)}
 
-{_beginning(source)} The model sees at most
-{source.config.context_length:,} tokens. It knows what its training text taught it and nothing else: it is no assistant
-and no source of facts.
+{_beginning(source)} The context length is
+{source.config.context_length:,} tokens. The model knows only what its training text taught it: it is not an assistant
+and not a source of facts.
 
-`verification.json` holds the comparison of these files with the model that was trained.
+`verification.json` has the comparison of these files with the trained model.
 """
 
 
-def _beginning(source: Source) -> str:
+def _beginning(source: ExportSource) -> str:
     bos = next((token.text for token in source.tokenizer.specials if token.role == "bos"), None)
     if bos is None:
         return "Texts begin without a special token, as in training."
     return f"Every text begins with the token `{bos}`, as in training: the tokenizer adds it."
 
 
-def figures(source: Source) -> dict[str, str]:
+def figures(source: ExportSource) -> dict[str, str]:
     """Return what is known of the model and its run, by name; what is not known is left out."""
     config, record = source.config, source.record
     heads = f"{config.n_heads} heads" + ("" if config.kv_heads == config.n_heads else f" ({config.kv_heads} for k, v)")
@@ -109,7 +109,7 @@ def figures(source: Source) -> dict[str, str]:
     return {name: str(value) for name, value in rows.items() if value is not None}
 
 
-def _model_index(source: Source) -> list[dict[str, Any]]:
+def _model_index(source: ExportSource) -> list[dict[str, Any]]:
     """Return the scores in the form from which the Hub shows them, if there are any."""
     metrics = [
         {"type": name.rpartition("validation ")[2], "name": name, "value": source.scores[key]}

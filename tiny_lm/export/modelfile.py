@@ -5,7 +5,7 @@ lines. There are no escapes: what the grammar would read differently is refused.
 """
 
 from tiny_lm.errors import UserError
-from tiny_lm.export.source import Source
+from tiny_lm.export.source import ExportSource
 
 PARAMETERS: dict[str, float] = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "repeat_penalty": 1.1}
 """How tokens are drawn."""
@@ -16,15 +16,15 @@ TEMPLATE, and Ollama takes that of the GGUF file.
 
 Ollama begins it with the beginning-of-story token, since the GGUF file says so, and in a chat puts the earlier turns
 before it: a story that goes on. Without a template, other versions of Ollama do other things, down to ChatML's markers,
-which a model of stories has never seen. This one leaves no place for a system message, so there is no SYSTEM.
+which a story model has never seen. This template has no system message, so SYSTEM is not set.
 """
 
 
 NO_LICENSE = "No license has been chosen for this model."
 
 
-def modelfile(source: Source, gguf_name: str, *, license_text: str = NO_LICENSE) -> str:
-    """Return the Modelfile of a model that tells stories.
+def modelfile(source: ExportSource, gguf_name: str, *, license_text: str = NO_LICENSE) -> str:
+    """Return the Modelfile of a story model.
 
     Args:
         source: what was exported.
@@ -48,7 +48,7 @@ def modelfile(source: Source, gguf_name: str, *, license_text: str = NO_LICENSE)
     return "\n".join(lines) + "\n"
 
 
-def stop_strings(source: Source) -> list[str]:
+def stop_strings(source: ExportSource) -> list[str]:
     """Return the texts of the tokens around a story: where one appears, the story is over."""
     ends = {source.tokenizer.bos_id, source.tokenizer.eos_id}
     # A token of several roles is listed once.

@@ -11,7 +11,7 @@ from tiny_lm.export.huggingface import check_space, write_settings
 from tiny_lm.export.model_card import model_card
 from tiny_lm.export.onnx_engine import OnnxEngine
 from tiny_lm.export.onnx_graph import GraphFacts, import_onnx, quantize_graph, read_facts, write_graph
-from tiny_lm.export.source import Source
+from tiny_lm.export.source import ExportSource
 from tiny_lm.export.verify import (
     PROMPTS,
     REPORT_FILE,
@@ -20,9 +20,9 @@ from tiny_lm.export.verify import (
     check_greedy,
     check_perplexity,
     check_tokens,
-    choose_windows,
+    choose_sequences,
     perplexity,
-    require,
+    raise_on_failure,
     write_report,
 )
 from tiny_lm.files import atomic_folder, check_free, write_text
@@ -51,7 +51,7 @@ class OnnxFile:
     checks: list[Check]
 
 
-def export_onnx(source: Source, folder: Path, *, force: bool = False) -> list[OnnxFile]:
+def export_onnx(source: ExportSource, folder: Path, *, force: bool = False) -> list[OnnxFile]:
     """Write the graphs and all that is needed beside them, run them in ONNX Runtime, and compare.
 
     The folder gets its name when every check has passed; until then nothing is to be seen of it.
@@ -80,7 +80,7 @@ def export_onnx(source: Source, folder: Path, *, force: bool = False) -> list[On
             checks = _check(source, engine, name)
             facts = read_facts(temporary / name, num_parameters(source.config))
             files.append(OnnxFile(name, facts, checks))
-            require(f"{folder / name}", checks)
+            raise_on_failure(f"{folder / name}", checks)
         described = {file.name: {"engine": engine.name, **asdict(file.facts), "checks": file.checks} for file in files}
         write_report(temporary, source, "onnx", described)
     return files
@@ -102,7 +102,7 @@ def check_model(config: ModelConfig) -> None:
         )
 
 
-def write_onnx(source: Source, folder: Path) -> None:
+def write_onnx(source: ExportSource, folder: Path) -> None:
     """Write all files of the export into an existing, empty folder.
 
     Raises:
@@ -117,7 +117,7 @@ def write_onnx(source: Source, folder: Path) -> None:
     write_text(folder / "README.md", model_card(source, library="transformers.js", use=_USE))
 
 
-def _check(source: Source, engine: OnnxEngine, name: str) -> list[Check]:
+def _check(source: ExportSource, engine: OnnxEngine, name: str) -> list[Check]:
     own = OwnEngine(source)
     if name == QUANTIZED:
         return [check_perplexity(source, perplexity(source, own), engine, limit=_QUANTIZED_LIMIT)]
@@ -131,13 +131,13 @@ def _check(source: Source, engine: OnnxEngine, name: str) -> list[Check]:
 
 
 def check_padding(
-    source: Source, own: OwnEngine, engine: OnnxEngine, side: str, limit: float, *, cached: bool
+    source: ExportSource, own: OwnEngine, engine: OnnxEngine, side: str, limit: float, *, cached: bool
 ) -> Check:
     """Compare a batch of texts of different lengths, padded on one side, with each text alone.
 
     With a cache the last tokens of each row are read one by one behind the padded beginning.
     """
-    window = choose_windows(source, 1)[0]
+    window = choose_sequences(source, 1)[0]
     steps = min(_STEPS, len(window) // 2) if cached else 0
     longest = len(window) - steps
     lengths = [longest - i * longest // (len(PROMPTS) + 1) for i in range(len(PROMPTS))]

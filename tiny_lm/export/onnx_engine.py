@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from tiny_lm.export.onnx_graph import import_onnx
-from tiny_lm.export.source import Source
-from tiny_lm.export.verify import never_drawn, take_likeliest
+from tiny_lm.export.source import ExportSource
+from tiny_lm.export.verify import greedy_decode, suppressed_tokens
 
 
 class OnnxEngine:
     """Loads a file of an export on the CPU."""
 
-    def __init__(self, folder: Path, file: str, source: Source, *, cached: bool = True) -> None:
+    def __init__(self, folder: Path, file: str, source: ExportSource, *, cached: bool = True) -> None:
         """Load the file.
 
         Args:
@@ -34,7 +34,7 @@ class OnnxEngine:
 
         self._model = OnnxModel(folder, file, threads=torch.get_num_threads())
         self._model.tokenizer.encode_special_tokens = True  # those that are written in a text are text
-        self._cached, self._never, self._eos_id = cached, never_drawn(source), source.tokenizer.eos_id
+        self._cached, self._suppressed, self._eos_id = cached, suppressed_tokens(source), source.tokenizer.eos_id
         self.name = f"onnxruntime {onnxruntime.__version__}"
 
     def encode(self, text: str) -> list[int]:
@@ -42,7 +42,7 @@ class OnnxEngine:
         ids: list[int] = self._model.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def encode_beginning(self, text: str) -> list[int]:
+    def encode_document_start(self, text: str) -> list[int]:
         """Encode as a plain call does."""
         ids: list[int] = self._model.tokenizer.encode(text).ids
         return ids
@@ -57,7 +57,7 @@ class OnnxEngine:
         Args:
             ids: [B, T].
             mask: [B, T], 1 for a token and 0 for padding.
-            pieces: read so many columns in each of several calls, with the cache; all at once when empty.
+            pieces: number of columns per call, with the cache; empty: all in one call.
 
         Returns:
             log-probabilities after each of ``ids``, float32 [B, T, V].
@@ -73,4 +73,4 @@ class OnnxEngine:
         """Decode one token at a time, with the cache where there is one."""
         if self._cached:
             return list(self._model.stream(ids, count))
-        return take_likeliest(self, ids, count, never=self._never, eos_id=self._eos_id)
+        return greedy_decode(self, ids, count, suppressed=self._suppressed, eos_id=self._eos_id)

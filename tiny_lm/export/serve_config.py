@@ -11,7 +11,7 @@ from tiny_lm.errors import UserError
 from tiny_lm.export.gguf import check_model, file_name
 from tiny_lm.export.gguf_file import BLOCKS
 from tiny_lm.export.gguf_vocabulary import to_gguf_vocabulary
-from tiny_lm.export.source import Source
+from tiny_lm.export.source import ExportSource
 from tiny_lm.export.verify import REPORT_FILE
 from tiny_lm.model import ModelConfig
 from tiny_lm.reading import read_json
@@ -49,7 +49,7 @@ class ServeCommands:
     exported: bool = False
 
     def lines(self) -> list[str]:
-        """Return a block for a POSIX shell: the export, unless it is there, then the engine's commands."""
+        """Return POSIX shell commands: the export, unless it exists, then the engine's commands."""
         variables = "".join(f"{name}={shlex.quote(value)} " for name, value in self.environment.items())
         export = [] if self.exported else [shell_command(*self.export)]
         return export + [variables + shell_command(*words) for words in self.commands]
@@ -57,14 +57,14 @@ class ServeCommands:
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What the user may choose.
+    """The user's choices.
 
     Attributes:
-        port: on 127.0.0.1; None for the engine's own.
-        folder: of the export; None for one under ``exports/`` with the run's name.
-        dtype: in which the engine computes; None for float32 on a CPU and half precision on a GPU.
+        port: port on 127.0.0.1; None: the engine's default.
+        folder: the export; None: one under ``exports/`` with the run's name.
+        dtype: compute dtype; None: float32 on a CPU, half precision on a GPU.
         gpu: whether the engine runs on a GPU.
-        kind: type of the GGUF file.
+        kind: GGUF type.
     """
 
     port: int | None = None
@@ -74,30 +74,30 @@ class ServeOptions:
     kind: str = "F16"
 
 
-def serve_commands(engine: str, source: Source, run: str, options: ServeOptions) -> ServeCommands:
-    """Return the commands for an engine.
+def serve_commands(engine: str, source: ExportSource, run: str, options: ServeOptions) -> ServeCommands:
+    """Return the commands that serve a run with an engine.
 
     Args:
         engine: a key of ``PORTS``.
         source: what is served.
-        run: what the user called it.
-        options: what the user chose.
+        run: the run as the user named it.
+        options: the user's choices.
 
     Raises:
-        UserError: the engine is unknown, or has nothing that computes what this model computes.
+        UserError: the engine is unknown or does not support this model.
     """
     makers = {"vllm": _vllm, "tgi": _tgi, "llamacpp": _llamacpp, "ollama": _ollama}
     if engine not in makers:
-        raise UserError(f"{engine}: no engine that tiny-lm knows; there are: {', '.join(makers)}")
+        raise UserError(f"unknown engine {engine}; choose from: {', '.join(makers)}")
     return makers[engine](source, run, options)
 
 
-def model_name(source: Source) -> str:
-    """Return the run's name as every engine takes it: letters, digits, dots, dashes and underscores."""
+def model_name(source: ExportSource) -> str:
+    """Return the run's name in a form that every engine accepts: letters, digits, dots, dashes and underscores."""
     return _MODEL_NAME.sub("-", source.name).strip("-.") or "model"
 
 
-def _vllm(source: Source, run: str, options: ServeOptions) -> ServeCommands:
+def _vllm(source: ExportSource, run: str, options: ServeOptions) -> ServeCommands:
     folder, export, exported = _huggingface(source, run, options)
     command, environment = vllm_command(
         "python", folder, source.config, name=model_name(source), gpu=options.gpu, dtype=options.dtype
@@ -108,18 +108,18 @@ def _vllm(source: Source, run: str, options: ServeOptions) -> ServeCommands:
 def vllm_command(
     python: str, folder: Path, config: ModelConfig, *, name: str, gpu: bool, dtype: str | None = None
 ) -> tuple[list[str], dict[str, str]]:
-    """Return the command of vLLM's server without its address, and the environment variables that it needs.
+    """Return the command of vLLM's server without its address, and its environment variables.
 
     Args:
         python: the interpreter that has vLLM.
-        folder: in Hugging Face's layout.
-        config: of the model in it.
-        name: what clients call the model.
+        folder: the model in Hugging Face layout.
+        config: its config.
+        name: the model's name for clients.
         gpu: whether vLLM runs on a GPU.
-        dtype: in which it computes; by default bfloat16 on a GPU, whose FlashAttention has no float32, else float32.
+        dtype: compute dtype; default: bfloat16 on a GPU, whose FlashAttention has no float32, else float32.
 
     Raises:
-        UserError: vLLM has no attention for heads of this size.
+        UserError: vLLM does not support this head size.
     """
     check_head_size(config, "vLLM", VLLM_HEAD_SIZES)
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
@@ -132,16 +132,16 @@ def vllm_command(
     return command, environment
 
 
-def _tgi(source: Source, run: str, options: ServeOptions) -> ServeCommands:
+def _tgi(source: ExportSource, run: str, options: ServeOptions) -> ServeCommands:
     config = source.config
     if config.architecture == "qwen3":
         raise UserError(
-            "text-generation-inference has no Qwen3 of its own; serve this run with vLLM (tiny-lm serve-config vllm)"
+            "text-generation-inference does not support Qwen3; serve this run with vLLM (tiny-lm serve-config vllm)"
         )
     check_head_size(config, "text-generation-inference", TGI_HEAD_SIZES)
     dtype = options.dtype or "float16"
     if dtype == "float32":
-        raise UserError("text-generation-inference computes in float16 or bfloat16 only; for float32 take vLLM")
+        raise UserError("text-generation-inference supports float16 and bfloat16 only; for float32 use vLLM")
     folder, export, exported = _huggingface(source, run, options)
     port = _port("tgi", options)
     command = ["docker", "run", "--gpus", "all", "--shm-size", "1g", "-p", f"127.0.0.1:{port}:80"]
@@ -151,10 +151,10 @@ def _tgi(source: Source, run: str, options: ServeOptions) -> ServeCommands:
 
 
 LLAMACPP_SLOTS = 8
-"""Texts that llama-server tells at once, each with the whole context."""
+"""Sequences that llama-server runs in parallel, each with the full context."""
 
 
-def _llamacpp(source: Source, run: str, options: ServeOptions) -> ServeCommands:
+def _llamacpp(source: ExportSource, run: str, options: ServeOptions) -> ServeCommands:
     _check_gguf(source)
     folder = options.folder or _exports(source, "-gguf")
     file = folder / file_name(source, options.kind)
@@ -165,7 +165,7 @@ def _llamacpp(source: Source, run: str, options: ServeOptions) -> ServeCommands:
     return ServeCommands(export, file, [command], exported=file.is_file() and is_export_of(folder, source))
 
 
-def _ollama(source: Source, run: str, options: ServeOptions) -> ServeCommands:
+def _ollama(source: ExportSource, run: str, options: ServeOptions) -> ServeCommands:
     _check_gguf(source)
     folder = options.folder or _exports(source, "-ollama")
     name, file = model_name(source).lower(), folder / "Modelfile"
@@ -177,14 +177,14 @@ def _ollama(source: Source, run: str, options: ServeOptions) -> ServeCommands:
     return ServeCommands(export, file, commands, environment, file.is_file() and is_export_of(folder, source))
 
 
-def _huggingface(source: Source, run: str, options: ServeOptions) -> tuple[Path, list[str], bool]:
-    """Return the folder, the command that writes it, and whether it is there."""
+def _huggingface(source: ExportSource, run: str, options: ServeOptions) -> tuple[Path, list[str], bool]:
+    """Return the folder, the command that writes it, and whether it exists."""
     folder = options.folder or _exports(source)
     export = ["tiny-lm", "export", "huggingface", run, "--output-dir", str(folder)]
     return folder, export, (folder / "config.json").is_file() and is_export_of(folder, source)
 
 
-def _exports(source: Source, ending: str = "") -> Path:
+def _exports(source: ExportSource, ending: str = "") -> Path:
     return Path("exports") / f"{model_name(source)}{ending}"
 
 
@@ -201,27 +201,27 @@ def _address(engine: str, options: ServeOptions) -> list[str]:
 
 
 def check_head_size(config: ModelConfig, engine: str, sizes: tuple[int, ...]) -> None:
-    """Check that an engine's attention has heads of the model's size.
+    """Check that an engine's attention supports the model's head size.
 
     Raises:
-        UserError: it has not; names the nearest way.
+        UserError: it does not; suggests the nearest supported size.
     """
     if config.head_size not in sizes:
         larger = next((size for size in sizes if size > config.head_size), sizes[-1])
         raise UserError(
-            f"{engine} has no attention for heads of {config.head_size} (it has {', '.join(map(str, sizes))}): train "
-            f"with heads of {larger} (fewer n_heads, or a larger d_model), or serve this run with llama.cpp "
+            f"{engine} does not support the head size {config.head_size} (only {', '.join(map(str, sizes))}): train "
+            f"with a head size of {larger} (fewer n_heads, or a larger d_model), or serve this run with llama.cpp "
             "(tiny-lm serve-config llamacpp)"
         )
 
 
-def _check_gguf(source: Source) -> None:
+def _check_gguf(source: ExportSource) -> None:
     to_gguf_vocabulary(source.tokenizer, source.config.vocab_size)
     check_model(source.config)
 
 
-def is_export_of(folder: Path, source: Source) -> bool:
-    """Return whether a folder holds a proven export of just this checkpoint."""
+def is_export_of(folder: Path, source: ExportSource) -> bool:
+    """Return whether a folder has a verified export of exactly this checkpoint."""
     if not (folder / REPORT_FILE).is_file():
         return False
     report = read_json(folder / REPORT_FILE)

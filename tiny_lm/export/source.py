@@ -1,4 +1,4 @@
-"""What is exported: a trained model with its tokenizer, and text to compare on."""
+"""The source of an export: a trained model with its tokenizer, and text to compare on."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from tiny_lm.runs import Run, is_checkpoint, is_huggingface_folder, open_run, re
 from tiny_lm.tokenizer import Tokenizer, check_same_tokenizer, load_tokenizer
 
 _VALIDATION_TOKENS = 32_768
-"""Most tokens of the validation stream that an export is compared on."""
+"""Maximum number of validation tokens that an export is compared on."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,18 @@ class Validation:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A trained model as an exporter takes it.
+class ExportSource:
+    """A trained model to export.
 
     Attributes:
-        name: of the run, or of the checkpoint where there is no run.
+        name: the run's, or the checkpoint's without a run.
         model: float32, on the CPU, in evaluation mode.
-        config: of the model.
-        tokenizer: that it was trained with.
-        step: optimizer step at which the weights were saved.
+        config: the model config.
+        tokenizer: the one it was trained with.
+        step: optimizer step of the checkpoint.
         record: the run's ``run.json``; empty without a run.
         validation: text to compare on.
-        scores: what the run's validation at that step measured, by the keys of ``metrics.jsonl``, if it did.
+        scores: the validation metrics at that step by their keys in ``metrics.jsonl``, if there are any.
     """
 
     name: str
@@ -61,11 +61,11 @@ class Source:
 
     @property
     def chat_template(self) -> str | None:
-        """In Jinja, if one lies beside the tokenizer."""
+        """The tokenizer's Jinja template, if it has one."""
         return self.tokenizer.chat_template
 
-    def with_weights_as(self, dtype: torch.dtype) -> "Source":
-        """Return the same with all weights rounded to ``dtype`` and computed in float32."""
+    def with_weights_as(self, dtype: torch.dtype) -> "ExportSource":
+        """Return a copy whose weights are rounded to ``dtype`` and stored in float32."""
         if dtype == torch.float32:
             return self
         rounded = Transformer(self.config)
@@ -73,11 +73,11 @@ class Source:
         return dataclasses.replace(self, model=rounded.eval())
 
 
-def load_source(path: str | Path) -> Source:
+def load_source(path: str | Path) -> ExportSource:
     """Load the best checkpoint of a run folder, or the given ``.ckpt`` of one.
 
     Raises:
-        UserError: there is no such run, it is being trained at this moment, or it holds no sound model.
+        UserError: the run does not exist, is being trained, or has no valid model.
     """
     path = Path(path)
     if is_checkpoint(path):
@@ -87,7 +87,7 @@ def load_source(path: str | Path) -> Source:
         raise UserError(f"{path}: is neither a run folder nor a .ckpt file")
     if is_huggingface_folder(path) and not Run(path).metadata_file.is_file():
         command = shell_command("tiny-lm", "import", path)
-        raise UserError(f"{path}: is a model in Hugging Face's layout; make a run of it first: {command}")
+        raise UserError(f"{path}: is a model in Hugging Face layout; import it as a run first: {command}")
     run = open_run(path)
     with run.claim_to_read():
         return load_checkpoint_source(run.model_checkpoint(), run.tokenizer, model_config=_config_of(run))
@@ -100,16 +100,16 @@ def _config_of(run: Run) -> ModelConfig | None:
 
 def load_checkpoint_source(
     checkpoint: Path, tokenizer_path: Path, *, model_config: ModelConfig | None = None
-) -> Source:
-    """Load a checkpoint and a tokenizer given one by one.
+) -> ExportSource:
+    """Load a checkpoint and a tokenizer from separate paths.
 
     Args:
-        checkpoint: a ``.ckpt`` file that training wrote.
+        checkpoint: a ``.ckpt`` file written by training.
         tokenizer_path: the tokenizer's folder, or any file in it.
-        model_config: what the caller believes the model to be.
+        model_config: the expected config, if any.
 
     Raises:
-        UserError: a file is missing or damaged, they do not belong together, or a weight is no number.
+        UserError: a file is missing or damaged, they do not belong together, or a weight is not finite.
     """
     loaded = load_checkpoint_model(checkpoint, config=model_config)
     tokenizer = load_tokenizer(tokenizer_path)
@@ -131,7 +131,7 @@ def load_checkpoint_source(
     model = loaded.model.float()
     scores = _scores(run, loaded.step) if in_run else {}
     validation = _validation(run, tokenizer)
-    return Source(name, model, loaded.config, tokenizer, loaded.step, record, validation, scores)
+    return ExportSource(name, model, loaded.config, tokenizer, loaded.step, record, validation, scores)
 
 
 def _scores(run: Run, step: int) -> dict[str, float]:
@@ -143,7 +143,7 @@ def _scores(run: Run, step: int) -> dict[str, float]:
 
 
 def _validation(run: Run, tokenizer: Tokenizer) -> Validation:
-    """Read the beginning of the run's validation stream; built-in stories stand in where it is gone."""
+    """Read the beginning of the run's validation stream, or built-in stories if it is gone."""
     file = run.configs / "data.yaml"
     try:
         config = BinDataConfig.from_yaml(file)
@@ -152,6 +152,8 @@ def _validation(run: Run, tokenizer: Tokenizer) -> Validation:
             ids = next(read_in_order(stream, _VALIDATION_TOKENS))
             return Validation(ids.tolist(), f"validation text of the run ({stream.files[0].name})")
     except UserError:
-        pass  # the stream was moved or deleted, which does not hinder an export
+        pass  # the stream was moved or deleted, which does not prevent an export
     stories = tokenizer.encode_batch(list(generate_stories(100, seed=1)), bos=True, eos=True)
-    return Validation(list(chain.from_iterable(stories)), "built-in stories (the run's validation text is not there)")
+    return Validation(
+        list(chain.from_iterable(stories)), "built-in stories (the run's validation text is not available)"
+    )

@@ -15,8 +15,8 @@ from tiny_lm.export import torchserve_handler
 from tiny_lm.export.agreement import Reference
 from tiny_lm.export.huggingface import DTYPES, check_finite, check_space, write_huggingface
 from tiny_lm.export.serve_config import model_name
-from tiny_lm.export.source import Source
-from tiny_lm.export.verify import GREEDY_TOKENS, PROMPTS, REPORT_FILE, Check, require, write_report
+from tiny_lm.export.source import ExportSource
+from tiny_lm.export.verify import GREEDY_TOKENS, PROMPTS, REPORT_FILE, Check, raise_on_failure, write_report
 from tiny_lm.files import atomic_folder, check_free, write_text
 from tiny_lm.inference.request import GenerationConfig
 from tiny_lm.model import num_parameters
@@ -29,7 +29,7 @@ _ARCHIVER_VERSION = "0.12.0"  # of the layout, which is the last one
 
 
 def export_torchserve(
-    source: Source, folder: Path, *, dtype: Dtype = "float32", port: int = PORT, force: bool = False
+    source: ExportSource, folder: Path, *, dtype: Dtype = "float32", port: int = PORT, force: bool = False
 ) -> list[Check]:
     """Write the archive and a configuration beside it; unpack it, load its handler, and compare what it says.
 
@@ -61,10 +61,10 @@ def export_torchserve(
             write_archive(archive, model, name)
             with zipfile.ZipFile(archive) as file:
                 file.extractall(unpacked)
-            checks = _prove(rounded, unpacked)
+            checks = _verify(rounded, unpacked)
         write_text(temporary / CONFIG_FILE, configuration(port))
         write_report(temporary, source, "torchserve", {archive.name: {"engine": "its own handler", "checks": checks}})
-        require(str(folder), checks)
+        raise_on_failure(str(folder), checks)
     return checks
 
 
@@ -109,7 +109,7 @@ max_request_size=262144
 """
 
 
-def serve_words(folder: Path, source: Source) -> list[str]:
+def serve_words(folder: Path, source: ExportSource) -> list[str]:
     """Return the command that serves what :func:`export_torchserve` wrote."""
     name = model_name(source)
     words = ["torchserve", "--start", "--foreground", "--ncs", "--disable-token-auth", "--model-store", str(folder)]
@@ -128,7 +128,7 @@ def load_handler(folder: Path) -> Any:
     return handler
 
 
-def _prove(source: Source, folder: Path) -> list[Check]:
+def _verify(source: ExportSource, folder: Path) -> list[Check]:
     """Let the handler of an unpacked archive continue the prompts, and compare with our generator."""
     content = {"max_new_tokens": GREEDY_TOKENS, "temperature": 0, "logprobs": True}
     answers = load_handler(folder).handle([{"body": {"prompt": prompt, **content}} for prompt in PROMPTS], None)

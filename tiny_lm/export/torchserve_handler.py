@@ -82,13 +82,13 @@ def check_content(content: Any) -> dict[str, Any]:
     """Check what a request holds, before the model sees it.
 
     Raises:
-        UserError: it is no JSON object, a field is unknown or of another type, or something is too large.
+        UserError: it is not a JSON object, a field is unknown or of the wrong type, or a value is too large.
     """
     if not isinstance(content, dict):
         raise UserError('send a JSON object such as {"prompt": "Once upon a time"}, as application/json')
     for name, value in content.items():
         if name not in _KINDS:
-            raise UserError(f"{str(name)[:40]!r} is no field of a request; there are: {', '.join(sorted(_KINDS))}")
+            raise UserError(f"unknown field {str(name)[:40]!r}; the fields are: {', '.join(sorted(_KINDS))}")
         kinds = _KINDS[name]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
             raise UserError(f"{name} has another type ({type(value).__name__}) than it should have")

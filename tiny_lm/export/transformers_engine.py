@@ -58,10 +58,10 @@ class TransformersEngine:
         """Encode; special tokens written in the text are text."""
         ids: list[int] = self._tokenizer.encode(
             text, add_special_tokens=False, split_special_tokens=True, verbose=False
-        )  # not verbose: a text longer than the context is no mistake here
+        )  # verbose=False: texts longer than the context are expected here
         return ids
 
-    def encode_beginning(self, text: str) -> list[int]:
+    def encode_document_start(self, text: str) -> list[int]:
         """Encode as a plain call does."""
         ids: list[int] = self._tokenizer(text)["input_ids"]
         return ids

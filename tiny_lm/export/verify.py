@@ -1,4 +1,4 @@
-"""The proof that an export is the same model: token ids, log-probabilities, and what is said."""
+"""Verify that an export is the same model: token ids, log-probabilities, and generated text."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -13,15 +13,15 @@ from torch import Tensor
 from tiny_lm import __version__
 from tiny_lm.console import make_console
 from tiny_lm.errors import UserError
-from tiny_lm.export.source import Source
+from tiny_lm.export.source import ExportSource
 from tiny_lm.files import write_json
 
 REPORT_FILE = "verification.json"
 
 PROMPTS = ("Once upon a time", "One day, a girl named Lily", "The little dog was sad because")
 GREEDY_TOKENS = 64
-WINDOWS = 4
-PERPLEXITY_WINDOWS = 16
+SEQUENCES = 4
+PERPLEXITY_SEQUENCES = 16
 
 _CHARACTERS = [chr(i) for i in (*range(0xD800), *range(0xE000, 0x110000)) if i < 0x180 or i % 1009 == 0]
 HARD_STRINGS: tuple[str, ...] = (
@@ -55,16 +55,16 @@ class Engine(Protocol):
     name: str
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text: no special token is added, and none is read in it."""
+        """Encode text without adding or parsing special tokens."""
 
-    def encode_beginning(self, text: str) -> list[int]:
-        """Return the ids of a text as the program begins one by itself."""
+    def encode_document_start(self, text: str) -> list[int]:
+        """Encode text with the special tokens that the program adds by default."""
 
     def log_probabilities(self, ids: Sequence[int]) -> Tensor:
-        """Return the log-probability of each token after each of ``ids``: float32 [T, V]."""
+        """Return the log-probabilities of the next token after each of ``ids``: float32 [T, V]."""
 
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:
-        """Return the likeliest continuation of ``ids``: up to ``count`` tokens, without the eos that ends it."""
+        """Decode greedily after ``ids``: up to ``count`` tokens, without a final eos."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,10 @@ class Check:
 
     Attributes:
         name: what was compared.
-        value: what came out, as a number: texts that differ, a difference, a share of equal tokens, a perplexity.
-        result: the same in words.
-        limit: what may come out; empty where the line only informs.
-        passed: whether it did.
+        value: the result as a number: differing texts, a difference, a share of equal tokens, a perplexity.
+        result: the result in words.
+        limit: the allowed result; empty if the line is only informative.
+        passed: whether the result is within the limit.
     """
 
     name: str
@@ -87,45 +87,47 @@ class Check:
 
 
 class OwnEngine:
-    """Our own model, in the plainest way: a full forward for each token."""
+    """Our own model without a cache: one full forward pass per token."""
 
     name = f"tiny-lm {__version__}"
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ExportSource) -> None:
         self._model, self._tokenizer = source.model, source.tokenizer
-        self._never = never_drawn(source)
+        self._suppressed = suppressed_tokens(source)
 
     def encode(self, text: str) -> list[int]:
         """Encode with our tokenizer."""
         return self._tokenizer.encode(text)
 
-    def encode_beginning(self, text: str) -> list[int]:
-        """Begin as the documents of the training stream do."""
+    def encode_document_start(self, text: str) -> list[int]:
+        """Encode text as the beginning of a training document."""
         return self._tokenizer.encode(text, bos=True)
 
     @torch.no_grad()
     def log_probabilities(self, ids: Sequence[int]) -> Tensor:
-        """Run the model over all ids at once."""
+        """Run one forward pass over all ids."""
         return F.log_softmax(self._model(torch.tensor([list(ids)]))[0].float(), dim=-1)
 
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:
-        """Take the likeliest token that our generator may draw."""
-        return take_likeliest(self, ids, count, never=self._never, eos_id=self._tokenizer.eos_id)
+        """Decode greedily among the tokens that our generator may produce."""
+        return greedy_decode(self, ids, count, suppressed=self._suppressed, eos_id=self._tokenizer.eos_id)
 
 
-def never_drawn(source: Source) -> list[int]:
-    """Return the ids that our generator never draws: control tokens but eos, and rows without a token."""
+def suppressed_tokens(source: ExportSource) -> list[int]:
+    """Return the ids that our generator never produces: control tokens except eos, and unused ids."""
     tokenizer = source.tokenizer
     control = {token.id for token in tokenizer.specials if token.control} - {tokenizer.eos_id}
     return sorted(control | set(range(tokenizer.vocab_size, source.config.vocab_size)))
 
 
-def take_likeliest(engine: Engine, ids: Sequence[int], count: int, *, never: Sequence[int], eos_id: int) -> list[int]:
-    """Continue ``ids`` by the likeliest token each time, until eos."""
+def greedy_decode(
+    engine: Engine, ids: Sequence[int], count: int, *, suppressed: Sequence[int], eos_id: int
+) -> list[int]:
+    """Append the likeliest token to ``ids`` until eos."""
     text = list(ids)
     for _ in range(count):
         last = engine.log_probabilities(text)[-1]
-        last[list(never)] = float("-inf")
+        last[list(suppressed)] = float("-inf")
         token = int(last.argmax())
         if token == eos_id:
             break
@@ -136,8 +138,8 @@ def take_likeliest(engine: Engine, ids: Sequence[int], count: int, *, never: Seq
 # --- the checks ------------------------------------------------------------------------------------------------------
 
 
-def check_tokens(source: Source, own: Engine, engine: Engine) -> list[Check]:
-    """Compare ids on hard strings and on validation text, and how a text begins."""
+def check_tokens(source: ExportSource, own: Engine, engine: Engine) -> list[Check]:
+    """Compare token ids on hard strings and on validation text, and the beginning of a text."""
     documents = [source.tokenizer.decode(ids) for ids in split_documents(source)]
     texts = {"hard strings": list(HARD_STRINGS), source.validation.origin: documents}
     checks = []
@@ -147,24 +149,24 @@ def check_tokens(source: Source, own: Engine, engine: Engine) -> list[Check]:
         if wrong:
             result += f", such as {min(wrong, key=len)[:40]!r}"
         checks.append(Check(f"token ids: {name}", len(wrong), result, "0 differ", not wrong))
-    begun = [engine.encode_beginning(prompt) for prompt in PROMPTS]
-    expected = [own.encode_beginning(prompt) for prompt in PROMPTS]
+    begun = [engine.encode_document_start(prompt) for prompt in PROMPTS]
+    expected = [own.encode_document_start(prompt) for prompt in PROMPTS]
     first = next((token for token in source.tokenizer.specials if begun[0][:1] == [token.id]), None)
-    shown = f"begins with {first.text!r}" if first else "nothing comes before the text"
+    shown = f"begins with {first.text!r}" if first else "no special token is added"
     wrong_begun = sum(theirs != ours for theirs, ours in zip(begun, expected, strict=True))
     checks.append(Check("beginning of a text", wrong_begun, shown, "as in training", wrong_begun == 0))
     return checks
 
 
-def check_greedy(source: Source, own: Engine, engine: Engine, tolerance: float) -> Check:
-    """Compare greedy continuations.
+def check_greedy(source: ExportSource, own: Engine, engine: Engine, tolerance: float) -> Check:
+    """Compare greedy completions.
 
-    Where the two likeliest tokens are nearer to one another than twice ``tolerance``, in nats, either may come out:
-    there both continue from ours, and the result says so.
+    If the two likeliest tokens differ by less than twice ``tolerance``, in nats, either is right: decoding then
+    continues with ours, and the result counts a tie.
     """
     same, compared, ties = 0, 0, 0
     for prompt in PROMPTS:
-        begin = own.encode_beginning(prompt)[: max(1, source.config.context_length // 2)]
+        begin = own.encode_document_start(prompt)[: max(1, source.config.context_length // 2)]
         count = min(GREEDY_TOKENS, source.config.context_length - len(begin))
         expected = [*own.greedy(begin, count), source.tokenizer.eos_id][:count]
         compared += len(expected)
@@ -181,20 +183,20 @@ def check_greedy(source: Source, own: Engine, engine: Engine, tolerance: float) 
                 break
             same, done, ties = same + 1, done + 1, ties + 1
     result = f"{same} of {compared} tokens equal" + (f", {ties} of them a tie" if ties else "")
-    name = f"greedy continuation of {len(PROMPTS)} prompts"
+    name = f"greedy completion of {len(PROMPTS)} prompts"
     return Check(name, same / compared, result, "all equal", same == compared)
 
 
-def perplexity(source: Source, engine: Engine) -> float:
-    """Return the perplexity over validation windows, each token but the first of a window counted."""
+def perplexity(source: ExportSource, engine: Engine) -> float:
+    """Return the perplexity over validation sequences, counting all tokens but the first of each."""
     nats, tokens = 0.0, 0
-    for window in choose_windows(source, PERPLEXITY_WINDOWS):
-        found = engine.log_probabilities(window)[:-1].gather(1, torch.tensor(window[1:])[:, None])
-        nats, tokens = nats - float(found.double().sum()), tokens + len(window) - 1
+    for sequence in choose_sequences(source, PERPLEXITY_SEQUENCES):
+        found = engine.log_probabilities(sequence)[:-1].gather(1, torch.tensor(sequence[1:])[:, None])
+        nats, tokens = nats - float(found.double().sum()), tokens + len(sequence) - 1
     return math.exp(min(nats / tokens, 700.0))
 
 
-def check_perplexity(source: Source, original: float, engine: Engine, *, limit: float | None) -> Check:
+def check_perplexity(source: ExportSource, original: float, engine: Engine, *, limit: float | None) -> Check:
     """Compare the perplexity with the original's; ``limit`` is how much worse it may become, as a share."""
     theirs = perplexity(source, engine)
     change = theirs / original - 1
@@ -203,8 +205,8 @@ def check_perplexity(source: Source, original: float, engine: Engine, *, limit: 
     return Check("perplexity", theirs, result, "" if limit is None else f"at most {limit:+.1%}", passed)
 
 
-def split_documents(source: Source) -> list[list[int]]:
-    """Return the ids of the validation documents, without the special tokens around them."""
+def split_documents(source: ExportSource) -> list[list[int]]:
+    """Return the token ids of the validation documents, without special tokens."""
     ends = {source.tokenizer.bos_id, source.tokenizer.eos_id}
     documents: list[list[int]] = [[]]
     for token in source.validation.ids:
@@ -212,11 +214,11 @@ def split_documents(source: Source) -> list[list[int]]:
             documents.append([])
         else:
             documents[-1].append(token)
-    return [document for document in documents[:-1] if document]  # the last may be cut inside a character
+    return [document for document in documents[:-1] if document]  # the last one may end inside a character
 
 
-def choose_windows(source: Source, count: int) -> list[list[int]]:
-    """Return up to ``count`` windows of validation text, spread over what there is of it."""
+def choose_sequences(source: ExportSource, count: int) -> list[list[int]]:
+    """Return up to ``count`` sequences, spread evenly over the validation text."""
     ids, length = source.validation.ids, source.config.context_length
     starts = list(range(0, len(ids) - length + 1, length)) or [0]
     chosen = starts[:: max(1, len(starts) // count)][:count]
@@ -226,14 +228,14 @@ def choose_windows(source: Source, count: int) -> list[list[int]]:
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
-def write_report(folder: Path, source: Source, form: str, files: dict[str, Any]) -> None:
+def write_report(folder: Path, source: ExportSource, form: str, files: dict[str, Any]) -> None:
     """Write ``verification.json`` beside an export.
 
     Args:
-        folder: of the export.
+        folder: the export.
         source: what was exported.
         form: name of the format.
-        files: by the name of a file or folder, what is to be said of it; checks under ``checks``.
+        files: metadata by file or folder name, with the checks under ``checks``.
     """
     plain = {name: {**facts, "checks": [asdict(check) for check in facts["checks"]]} for name, facts in files.items()}
     report = {
@@ -249,7 +251,7 @@ def write_report(folder: Path, source: Source, form: str, files: dict[str, Any])
 
 
 def show_table(title: str, checks: Iterable[Check]) -> None:
-    """Show the checks on standard error."""
+    """Print the checks to standard error."""
     from rich.table import Table
 
     table = Table("check", "result", "limit", "", title=title, title_justify="left")
@@ -258,14 +260,14 @@ def show_table(title: str, checks: Iterable[Check]) -> None:
     make_console(soft_wrap=False).print(table)
 
 
-def require(name: str, checks: Iterable[Check]) -> None:
-    """Stop where a check failed.
+def raise_on_failure(name: str, checks: Iterable[Check]) -> None:
+    """Raise if a check failed.
 
     Raises:
-        UserError: naming the first one.
+        UserError: a check failed; names the first one.
     """
     failed = [check for check in checks if not check.passed]
     if failed:
         raise UserError(
-            f"{name} is not the model that was trained ({failed[0].name}: {failed[0].result}); nothing was written"
+            f"{name}: does not match the trained model ({failed[0].name}: {failed[0].result}); nothing was written"
         )

@@ -1,4 +1,4 @@
-"""The interface that every tokenizer has, and what all of them share: decoding, special tokens, the folder on disk."""
+"""The tokenizer interface and what all kinds share: decoding, special tokens, the folder on disk."""
 
 import codecs
 import hashlib
@@ -29,8 +29,7 @@ FORMAT = 1
 class SpecialToken:
     """A token that no text encodes to.
 
-    ``control`` tokens (the standard roles) have no text of their own and are left out by decoding. The others, such as
-    ``<think>``, are part of what a model says: decoding shows them.
+    Decoding skips ``control`` tokens (the standard roles). The others, such as ``<think>``, are part of the output.
     """
 
     role: str
@@ -39,7 +38,7 @@ class SpecialToken:
 
     @property
     def control(self) -> bool:
-        """Whether decoding leaves the token out."""
+        """Whether decoding skips the token."""
         return self.role in STANDARD_SPECIALS
 
 
@@ -54,8 +53,8 @@ class Tokenizer(ABC):
         lossless: whether ``decode(encode(text)) == text`` for every Unicode text.
         vocab_size: number of tokens, the special ones included.
         special_tokens: id by role.
-        training: facts about the training, kept in ``metadata.json``.
-        chat_template: that lies beside the tokenizer, in Jinja, if one does; it goes wherever the tokenizer is saved.
+        training: training statistics, saved in ``metadata.json``.
+        chat_template: the Jinja chat template beside the tokenizer, if any; saved with it.
     """
 
     kind: ClassVar[str]
@@ -66,7 +65,7 @@ class Tokenizer(ABC):
         """Number the special tokens after the base vocabulary.
 
         Args:
-            base: the bytes that each base token stands for, by id.
+            base: the bytes of each base token, by id.
             special_texts: the text of each special token, by role; equal texts share one id. Without ``bos``, documents
                 begin with nothing.
 
@@ -95,7 +94,7 @@ class Tokenizer(ABC):
 
     @property
     def bos_id(self) -> int | None:
-        """The token that begins a document, where there is one."""
+        """The token that begins a document, if any."""
         return self.special_tokens.get("bos")
 
     @property
@@ -105,19 +104,19 @@ class Tokenizer(ABC):
 
     @property
     def pad_id(self) -> int | None:
-        """The token that fills a batch, where there is one."""
+        """The padding token, if any."""
         return self.special_tokens.get("pad")
 
     @property
     def unk_id(self) -> int | None:
-        """The token for what the vocabulary lacks, where there is one."""
+        """The token for unknown text, if any."""
         return self.special_tokens.get("unk")
 
-    def _refuse_clash(self, base: Iterable[str]) -> None:
+    def _check_clash(self, base: Iterable[str]) -> None:
         """Check that no special token has the text of a base token as ``tokenizer.json`` writes it.
 
         Raises:
-            UserError: one has; Hugging Face would give both one id.
+            UserError: one has: Hugging Face would give both the same id.
         """
         clash = {token.text for token in self.specials}.intersection(base)
         if clash:
@@ -132,10 +131,10 @@ class Tokenizer(ABC):
         """Encode text that is known to be valid Unicode."""
 
     def encode(self, text: str, *, bos: bool = False, eos: bool = False) -> list[int]:
-        """Return the ids of ``text``, between the bos (where the tokenizer has one) and eos ids where asked for.
+        """Return the ids of ``text``, optionally with bos (if the tokenizer has one) and eos.
 
         Raises:
-            UserError: the text holds a lone surrogate.
+            UserError: the text contains a lone surrogate.
         """
         check_text(text)
         ids = self._encode(text)
@@ -148,10 +147,10 @@ class Tokenizer(ABC):
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of the beginning of a document, at least one.
 
-        Without a bos token, an empty text is the eos token, since it stands between documents in the training stream.
+        Without a bos token, empty text becomes the eos token, which separates documents in the training stream.
 
         Raises:
-            UserError: the text holds a lone surrogate.
+            UserError: the text contains a lone surrogate.
         """
         return self.encode(text, bos=True) or [self.eos_id]
 
@@ -161,10 +160,10 @@ class Tokenizer(ABC):
         """Return what :meth:`encode` returns for each text, computed in up to ``num_threads`` threads.
 
         Raises:
-            UserError: a text holds a lone surrogate.
+            UserError: a text contains a lone surrogate.
         """
-        # Slices, since handing single short documents to a thread costs more than encoding them; four to a thread,
-        # since documents differ in length.
+        # Slices, since dispatching single short documents costs more than encoding them; four per thread, since
+        # documents differ in length.
         threads = max(1, min(num_threads, len(texts), os.cpu_count() or 1))
         size = max(1, -(-len(texts) // (4 * threads)))
         slices = [texts[start : start + size] for start in range(0, len(texts), size)]
@@ -180,11 +179,11 @@ class Tokenizer(ABC):
     # --- decoding --------------------------------------------------------------------------------------------------
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Return the text of ``ids``; bytes that form no character become U+FFFD.
+        """Return the text of ``ids``; invalid UTF-8 becomes U+FFFD.
 
         Args:
             ids: token ids.
-            skip_special: leave out the control tokens; else show their texts.
+            skip_special: skip control tokens instead of showing their texts.
 
         Raises:
             UserError: an id is outside the vocabulary.
@@ -193,11 +192,11 @@ class Tokenizer(ABC):
         return b"".join([table[self._check_id(i)] for i in ids]).decode("utf-8", errors="replace")
 
     def stream_decoder(self, *, skip_special: bool = True) -> "StreamDecoder":
-        """Return a decoder that takes one id at a time and never emits half a character."""
+        """Return an incremental decoder that never emits partial characters."""
         return StreamDecoder(self, skip_special=skip_special)
 
     def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
-        """Return the UTF-8 bytes that a token stands for: none for a control token, unless ``skip_special`` is off.
+        """Return a token's UTF-8 bytes; empty for a control token unless ``skip_special`` is off.
 
         The bytes of the tokens of a text add up to the text (where the tokenizer is lossless).
 
@@ -216,7 +215,7 @@ class Tokenizer(ABC):
 
     def _check_id(self, token_id: int) -> int:
         if not 0 <= token_id < self.vocab_size:
-            raise UserError(f"{int(token_id)} is no token id: the vocabulary has {self.vocab_size} tokens")
+            raise UserError(f"token id {int(token_id)} is out of range: the vocabulary has {self.vocab_size} tokens")
         return token_id
 
     # --- the folder on disk ----------------------------------------------------------------------------------------
@@ -275,10 +274,10 @@ class Tokenizer(ABC):
         ]
 
     def save(self, folder: Path | str) -> None:
-        """Write the tokenizer into ``folder``: what else lies there stays.
+        """Write the tokenizer into ``folder``; other files there are kept.
 
-        ``metadata.json`` goes first and comes last, and nothing loads without it, so that an interrupted save never
-        looks whole.
+        ``metadata.json`` goes first and comes last, and nothing loads without it, so an interrupted save is
+        never mistaken for a complete one.
 
         Raises:
             UserError: the folder cannot be written.
@@ -356,7 +355,7 @@ def check_text(text: str) -> None:
         start = error.start
         raise UserError(
             f"the text holds the lone surrogate U+{ord(text[start]):04X} at character {start}, "
-            f"which is no Unicode text: {shorten(text[max(0, start - 10) : start + 10])}"
+            f"which is not valid Unicode: {shorten(text[max(0, start - 10) : start + 10])}"
         ) from None
 
 

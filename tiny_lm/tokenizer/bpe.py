@@ -103,7 +103,7 @@ class BPETokenizer(Tokenizer):
         self._ranks = {token: rank for rank, token in enumerate(self.base)}
         if len(self._ranks) != len(self.base) or not all(bytes([i]) in self._ranks for i in range(256)):
             raise UserError("the vocabulary of a BPE tokenizer must hold all 256 bytes, and no token twice")
-        self._refuse_clash(byte_level(token) for token in self.base)
+        self._check_clash(byte_level(token) for token in self.base)
         self._encoding = self._tiktoken(self.pattern)
 
     def _tiktoken(self, pattern: str) -> "tiktoken.Encoding":
@@ -225,7 +225,7 @@ class BPETokenizer(Tokenizer):
             pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
             base = [from_byte_level(token) for token in vocabulary(content["model"], str(file))]
         except (KeyError, IndexError, TypeError) as error:
-            raise UserError(f"{file}: is no byte-level BPE tokenizer of tiny-lm ({error!r})") from None
+            raise UserError(f"{file}: not a tiny-lm byte-level BPE tokenizer ({error!r})") from None
         return cls(base, special_texts, pattern=str(pattern))
 
 
@@ -276,7 +276,9 @@ def recover_merges(base: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
             continue
         parts = _merge(token, ranks, rank)
         if len(parts) != 2:
-            raise UserError(f"token {rank} ({token!r}) is no merge of two earlier tokens, so this is no BPE vocabulary")
+            raise UserError(
+                f"token {rank} ({token!r}) is not a merge of two earlier tokens, so this is not a BPE vocabulary"
+            )
         merges.append((parts[0], parts[1]))
     return merges
 

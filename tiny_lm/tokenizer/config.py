@@ -1,4 +1,4 @@
-"""What a tokenizer is made from: the YAML files in ``configs/tokenizers/``."""
+"""Tokenizer configs: the YAML files in ``configs/tokenizers/``."""
 
 import re
 from typing import ClassVar, Literal
@@ -9,7 +9,7 @@ from typing_extensions import Self
 from tiny_lm.config import Config, config_dataclass, shorten
 
 STANDARD_SPECIALS = {"pad": "<pad>", "eos": "<eos>", "bos": "<bos>", "unk": "<unk>"}
-"""The standard roles with their default texts; only these are control tokens, which decoding leaves out."""
+"""The standard roles with their default texts; only these are control tokens, which decoding skips."""
 
 GPT2_SPECIALS = {"eos": "<|endoftext|>", "bos": "<|endoftext|>"}
 """GPT-2 has one special token, which both ends a document and begins the next."""
@@ -17,8 +17,8 @@ GPT2_SPECIALS = {"eos": "<|endoftext|>", "bos": "<|endoftext|>"}
 GPT2_BASE_SIZE = 50_256
 """GPT-2's tokens without ``<|endoftext|>``."""
 
-# What a kind has before it learns anything: all bytes; SentencePiece also its unknown piece and an alphabet.
-_SMALLEST_BASE = {"BPE": 256, "sentencepiece": 1 + 256 + 32, "char": 1}
+# The vocabulary before training: all bytes; SentencePiece also its unknown piece and an alphabet.
+_MIN_BASE_SIZE = {"BPE": 256, "sentencepiece": 1 + 256 + 32, "char": 1}
 
 
 SplitPattern = Literal["llama3", "gpt2", "qwen2", "smollm"]
@@ -38,11 +38,15 @@ class TokenizerConfig(Config):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=100, description="also names the default folders")
     type: Literal["BPE", "sentencepiece", "char", "gpt2"] = "BPE"
-    vocab_size: int | None = Field(default=None, gt=0, le=2**20, description="all tokens, the special ones included")
+    vocab_size: int | None = Field(
+        default=None, gt=0, le=2**20, description="number of tokens, including special tokens"
+    )
     dataset_config: str = Field(min_length=1, description="name or path of a dataset config")
     val_split: float = Field(default=0.01, ge=0, lt=1, description="share of documents held out for validation")
     special_tokens: dict[str, str] = Field(default_factory=dict, description="text of each special token, by role")
-    split_pattern: SplitPattern = Field(default="llama3", description="BPE only: what text is split by before merges")
+    split_pattern: SplitPattern = Field(
+        default="llama3", description="BPE only: pattern that splits text before merges"
+    )
     output_dir: str = Field(default="", description="folder of the tokenizer")
     tokenized_output_dir: str = Field(default="", description="folder of the token stream")
     num_threads: int = Field(default=16, ge=1, le=1024, description="threads that encode the corpus")
@@ -72,10 +76,10 @@ class TokenizerConfig(Config):
         elif size is None:
             if self.type != "char":
                 raise ValueError(f"vocab_size: a {self.type} tokenizer needs one")
-        elif size < _SMALLEST_BASE[self.type] + specials:
+        elif size < _MIN_BASE_SIZE[self.type] + specials:
             raise ValueError(
                 f"vocab_size: a {self.type} tokenizer with {specials} special tokens needs at least "
-                f"{_SMALLEST_BASE[self.type] + specials} (it is {size})"
+                f"{_MIN_BASE_SIZE[self.type] + specials} (it is {size})"
             )
 
 
@@ -89,11 +93,11 @@ def check_special_tokens(specials: dict[str, str], kind: str) -> None:
     for role, text in specials.items():
         place = f"special_tokens.{role}"
         if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", role):
-            raise ValueError(f"special_tokens: the role {shorten(role)} is no word of a-z, 0-9 and _")
+            raise ValueError(f"special_tokens: the role {shorten(role)} must be a word of a-z, 0-9 and _")
         if not text.strip() or len(text) > 256:
             raise ValueError(f"{place}: must be 1 to 256 characters, not all of them blank (it is {shorten(text)})")
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"{place}: is no Unicode text (it is {shorten(text)})")
+            raise ValueError(f"{place}: must be valid Unicode (it is {shorten(text)})")
         if kind == "char" and len(text) == 1:
             raise ValueError(f"{place}: a single character is an ordinary token of a char tokenizer (it is {text!r})")
     needed = ("eos", "unk") if kind == "char" else ("eos",)

@@ -1,4 +1,4 @@
-"""A byte-level BPE tokenizer out of the ``tokenizer.json`` of a model that others made."""
+"""Import a byte-level BPE tokenizer from another model's ``tokenizer.json``."""
 
 import re
 from pathlib import Path
@@ -23,25 +23,25 @@ from tiny_lm.tokenizer.load import load_tokenizer
 
 
 def load_huggingface_tokenizer(folder: Path) -> Tokenizer:
-    """Load the tokenizer of a Hugging Face folder: of any kind where we exported it, else byte-level BPE.
+    """Load the tokenizer of a Hugging Face folder: of any kind if we exported it, else byte-level BPE.
 
     Args:
-        folder: holds ``tokenizer.json`` and ``tokenizer_config.json``.
+        folder: has ``tokenizer.json`` and ``tokenizer_config.json``.
 
     Raises:
-        UserError: there is none, or it would not yield the same ids in tiny-lm.
+        UserError: it is missing, or would not yield the same ids in tiny-lm.
     """
     if (folder / "metadata.json").is_file():
         return load_tokenizer(folder)
     file = folder / "tokenizer.json"
     if not file.is_file():
-        raise UserError(f"{folder}: holds no tokenizer.json; save the tokenizer again with a recent transformers")
+        raise UserError(f"{folder}: has no tokenizer.json; save the tokenizer with a recent transformers")
     content = read_json(file)
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise UserError(f"{file}: is no byte-level BPE, the one kind that is imported from others")
+        raise UserError(f"{file}: not a byte-level BPE, the only kind that can be imported")
     if content.get("normalizer"):
-        raise UserError(f"{file}: normalizes text before it is split, which no tokenizer of tiny-lm does")
+        raise UserError(f"{file}: normalizes text, which tiny-lm does not support")
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key):
             raise UserError(f"{file}: sets {key} ({shorten(model[key])}), which tiny-lm does not support")
@@ -49,11 +49,11 @@ def load_huggingface_tokenizer(folder: Path) -> Tokenizer:
     added = _added(content, file)
     tokens = [token for token in vocabulary(model, str(file)) if token not in added]
     if sorted(added.values()) != list(range(len(tokens), len(tokens) + len(added))):
-        raise UserError(f"{file}: its special tokens do not follow the others, as they do in tiny-lm")
+        raise UserError(f"{file}: its special tokens must follow the other tokens")
     try:
         base = [from_byte_level(token) for token in tokens]
     except KeyError as error:
-        raise UserError(f"{file}: is no byte-level BPE (a token has the character {error})") from None
+        raise UserError(f"{file}: not a byte-level BPE (a token has the character {error})") from None
     specials = _roles(folder, content, sorted(added, key=lambda text: added[text]))
     try:
         tokenizer = _build(base, specials, pattern)
@@ -88,8 +88,7 @@ def _pattern(pre_tokenizer: Any, file: Path) -> str:
         ] if rest.get("use_regex", True):
             return SMOLLM_PATTERN
     raise UserError(
-        f"{file}: splits text in a way that tiny-lm does not ({shorten(pre_tokenizer)}); it has the splits of "
-        f"{', '.join(SPLIT_PATTERNS)}"
+        f"{file}: unsupported split ({shorten(pre_tokenizer)}); supported are those of {', '.join(SPLIT_PATTERNS)}"
     )
 
 
@@ -129,7 +128,7 @@ def _merges(model: dict[str, Any], file: Path) -> list[tuple[str, str]]:
 
 
 def _roles(folder: Path, content: dict[str, Any], texts: list[str]) -> dict[str, str]:
-    """Give each special token its roles: those of ``tokenizer_config.json``, else one made of its text.
+    """Assign roles to the special tokens: those of ``tokenizer_config.json``, else one derived from the text.
 
     The role bos means that documents begin with the token. It is that of a token that the tokenizer adds by itself
     or that ends documents too, as in GPT-2. Without such a token documents begin with nothing.

@@ -1,4 +1,4 @@
-"""Loading any tokenizer from its folder."""
+"""Load any kind of tokenizer from its folder."""
 
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
         path: the folder, or any file in it; ``tokenizer.pkl`` need not exist, its folder is what counts.
 
     Raises:
-        UserError: there is no tokenizer, or its files are damaged or do not belong together.
+        UserError: the tokenizer is missing, or its files are damaged or do not belong together.
     """
     folder = Path(path)
     if folder.is_file() or (not folder.is_dir() and (folder.parent / "metadata.json").is_file()):
@@ -42,10 +42,10 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
             )
         elif not folder.exists():
             raise UserError(f"{folder}: no such tokenizer folder; `tiny-lm tokenizer train` writes one")
-        raise UserError(f"{folder}: holds no tokenizer (metadata.json is missing){hint}")
+        raise UserError(f"{folder}: has no tokenizer (metadata.json is missing){hint}")
     metadata = read_json(file)
     if not isinstance(metadata, dict) or "kind" not in metadata:
-        raise UserError(f"{file}: describes no tokenizer")
+        raise UserError(f"{file}: does not describe a tokenizer")
     if metadata.get("format") != FORMAT:
         raise UserError(f"{file}: has format {shorten(metadata.get('format'))}, but this version reads {FORMAT}")
     kind = KINDS.get(metadata["kind"]) if isinstance(metadata["kind"], str) else None

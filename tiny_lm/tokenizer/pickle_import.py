@@ -1,4 +1,4 @@
-"""Bringing over a tokenizer that an older program pickled, without letting the file run anything.
+"""Import a tokenizer pickled by an older program, without executing anything in the file.
 
 A pickle is a program. Of this one only the shape is accepted that pickling a ``tiktoken.Encoding`` yields: a fixed set
 of instructions, one admitted name, and in its place a recorder of plain values instead of tiktoken's own class.
@@ -82,7 +82,7 @@ def import_pickled_tokenizer(path: Path | str, special_texts: Mapping[str, str] 
 
 
 class _Recorder:
-    """Stands for ``tiktoken.Encoding`` and keeps what would have become its state."""
+    """Replaces ``tiktoken.Encoding`` and records what would have become its state."""
 
     state: object = None
 
@@ -108,7 +108,7 @@ def _scan(data: bytes) -> None:
 
     Raises:
         UserError: one is none of those that a pickled encoding needs.
-        ValueError: the data is no pickle.
+        ValueError: the data is not a pickle.
     """
     names = ["?", "?"]  # the last two texts: what STACK_GLOBAL most likely means
     for instruction, argument, _ in pickletools.genops(data):
@@ -134,7 +134,7 @@ def _read_state(data: bytes) -> dict[str, Any]:
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise UserError(f"it is no pickle, or a damaged one ({type(error).__name__})") from None
+        raise UserError(f"not a pickle, or a damaged one ({type(error).__name__})") from None
     state = encoding.state if isinstance(encoding, _Recorder) else None
     if isinstance(state, str):
         raise UserError(f"it only names tiktoken's encoding {shorten(state)} and holds no vocabulary")
@@ -151,7 +151,7 @@ def _base(ranks: object) -> list[bytes]:
     if not isinstance(ranks, dict) or not ranks:
         raise UserError("it has no vocabulary")
     if not all(isinstance(token, bytes) and type(rank) is int for token, rank in ranks.items()):
-        raise UserError("its vocabulary is no table of bytes and ranks")
+        raise UserError("its vocabulary is not a table of bytes and ranks")
     tokens: list[bytes] = sorted(ranks, key=lambda token: ranks[token])
     if any(ranks[token] != i for i, token in enumerate(tokens)):
         raise UserError(f"its ranks are not 0 to {len(tokens) - 1}, each of them once")

@@ -44,7 +44,7 @@ class SentencePieceTokenizer(Tokenizer):
     Attributes:
         model: the content of ``tokenizer.model``.
         pieces: text of each piece, by id.
-        byte_ids: id of the piece that stands for each byte.
+        byte_ids: id of the piece of each byte.
     """
 
     kind: ClassVar[str] = "sentencepiece"
@@ -58,7 +58,7 @@ class SentencePieceTokenizer(Tokenizer):
             special_texts: the text of each special token, by role.
 
         Raises:
-            UserError: it is no such model, or one that changes text.
+            UserError: it is not such a model, or it normalizes text.
         """
         self.model = model
         self._processor = _processor(model)
@@ -71,7 +71,7 @@ class SentencePieceTokenizer(Tokenizer):
         base = [byte_of.get(i, self.pieces[i].replace(SPACE_MARK, " ").encode()) for i in ids]
         base[self._processor.unk_id()] = b""
         super().__init__(base, special_texts)
-        self._refuse_clash(self.pieces)
+        self._check_clash(self.pieces)
         self._space_mark = [self.byte_ids[byte] for byte in SPACE_MARK.encode()]
         if self.decode(self.encode(" a  b \n")) != " a  b \n":
             raise UserError("the SentencePiece model adds, drops or normalises characters, so texts would not survive")
@@ -218,8 +218,8 @@ def _processor(model: bytes) -> "sentencepiece.SentencePieceProcessor":
 
 def _reason(error: Exception) -> str:
     """Return what SentencePiece complains of, without the place in its sources and its command-line advice."""
-    _, _, told = str(error).partition("] ")
-    text = (told or str(error)).split(" or decrease character_coverage")[0]
+    _, _, message = str(error).partition("] ")
+    text = (message or str(error)).split(" or decrease character_coverage")[0]
     return " ".join(text.split()) or type(error).__name__
 
 

@@ -1,4 +1,4 @@
-"""Training a tokenizer on documents, whatever its kind."""
+"""Train a tokenizer of any kind."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -19,7 +19,7 @@ _SAMPLE = 2**20  # bytes of text on which the tokens are counted
 def train_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> Tokenizer:
     """Train the tokenizer that ``config`` describes.
 
-    ``tokenizer.training`` then tells the documents and bytes seen, and bytes per token on the first of them. A corpus
+    ``tokenizer.training`` then has the number of documents and bytes, and bytes per token on a sample. A corpus
     too small for the vocabulary yields a smaller one; that is logged as a warning.
 
     Args:
@@ -27,7 +27,7 @@ def train_tokenizer(config: TokenizerConfig, documents: Iterable[str]) -> Tokeni
         documents: the training texts, read once; GPT-2's tokenizer only takes its sample from them.
 
     Raises:
-        UserError: there is no text, it holds a lone surrogate, or the vocabulary is too small for it.
+        UserError: the text is empty or contains a lone surrogate, or the vocabulary is too small for it.
     """
     corpus = _Corpus(documents)
     tokenizer: Tokenizer
@@ -64,7 +64,7 @@ def matches_config(tokenizer: Tokenizer, config: TokenizerConfig) -> bool:
 
 
 class _Corpus:
-    """The documents that are not empty, read once, counted and checked on the way."""
+    """The non-empty documents, read once, counted and checked."""
 
     def __init__(self, documents: Iterable[str]) -> None:
         self._source = self._read(documents)
@@ -91,7 +91,7 @@ class _Corpus:
         yield from self._source
 
     def is_empty(self) -> bool:
-        """Tell whether there is no document at all, looking at the first."""
+        """Return whether there are no documents, by reading the first."""
         if self._first is None:
             self._first = next(self._source, None)
         return self._first is None
