@@ -99,8 +99,8 @@ def test_a_first_document_longer_than_the_look_ahead(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a\n <|endoftext|>\nb", "document 1: holds '<|endoftext|>'"),
-        ("a\0", "document 1: holds a NUL"),
+        ("a\n <|endoftext|>\nb", "document 1: contains '<|endoftext|>'"),
+        ("a\0", "document 1: contains a NUL"),
         ("a\ud83d", "document 1: contains a lone surrogate at character 1"),
     ],
 )

@@ -89,7 +89,7 @@ def test_half_precision_is_compared_with_rounded_weights(trained_run: TrainedRun
 @pytest.mark.parametrize(
     ("key", "value", "check"),
     [
-        ("rms_norm_eps", 1e-2, "settings read back: norm_eps is 0.01 and not 1e-06"),
+        ("rms_norm_eps", 1e-2, "settings read back: norm_eps is 0.01, not 1e-06"),
         ("rope_parameters", {"rope_type": "default", "rope_theta": 100.0}, "settings read back: rope_theta is 100.0"),
     ],
 )

@@ -95,5 +95,5 @@ def test_a_missing_split_is_noticed(trained_run: TrainedRun, tmp_path: Path, mon
 
 def test_a_file_that_llama_cpp_does_not_take(trained_run: TrainedRun, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF and nothing else")
-    with pytest.raises(UserError, match=r"llama.cpp does not load it"):
+    with pytest.raises(UserError, match=r"llama.cpp cannot load it"):
         LlamaCppEngine(tmp_path / "x.gguf", load_source(trained_run().folder))

@@ -1,4 +1,4 @@
-"""Raw text: where documents come from, which of them count, and how they are split."""
+"""Raw text: sources of documents, filters, and splits."""
 
 from tiny_lm.dataset.config import DatasetConfig, Errors, Filters, Split, Splits
 from tiny_lm.dataset.notes import ReadingNotes

@@ -1,4 +1,4 @@
-"""Which documents count, and on which side of a deterministic split each of them falls."""
+"""Filters, and the deterministic train-validation split."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -21,16 +21,16 @@ def _passes(text: str, filters: Filters) -> bool:
     return _within(len(text.split()), filters.min_words, filters.max_words)
 
 
-def _within(value: int, least: int | None, most: int | None) -> bool:
-    return (least is None or value >= least) and (most is None or value <= most)
+def _within(value: int, low: int | None, high: int | None) -> bool:
+    return (low is None or value >= low) and (high is None or value <= high)
 
 
 def in_validation(text: str, share: float, seed: int) -> bool:
-    """Decide whether a document is held out for validation, from its content alone.
+    """Return whether a document is held out for validation, which depends only on its content.
 
     The 64-bit BLAKE2b digest of the text (without the space around it), keyed with ``seed``, is uniform; the documents
-    below ``share`` of its range are held out. Equal texts therefore never fall on both sides, and neither the order of
-    the documents nor their number matters.
+    below ``share`` of its range are held out. Equal texts are therefore never in both splits, and neither order nor
+    number of the documents matters.
     """
     key = (seed % 2**64).to_bytes(8, "little")
     digest = hashlib.blake2b(text.strip().encode("utf-8"), digest_size=8, key=key).digest()

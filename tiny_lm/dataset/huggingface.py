@@ -16,10 +16,10 @@ _NETWORK_LIBRARIES = {"httpx", "httpx2", "httpcore", "requests", "urllib3", "aio
 
 
 def read_huggingface(config: DatasetConfig, split: Split) -> Iterator[str]:
-    """Yield the documents of a named split, exactly as they stand; those without any text are dropped.
+    """Yield the documents of a split, unchanged; empty ones are dropped.
 
-    A copy that :func:`download_huggingface` made of the same commit is used even where ``config.streaming`` is set,
-    and without a network the latest copy in the cache.
+    A copy of the same commit in the cache is used even if ``config.streaming`` is set; without a network, the latest
+    cached copy is used.
 
     Raises:
         UserError: the Hub cannot be reached and nothing is cached; unknown data set, configuration, split or
@@ -28,7 +28,7 @@ def read_huggingface(config: DatasetConfig, split: Split) -> Iterator[str]:
     place = f"{config.name}, split {config.split_name(split)!r}"
     with _as_user_error(place):
         builder = _builder(config)
-        # The folder is named by the commit, so it holds what the Hub would send now.
+        # The cache folder is named by the commit, so its content is current.
         dataset = _cached(builder, config, split) if _stored(builder, config) else _streamed(builder, config, split)
         yield from _texts(dataset, config.text_field, place)
 
@@ -37,7 +37,7 @@ def download_huggingface(config: DatasetConfig, split: Split) -> int:
     """Download a data set into the cache, with the library's own progress bar, and return the rows of ``split``.
 
     Raises:
-        UserError: as :func:`read_huggingface`, or the disk is full.
+        UserError: as for :func:`read_huggingface`, or the disk is full.
     """
     with _as_user_error(f"{config.name}, split {config.split_name(split)!r}"):
         return len(_cached(_builder(config), config, split))
@@ -146,7 +146,7 @@ def _texts(dataset: Any, field: str, place: str) -> Iterator[str]:
     if columns is not None and field in columns:
         dataset = dataset.select_columns([field])
     row = 0
-    for batch in dataset.with_format("arrow").iter(batch_size=_BATCH):  # as texts they would take their size once more
+    for batch in dataset.with_format("arrow").iter(batch_size=_BATCH):  # as strings they would take their size again
         if field not in batch.column_names:
             raise UserError(f"{place}: has no field {field!r}, set text_field{nearest(field, batch.column_names)}")
         for value in batch[field]:

@@ -1,7 +1,7 @@
 """Documents from the user's own files: .txt, .jsonl, .json (lines), .csv and .parquet, plain or gzip.
 
-Everything streams: memory holds a few copies of one document (of at most 64 MiB) whatever the size of a file and
-however far it unpacks.
+Everything is streamed: memory holds a few copies of one document (at most 64 MiB), whatever the size of a file,
+compressed or not.
 """
 
 from collections.abc import Iterator
@@ -17,19 +17,19 @@ from tiny_lm.dataset.txt import read_txt
 
 
 def read_local(config: DatasetConfig, split: Split, errors: Errors, notes: ReadingNotes | None = None) -> Iterator[str]:
-    """Yield the documents of the files that ``split`` names, or of all files where ``config`` names no splits.
+    """Yield the documents of the files of ``split``, or of all files if ``config`` has no splits.
 
-    Files come in the order of their paths. Documents without any text are dropped; those of a .txt file come without
-    the blank space around them and with ``\\n`` at line ends, the others exactly as they stand.
+    Files are sorted by path. Empty documents are dropped; those of .txt files are stripped and have ``\\n`` line ends,
+    all others are unchanged.
 
     Args:
         config: a data set of ``source: local``.
         split: which of its named splits.
-        errors: what to do with invalid UTF-8 and NULs: ``strict`` refuses, ``replace`` puts U+FFFD in their place.
-        notes: where to write down what the files were read as.
+        errors: what to do with invalid UTF-8 and NULs: ``strict`` raises, ``replace`` substitutes U+FFFD.
+        notes: records how the files were read.
 
     Raises:
-        UserError: nothing is found, or a file cannot be read; names the file and the place in it.
+        UserError: no file is found, or one cannot be read; names the file and the position.
     """
     notes = notes if notes is not None else ReadingNotes()
     found = find_files(config, split)

@@ -101,7 +101,7 @@ def estimate_bytes(config: DatasetConfig, split: Split, *, val_split: float = 0.
     """Estimate the bytes of text that :func:`iter_documents` will yield, for a progress bar; None if unknown.
 
     Raises:
-        UserError: no local file is where the config says.
+        UserError: local files are missing.
     """
     if config.source == "stories":
         from tiny_lm.dataset.stories import generate_stories
@@ -119,7 +119,7 @@ def estimate_bytes(config: DatasetConfig, split: Split, *, val_split: float = 0.
 
 
 def describe(config: DatasetConfig) -> str:
-    """Return where the documents come from in one word for metadata, such as ``huggingface:owner/name@revision``."""
+    """Return the source of the documents as one word for metadata, such as ``huggingface:owner/name@revision``."""
     if config.source == "stories":
         plots = f":plots{config.num_plots}" if config.num_plots else ""
         return f"stories:{config.num_stories}:seed{config.seed}{plots}"
@@ -136,15 +136,15 @@ def download(
     """Download a data set for later commands, and count its documents.
 
     A Hub data set is downloaded into the cache of the `datasets` library; local files are read through once, which
-    finds their faults early; the built-in stories need nothing.
+    finds errors early; the built-in stories need nothing.
 
     Args:
         config: the data set.
         errors: invalid UTF-8 in local files, as for :func:`iter_documents`.
-        notes: where to write down what local files were read as.
+        notes: records how local files were read.
 
     Returns:
-        the documents in each split that the data set itself has, before any filter.
+        the number of documents in each split of the data set, before filters.
 
     Raises:
         UserError: the data set cannot be reached or read.
@@ -161,9 +161,9 @@ def download(
 
 
 def write_documents(documents: Iterable[str], path: Path, *, separator: str = END_OF_TEXT) -> int:
-    """Write documents to a .txt file that the local source reads back, atomically and one at a time.
+    """Write documents to a .txt file that the local source reads back, atomically.
 
-    Each document loses the blank space around it, and ``\\r\\n`` becomes ``\\n``; empty ones are left out.
+    Documents are stripped, ``\\r\\n`` becomes ``\\n``, and empty ones are skipped.
 
     Args:
         documents: the texts.
@@ -174,8 +174,8 @@ def write_documents(documents: Iterable[str], path: Path, *, separator: str = EN
         the number of documents written.
 
     Raises:
-        UserError: a document holds what cannot be read back (a line that is the separator, a NUL, half of a surrogate
-            pair, more than 64 MiB), or the file cannot be written.
+        UserError: a document cannot be read back (it has the separator as a line, a NUL, a lone surrogate, or more than
+            64 MiB), or the file cannot be written.
     """
     marker = b"" if separator == BLANK_LINE else separator.encode("utf-8")
     count = 0
@@ -185,7 +185,7 @@ def write_documents(documents: Iterable[str], path: Path, *, separator: str = EN
             if not data:
                 continue
             if count == 0 and (data.startswith(BOM) or len(data) >= HEAD):
-                file.write(marker + b"\n")  # keeps a reader from taking off the mark, or from missing the separator
+                file.write(marker + b"\n")  # so that readers neither remove the BOM nor miss the separator
             file.write(data + b"\n" + marker + b"\n")
             count += 1
     return count
@@ -197,12 +197,12 @@ def _encode(text: str, marker: bytes, place: str) -> bytes:
     except UnicodeEncodeError as error:
         raise UserError(f"{place}: contains a lone surrogate at character {error.start}, which is not text") from None
     if b"\0" in data:
-        raise UserError(f"{place}: holds a NUL character, which marks binary files; remove it")
+        raise UserError(f"{place}: contains a NUL character, which marks binary files; remove it")
     if len(data) >= DOCUMENT_LIMIT:
         raise UserError(f"{place}: is larger than {DOCUMENT_LIMIT // 2**20} MiB; split it")
     if splits_anywhere(marker) and marker in data:
-        raise UserError(f"{place}: holds {marker.decode()!r}, which separates documents; choose another separator")
+        raise UserError(f"{place}: contains {marker.decode()!r}, which separates documents; choose another separator")
     if data and any(line.strip() == marker for line in data.split(b"\n")):
         line = f"a line {marker.decode()!r}" if marker else "a blank line"
-        raise UserError(f"{place}: holds {line}, which separates documents; choose another separator")
+        raise UserError(f"{place}: contains {line}, which separates documents; choose another separator")
     return data

@@ -1,4 +1,4 @@
-"""A look through a local corpus before work begins: what it is read as, and whether a part can be held out."""
+"""A survey of a local corpus before training: how it is read, and whether validation documents can be held out."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,17 +11,17 @@ from tiny_lm.dataset.names import name_from_path
 from tiny_lm.dataset.notes import ReadingNotes
 from tiny_lm.errors import UserError
 
-_MAX_TEXT = 2**28  # characters; a larger corpus is not read to its end twice
+_MAX_TEXT = 2**28  # characters; larger corpora are not read completely twice
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a look through a corpus found.
+    """The result of a survey.
 
     Attributes:
         description: one line for the user.
-        split_within: whether each document is divided into train and validation, since there are too few to hold
-            whole ones out.
+        split_within: whether each document is split into train and validation, since there are too few to hold out
+            whole ones.
     """
 
     description: str
@@ -34,7 +34,7 @@ def survey_corpus(
     """Read a local corpus, or the first 256 million characters of it; None for other sources.
 
     Raises:
-        UserError: it cannot be read, or holds no document; names its files.
+        UserError: it cannot be read or has no documents; names the files.
     """
     if config.source != "local":
         return None
@@ -114,9 +114,9 @@ def _why_empty(config: DatasetConfig, notes: ReadingNotes, counts: _Counts) -> s
 
 
 def divide_document(text: str, share: float) -> tuple[str, str]:
-    """Divide a document into its beginning, to train on, and the last ``share`` of it, to validate.
+    """Split a document into its beginning, for training, and the last ``share``, for validation.
 
-    It is cut behind the last line end, else the last space, of the beginning, where there is one near.
+    The cut is moved back to a nearby line end or space, if there is one.
     """
     cut = len(text) - max(1, round(len(text) * share)) if share else len(text)
     for end in ("\n", " "):

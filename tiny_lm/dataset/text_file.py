@@ -1,4 +1,4 @@
-"""The bytes of a text file: opened, unpacked, transcoded to UTF-8, and handed out in blocks of bounded size."""
+"""Text files: decompressed, transcoded to UTF-8, and read in blocks of bounded size."""
 
 import codecs
 import gzip
@@ -28,7 +28,7 @@ _OTHER_ENCODINGS = (  # UTF-32 first: its mark begins with that of UTF-16
 
 @contextmanager
 def opened(path: Path) -> Iterator[gzip.GzipFile | BufferedReader]:
-    """Open a plain or gzip file; a file that cannot be read, or is cut or damaged, is a UserError."""
+    """Open a plain or gzip file; raise UserError if it cannot be read or is damaged."""
     name = name_from_path(path)
     try:
         with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
@@ -51,7 +51,7 @@ class TextFile:
     """
 
     def __init__(self, path: Path, errors: Errors) -> None:
-        """Look at the beginning of the file.
+        """Inspect the beginning of the file.
 
         Raises:
             UserError: it cannot be read, or is binary.
@@ -107,7 +107,7 @@ class TextFile:
     def _without_nul(self, chunk: bytes, offset: int) -> bytes:
         nul = chunk.find(b"\0")
         if nul >= 0 and self._errors == "strict":
-            problem = f"NUL at byte {offset + nul}, which text does not hold"
+            problem = f"NUL at byte {offset + nul}, which is not text"
             raise UserError(f"{self.name}: {problem}; remove it, or pass --errors replace")
         if nul >= 0:
             chunk = chunk.replace(b"\0", "\ufffd".encode())
@@ -162,6 +162,6 @@ class TextFile:
             raise UserError(f"{self.name}: invalid UTF-8 at {place}; fix the file, or pass --errors replace") from None
 
     def too_large(self, offset: int, advice: str) -> UserError:
-        """Return the error for a document that begins at byte ``offset`` and has no end within the limit."""
+        """Return the error for a document at byte ``offset`` that exceeds the limit."""
         limit = DOCUMENT_LIMIT // 2**20
         return UserError(f"{self.name}: the document at byte {offset} is larger than {limit} MiB; {advice}")

@@ -1,4 +1,4 @@
-"""Documents of a .txt file: divided by a separator, or by blank lines where the separator is not found."""
+"""Documents of a .txt file, separated by a separator, or by blank lines if it does not occur."""
 
 import re
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ _BLANK = rb"[ \t\r\x0b\x0c]*"
 
 
 def read_txt(file: TextFile, separator: str, notes: ReadingNotes) -> Iterator[str]:
-    """Yield the documents of a file, and note what divides them.
+    """Yield the documents of a file, and record their separator.
 
     Raises:
-        UserError: a document is larger than the limit, or holds invalid UTF-8; names the file and the byte.
+        UserError: a document is larger than the limit, or has invalid UTF-8; names the file and the byte.
     """
     marker = _find_separator(file, separator)
     notes.count_separator(separator, is_missing=separator != BLANK_LINE and not marker)
@@ -45,7 +45,7 @@ def _leading_space(parts: list[bytes]) -> int:
 
 
 def _ends_line(parts: list[bytes]) -> bool:
-    """Return whether nothing but space stands behind the last line end."""
+    """Return whether only space follows the last line end."""
     for part in reversed(parts):
         if part.strip(b" \t\r\x0b\x0c"):
             return part.rstrip(b" \t\r\x0b\x0c").endswith(b"\n")
@@ -53,22 +53,22 @@ def _ends_line(parts: list[bytes]) -> bool:
 
 
 def splits_anywhere(marker: bytes) -> bool:
-    """Return whether a separator divides wherever it stands, as ``<|endoftext|>`` does.
+    """Return whether a separator counts anywhere in a line, as ``<|endoftext|>`` does.
 
-    One without such brackets (``---``) is text unless it has a line of its own.
+    Others (``---``) are text unless on their own line.
     """
     return marker.startswith(b"<") and marker.endswith(b">")
 
 
 def tidy(text: str) -> str:
-    """Return the text of a .txt document: ``\\n`` at line ends and no blank space around it."""
+    """Return a .txt document with ``\\n`` line ends, stripped."""
     if "\r" in text:
         text = re.sub(r"\r+\n", "\n", text)
     return text.strip()
 
 
 def _find_separator(file: TextFile, separator: str) -> bytes:
-    """Return the separator to look for; empty means that blank lines separate."""
+    """Return the separator to search for; empty means blank lines."""
     if separator == BLANK_LINE:
         return b""
     marker = separator.encode("utf-8")
@@ -97,7 +97,7 @@ def _separator_line(marker: bytes) -> "re.Pattern[bytes]":
 
 
 def _split_at_lines(file: TextFile, marker: bytes) -> Iterator[tuple[int, bytes, bool]]:
-    """Yield pieces of the file with their offsets, and whether a document ends behind each."""
+    """Yield pieces of the file with their offsets, and whether a document ends after each."""
     pattern = _separator_line(marker)
     for offset, block in file.blocks():
         start = 0

@@ -1,16 +1,16 @@
-"""How far rounding may move an export: our model in float64, and what float32 costs it, are the measure.
+"""Tolerances of an export: errors are measured against our model in float64, relative to the error of float32.
 
-Two right programs that compute in float32 differ, since they add in another order. How much depends on the model (the
-size of its logits, its depth, its context) and on the processor, so no fixed tolerance is right for all. Here the error
-of an export is taken against our model in float64 and compared with the error of our own float32 on the same text:
+Two correct programs differ in float32, since they add in different orders. By how much depends on the model (the size
+of its logits, its depth, its context) and on the processor, so no fixed tolerance fits all. Here the error of an export
+relative to our model in float64 is compared with the error of our own float32 on the same text:
 
 * the error of the log-probabilities, as a share of the logits' scale, by its root mean square and at its largest;
 * the Kullback-Leibler divergence, which weights each error with the token's probability;
 * the likeliest token at each position.
 
-Each may be :data:`FACTOR` times what our own float32 shows (the divergence, which grows with the square of the error,
-the square of that). What is smaller than this noise cannot be seen in the output of any program: that epsilon, the
-rotary base and the shape are right is read back from the written files (:func:`check_settings`).
+Each may be :data:`FACTOR` times that of our own float32 (the divergence, which grows with the square of the error, the
+square of that). Differences below this noise cannot be detected in any program's output: epsilon, rotary base and shape
+are verified by reading them back from the written files (:func:`check_settings`).
 """
 
 import copy
@@ -29,18 +29,18 @@ from tiny_lm.export.verify import SEQUENCES, Check, Engine, choose_sequences
 from tiny_lm.model import Transformer
 
 FACTOR = 16.0
-"""Times the error of our own float32 that a right program's error may be.
+"""Allowed error of a correct program, as a multiple of our own float32's error.
 
-The error of a sum of n terms grows as sqrt(n) where rounding is random (Higham, Accuracy and Stability of Numerical
-Algorithms, 2nd ed., section 4.2). A kernel that adds one term after the other then errs sqrt(256) = 16 times as much as
-one that keeps 256 partial sums, which is as many as matrix kernels of processors of today keep.
+The error of a sum of n terms grows as sqrt(n) if rounding is random (Higham, Accuracy and Stability of Numerical
+Algorithms, 2nd ed., section 4.2). A kernel that adds sequentially then has sqrt(256) = 16 times the error of one with
+256 partial sums, which is the most that matrix kernels of today's processors use.
 """
 
 
 class TableGELU(nn.Module):
     """GELU (tanh form) as llama.cpp computes it on a CPU: looked up by a float16, as a float16.
 
-    ExportSource: ``ggml_vec_gelu_f32`` in ggml/src/ggml-cpu/vec.h.
+    Source: ``ggml_vec_gelu_f32`` in ggml/src/ggml-cpu/vec.h.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,14 +51,14 @@ class TableGELU(nn.Module):
 
 @dataclass(frozen=True)
 class Agreement:
-    """How much log-probabilities of some windows differ from the reference.
+    """How much log-probabilities differ from the reference.
 
     Attributes:
         rms: root mean square of the differences, as a share of the logits' scale.
         largest: largest difference, as a share of it.
         divergence: mean Kullback-Leibler divergence from the reference, in nats per token.
-        other_top: positions whose likeliest token is another, though the reference's is ahead by more than ``tie``.
-        positions: how many there are.
+        other_top: positions with another likeliest token, although the reference's leads by more than ``tie``.
+        positions: number of positions.
     """
 
     rms: float
@@ -69,12 +69,12 @@ class Agreement:
 
 
 class Reference:
-    """Our model in float64 on windows of validation text, and the error of our own float32 there.
+    """Our model in float64 on validation text, and the error of our own float32 there.
 
     Attributes:
         sequences: token ids of the validation sequences.
         scale: standard deviation of the logits over the vocabulary, root mean square over all positions.
-        noise: how our float32 agrees with float64.
+        noise: agreement of our float32 with float64.
     """
 
     def __init__(self, source: ExportSource, *, table_gelu: bool = False) -> None:
@@ -94,11 +94,11 @@ class Reference:
 
     @property
     def difference_limit(self) -> float:
-        """The largest difference of a log-probability, in nats, that rounding explains."""
+        """The largest difference of a log-probability, in nats, that rounding can explain."""
         return self._limit(self.noise.largest) * self.scale
 
     def _limit(self, noise: float) -> float:
-        """Return how large an error may be, as a share of the logits' scale."""
+        """Return the allowed error relative to the logits' scale."""
         smallest = torch.finfo(torch.float32).eps * max(1.0, 1 / self.scale)  # one rounding of a log-probability
         return FACTOR * max(noise, smallest)
 
@@ -129,11 +129,11 @@ class Reference:
         return Agreement(rms / self.scale, largest / self.scale, divergence, other_top, positions)
 
     def check(self, engine: Engine) -> list[Check]:
-        """Return the rows of the report on the log-probabilities of ``engine``."""
+        """Return the checks of ``engine``'s log-probabilities."""
         return self.checks_of(self.agreement(engine))
 
     def checks_of(self, found: Agreement) -> list[Check]:
-        """Return the rows of the report on an agreement."""
+        """Return the checks of an agreement."""
         rms_limit, largest_limit, divergence_limit = self._limits
         where = f"{len(self.sequences)} sequences of {len(self.sequences[0])} tokens"
         return [
@@ -177,14 +177,14 @@ def _log_probabilities(model: Transformer, window: Sequence[int]) -> Tensor:
 
 
 def check_settings(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Check:
-    """Compare the settings that a written file holds with those of the model.
+    """Compare the settings in a written file with those of the model.
 
     Args:
-        expected: by name, what the model has: shape, epsilon, rotary base.
-        found: the same as read back from the file. A float may have been stored in float32.
+        expected: the model's settings by name: shape, epsilon, rotary base.
+        found: the same, read back from the file. Floats may have been stored in float32.
     """
     wrong = [
-        f"{name} is {found.get(name)} and not {value}"
+        f"{name} is {found.get(name)}, not {value}"
         for name, value in expected.items()
         if not _equal(value, found.get(name))
     ]

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 ARCHITECTURES = {"gpt2": "gpt2", "llama3": "llama", "smalllm": "starcoder2", "qwen3": "qwen3"}
-"""The architecture of llama.cpp that computes what a family computes."""
+"""The equivalent architecture of llama.cpp."""
 
 BLOCKS = {"F32": 1, "F16": 1, "BF16": 1, "Q8_0": 32, "Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q5_1": 32}
-"""The types that are written here, with the numbers that share a scale: rows must be a multiple of it."""
+"""The types written here, with their block size: row lengths must be multiples of it."""
 
-# What stays float32 in every file: llama.cpp adds it or multiplies by it without a matrix product.
+# Always float32: llama.cpp uses these without a matrix product.
 _ALWAYS_FLOAT32 = ("position_embd.weight", "_norm.weight")
 
 
@@ -67,7 +67,7 @@ def gguf_tensors(config: ModelConfig, state: Mapping[str, Tensor]) -> Iterator[t
 
 
 def interleave_pairs(weight: Tensor, heads: int) -> Tensor:
-    """Reorder the rows of a projection to q or k, [heads*K, ...], for rotary positions on neighbours.
+    """Reorder the rows of a projection to q or k, [heads*K, ...], for rotary positions on adjacent pairs.
 
     We turn dimension i of a head together with i + K/2; llama.cpp's ``llama`` turns 2i together with 2i + 1.
     """
@@ -102,12 +102,12 @@ def write_gguf(source: ExportSource, vocabulary: Vocabulary, file: Path, kind: s
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-    except OSError as error:  # numpy writes the tensors, and says only how much of one was written
+    except OSError as error:  # from numpy, which only reports how much was written
         raise UserError(f"{file}: could not be written; is the disk full? ({error})") from error
 
 
 def tensor_type(name: str, shape: tuple[int, ...], kind: str) -> str:
-    """Return the type that a tensor has in a file of type ``kind``."""
+    """Return a tensor's type in a file of type ``kind``."""
     if len(shape) == 1 or name.endswith(_ALWAYS_FLOAT32):
         return "F32"
     if name in ("token_embd.weight", "output.weight") and kind.startswith(("Q4", "Q5")):
@@ -140,7 +140,7 @@ def _add_facts(writer: "GGUFWriter", source: ExportSource, file_type: int) -> No
 
 
 def expected_settings(config: ModelConfig) -> dict[str, Any]:
-    """Return what a file of this model must say about its shape, epsilon and rotary base, by llama.cpp's keys."""
+    """Return the expected shape, epsilon and rotary base of a file, by llama.cpp's keys."""
     is_rms = config.norm == "rmsnorm"
     settings: dict[str, Any] = {
         "context_length": config.context_length,
@@ -157,7 +157,7 @@ def expected_settings(config: ModelConfig) -> dict[str, Any]:
 
 
 def read_settings(file: Path, config: ModelConfig) -> dict[str, Any]:
-    """Read from a GGUF file what :func:`expected_settings` names; a key that the file lacks is None."""
+    """Read the keys of :func:`expected_settings` from a GGUF file; missing ones are None."""
     reader = import_gguf().GGUFReader(file)
     fields = {key: reader.get_field(f"{ARCHITECTURES[config.architecture]}.{key}") for key in expected_settings(config)}
     return {key: None if field is None else field.contents() for key, field in fields.items()}
@@ -176,21 +176,21 @@ def _add_vocabulary(writer: "GGUFWriter", source: ExportSource, vocabulary: Voca
         writer.add_add_space_prefix(False)
         writer.add_remove_extra_whitespaces(False)
         writer.add_unk_token_id(0)
-    # Left out, llama.cpp would take token 11 for bos.
+    # Without it, llama.cpp would use token 11 as bos.
     writer.add_bos_token_id(tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id)
     writer.add_eos_token_id(tokenizer.eos_id)
     writer.add_eot_token_id(tokenizer.eos_id)
     writer.add_pad_token_id(tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id)
     if source.chat_template is not None:
         writer.add_chat_template(source.chat_template)
-    # Without these two, llama.cpp follows its own habit for the name of the split.
+    # Without these two, llama.cpp's default depends on the name of the split.
     writer.add_add_bos_token(tokenizer.bos_id is not None)
     writer.add_add_eos_token(False)
 
 
 @dataclass(frozen=True)
 class FileFacts:
-    """What a GGUF file holds.
+    """Properties of a GGUF file.
 
     Attributes:
         bytes: size of the file.
@@ -204,7 +204,7 @@ class FileFacts:
 
 
 def read_facts(file: Path) -> FileFacts:
-    """Read back what a GGUF file really holds."""
+    """Read the actual properties of a GGUF file."""
     tensors = import_gguf().GGUFReader(file).tensors
     types: dict[str, int] = {}
     for tensor in tensors:
@@ -215,7 +215,7 @@ def read_facts(file: Path) -> FileFacts:
 
 
 def weight_errors(source: ExportSource, file: Path) -> dict[str, float]:
-    """Return by tensor how far the weights in a GGUF file, dequantized, are from the model's.
+    """Return each tensor's error: the dequantized weights of a GGUF file compared with the model's.
 
     The measure is the norm of the difference over the norm of the weights; a tensor that the file lacks has infinity.
     """
@@ -234,7 +234,7 @@ def weight_errors(source: ExportSource, file: Path) -> dict[str, float]:
 
 
 def row_lengths(config: ModelConfig) -> dict[int, list[str]]:
-    """Return the lengths of the rows that quantization cuts into blocks, with the tensors that have them."""
+    """Return the row lengths of quantized tensors, with the names of the tensors."""
     lengths: dict[int, list[str]] = {}
     for name, tensor in gguf_tensors(config, build_model(config, device="meta").state_dict()):
         if tensor_type(name, tuple(tensor.shape), "F16") == "F16":

@@ -1,4 +1,4 @@
-"""A tokenizer as GGUF keeps it, so that llama.cpp yields the same ids; and which tokenizers it cannot keep."""
+"""A tokenizer in GGUF form, with which llama.cpp yields the same ids; and which tokenizers it does not support."""
 
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -10,7 +10,7 @@ from tiny_lm.tokenizer.sentencepiece import SentencePieceTokenizer
 
 
 class TokenType(IntEnum):
-    """What a token is (``llama_token_type`` of llama.cpp)."""
+    """The type of a token (``llama_token_type`` of llama.cpp)."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -26,7 +26,7 @@ PRE_TOKENIZERS = {
     SPLIT_PATTERNS["qwen2"]: "qwen2",
     SPLIT_PATTERNS["smollm"]: "smollm",
 }
-"""llama.cpp's name of each split that it implements."""
+"""llama.cpp's name of each supported split."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def to_gguf_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
         vocab_size: rows of the model's embedding; those without a token get an unused one.
 
     Raises:
-        UserError: llama.cpp has no tokenizer that yields the same ids.
+        UserError: llama.cpp does not support the tokenizer.
     """
     if isinstance(tokenizer, BPETokenizer):
         base = _byte_level(tokenizer)
@@ -80,7 +80,7 @@ def to_gguf_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
 
 
 def describe_missing_split(tokenizer: Tokenizer) -> str | None:
-    """Say which split of a byte-level BPE llama.cpp lacks; None where it has it."""
+    """Name the split of a byte-level BPE if llama.cpp lacks it, else None."""
     if not isinstance(tokenizer, BPETokenizer) or tokenizer.pattern in PRE_TOKENIZERS:
         return None
     return (

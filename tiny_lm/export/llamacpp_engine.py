@@ -1,4 +1,4 @@
-"""llama.cpp as an engine, through llama-cpp-python: the GGUF file, run by the program that it is for."""
+"""llama.cpp as an engine, through llama-cpp-python."""
 
 import ctypes
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def import_llama_cpp() -> Any:
 
 
 class LlamaCppEngine:
-    """Loads a GGUF file on the CPU; keys and values are kept in float32, and attention is the plain one."""
+    """Runs a GGUF file on the CPU, with a float32 KV cache and without flash attention."""
 
     def __init__(self, file: Path, source: ExportSource) -> None:
         """Load the file.
@@ -44,7 +44,7 @@ class LlamaCppEngine:
             source: what it was exported from: gives context length, and the tokens that are never drawn.
 
         Raises:
-            UserError: llama-cpp-python is not installed, or llama.cpp does not take the file.
+            UserError: llama-cpp-python is not installed, or llama.cpp cannot load the file.
         """
         self._library = library = import_llama_cpp()
         self._complaints = _listen(library)
@@ -54,12 +54,12 @@ class LlamaCppEngine:
         model_options.n_gpu_layers = 0
         self._model = library.llama_model_load_from_file(str(file).encode(), model_options)
         if not self._model:
-            raise UserError(f"{file}: llama.cpp does not load it ({self._complaint()})")
+            raise UserError(f"{file}: llama.cpp cannot load it ({self._complaint()})")
         options = library.llama_context_default_params()
         options.n_ctx = options.n_batch = options.n_ubatch = source.config.context_length
         options.type_k = options.type_v = library.GGML_TYPE_F32
         options.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        # Its threads spin while they wait, so more of them than there are free cores is slow beyond measure.
+        # Its threads spin while waiting, so more threads than free cores are extremely slow.
         options.n_threads = options.n_threads_batch = torch.get_num_threads()
         self._context = library.llama_init_from_model(self._model, options)
         if not self._context:
@@ -70,7 +70,7 @@ class LlamaCppEngine:
         self.name = f"llama.cpp (llama-cpp-python {library.__version__})"
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._library.llama_free(self._context)
         self._library.llama_model_free(self._model)
 
@@ -78,7 +78,7 @@ class LlamaCppEngine:
         return self._complaints[0] if self._complaints else "it gives no reason"
 
     def encode(self, text: str) -> list[int]:
-        """Tokenize; special tokens written in the text are text."""
+        """Tokenize without parsing special tokens in the text."""
         return self._tokenize(text, add_special=False)
 
     def encode_document_start(self, text: str) -> list[int]:
@@ -93,7 +93,7 @@ class LlamaCppEngine:
         return list(tokens[:count])
 
     def log_probabilities(self, ids: Sequence[int]) -> Tensor:
-        """Run the model over all ids at once."""
+        """Run one forward pass over all ids."""
         self._forget()
         return self._run(ids, 0, everywhere=True)
 
@@ -115,7 +115,7 @@ class LlamaCppEngine:
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
 
     def _run(self, ids: Sequence[int], position: int, *, everywhere: bool) -> Tensor:
-        """Read ``ids`` at ``position``; return log-probabilities after each of them, [T, V], or the last, [1, V]."""
+        """Decode ``ids`` at ``position``; return log-probabilities after each of them, [T, V], or the last, [1, V]."""
         batch = self._library.llama_batch_init(len(ids), 0, 1)
         batch.n_tokens = len(ids)
         for i, token in enumerate(ids):
@@ -135,7 +135,7 @@ _listeners: list[Any] = []  # a callback must live as long as the library may ca
 
 
 def _listen(library: Any) -> list[str]:
-    """Keep llama.cpp from writing to standard error; return the list that its errors are added to."""
+    """Redirect llama.cpp's log from standard error; return the list that collects its errors."""
     complaints: list[str] = []
 
     def hear(level: int, text: bytes, user_data: Any) -> None:

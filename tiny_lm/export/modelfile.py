@@ -1,4 +1,4 @@
-"""Ollama's Modelfile: how a GGUF file is to be run, as text in Ollama's own grammar.
+"""Ollama's Modelfile: how to run a GGUF file, in Ollama's grammar.
 
 A command is a word and a value. The value is the rest of the line, or stands in triple quotes and may then have many
 lines. There are no escapes: what the grammar would read differently is refused.
@@ -8,7 +8,7 @@ from tiny_lm.errors import UserError
 from tiny_lm.export.source import ExportSource
 
 PARAMETERS: dict[str, float] = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "repeat_penalty": 1.1}
-"""How tokens are drawn."""
+"""Sampling parameters."""
 
 TEMPLATE = "{{ .Prompt }}"
 """The prompt as it is, which a model without a chat template continues; where there is one, the Modelfile has no
@@ -35,7 +35,7 @@ def modelfile(source: ExportSource, gguf_name: str, *, license_text: str = NO_LI
         UserError: a value cannot be written in the grammar.
     """
     context = source.config.context_length
-    # `num_predict` ends the story of a model that never ends one; by itself, Ollama goes on for ten contexts.
+    # `num_predict` stops a model that never ends a story; Ollama's default is ten contexts.
     numbers = {**PARAMETERS, "num_ctx": context, "num_predict": context}
     lines = [
         f"# {source.name}, step {source.step}: written by tiny-lm; verification.json says how it was checked.",
@@ -49,24 +49,24 @@ def modelfile(source: ExportSource, gguf_name: str, *, license_text: str = NO_LI
 
 
 def stop_strings(source: ExportSource) -> list[str]:
-    """Return the texts of the tokens around a story: where one appears, the story is over."""
+    """Return the stop strings: the texts of the tokens around a story."""
     ends = {source.tokenizer.bos_id, source.tokenizer.eos_id}
     # A token of several roles is listed once.
     return list(dict.fromkeys(token.text for token in source.tokenizer.specials if token.id in ends))
 
 
 def quote(value: str) -> str:
-    """Return a value as the grammar reads it: bare where one line is enough, else in triple quotes.
+    """Quote a value: bare if it is a single line, else in triple quotes.
 
     Raises:
-        UserError: it holds triple quotes, or characters that Ollama drops.
+        UserError: it contains triple quotes, or characters that Ollama drops.
     """
     if '"""' in value or value != _printable(value):
-        raise UserError(f'a Modelfile cannot hold {value[:60]!r}: it has """ or characters that are not printed')
+        raise UserError(f'a Modelfile cannot contain {value[:60]!r}: it has """ or characters that are not printed')
     bare = value != "" and value == value.strip() and "\n" not in value and not value.startswith('"')
     return value if bare else f'"""{value}"""'
 
 
 def _printable(text: str) -> str:
-    """Leave out what Ollama drops from a value: all that is not printed, but line breaks and tabs."""
+    """Remove what Ollama drops from a value: all unprintable characters but line breaks and tabs."""
     return "".join(character for character in text if character.isprintable() or character in "\n\t")

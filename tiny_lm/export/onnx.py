@@ -1,4 +1,4 @@
-"""A folder for ONNX Runtime and transformers.js: the model as ONNX graphs, with a program that runs them."""
+"""Export for ONNX Runtime and transformers.js: the model as ONNX graphs, with a program that runs them."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,16 +35,16 @@ CACHED, PLAIN, QUANTIZED = "onnx/model.onnx", "onnx/model_no_cache.onnx", "onnx/
 PROGRAM = "generate.py"
 
 _QUANTIZED_LIMIT = 0.02
-"""By how much the perplexity may rise with eight bits."""
+"""Maximum increase of the perplexity with eight bits."""
 
-_LARGEST_FILE = 2_000_000_000  # bytes; a little less than what protobuf can hold
+_MAX_FILE_SIZE = 2_000_000_000  # bytes; slightly less than protobuf's limit
 _STEPS = 8
 """Tokens that padded rows read one by one."""
 
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """A graph that was written: its name, what it holds, and how it was checked."""
+    """A written graph: name, contents, and checks."""
 
     name: str
     facts: GraphFacts
@@ -52,7 +52,7 @@ class OnnxFile:
 
 
 def export_onnx(source: ExportSource, folder: Path, *, force: bool = False) -> list[OnnxFile]:
-    """Write the graphs and all that is needed beside them, run them in ONNX Runtime, and compare.
+    """Write the graphs and all files they need, run them in ONNX Runtime, and compare.
 
     The folder gets its name when every check has passed; until then nothing is to be seen of it.
 
@@ -65,7 +65,7 @@ def export_onnx(source: ExportSource, folder: Path, *, force: bool = False) -> l
         the graphs: with a cache, without one, and with weights of eight bits.
 
     Raises:
-        UserError: the folder holds files, the disk is full, the extra is missing, or a check failed.
+        UserError: the folder is not empty, the disk is full, the extra is missing, or a check failed.
     """
     replaceable = REPORT_FILE if force else None
     check_free(folder, replaceable=replaceable)
@@ -87,17 +87,17 @@ def export_onnx(source: ExportSource, folder: Path, *, force: bool = False) -> l
 
 
 def check_model(config: ModelConfig) -> None:
-    """Check that the model can be a graph: its lengths are free, and its weights fit into one file.
+    """Check that the model can be exported: dynamic lengths, and weights that fit into one file.
 
     Raises:
         UserError: it cannot.
     """
     if config.context_length < 2:
-        raise UserError("a model that sees one token at a time has no lengths to be free: export huggingface or gguf")
+        raise UserError("a model with context_length 1 cannot have dynamic lengths: export huggingface or gguf")
     size = 4 * num_parameters(config)
-    if size > _LARGEST_FILE:
+    if size > _MAX_FILE_SIZE:
         raise UserError(
-            f"an ONNX file holds at most {_LARGEST_FILE / 1e9:.0f} GB, but the weights are {size / 1e9:.1f} GB; "
+            f"an ONNX file can have at most {_MAX_FILE_SIZE / 1e9:.0f} GB, but the weights are {size / 1e9:.1f} GB; "
             "export huggingface or gguf"
         )
 
@@ -133,7 +133,7 @@ def _check(source: ExportSource, engine: OnnxEngine, name: str) -> list[Check]:
 def check_padding(
     source: ExportSource, own: OwnEngine, engine: OnnxEngine, side: str, limit: float, *, cached: bool
 ) -> Check:
-    """Compare a batch of texts of different lengths, padded on one side, with each text alone.
+    """Compare a padded batch of texts of different lengths with each text alone.
 
     With a cache the last tokens of each row are read one by one behind the padded beginning.
     """
@@ -178,4 +178,4 @@ console.log((await generate("Once upon a time", { max_new_tokens: 200 }))[0].gen
 | `onnx/model_quantized.onnx` | the same with weights of eight bits |
 | `onnx/model_no_cache.onnx` | float32; the whole text goes in each time |
 
-Batch and lengths are free; `attention_mask` covers the past too, and positions follow from it."""
+Batch size and lengths are dynamic; `attention_mask` covers the past too, and positions follow from it."""

@@ -1,4 +1,4 @@
-"""ONNX Runtime as an engine: an exported graph and ``tokenizer.json``, run by the program that stands beside them."""
+"""ONNX Runtime as an engine: an exported graph and ``tokenizer.json``, run by the exported program."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from tiny_lm.export.verify import greedy_decode, suppressed_tokens
 
 
 class OnnxEngine:
-    """Loads a file of an export on the CPU."""
+    """Runs a graph of an export on the CPU."""
 
     def __init__(self, folder: Path, file: str, source: ExportSource, *, cached: bool = True) -> None:
         """Load the file.
@@ -33,26 +33,26 @@ class OnnxEngine:
         from tiny_lm.export.onnx_generate import OnnxModel  # imports onnxruntime at its top
 
         self._model = OnnxModel(folder, file, threads=torch.get_num_threads())
-        self._model.tokenizer.encode_special_tokens = True  # those that are written in a text are text
+        self._model.tokenizer.encode_special_tokens = True  # special tokens in the text are ordinary text
         self._cached, self._suppressed, self._eos_id = cached, suppressed_tokens(source), source.tokenizer.eos_id
         self.name = f"onnxruntime {onnxruntime.__version__}"
 
     def encode(self, text: str) -> list[int]:
-        """Encode without a special token."""
+        """Encode without special tokens."""
         ids: list[int] = self._model.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_document_start(self, text: str) -> list[int]:
-        """Encode as a plain call does."""
+        """Encode with the default special tokens."""
         ids: list[int] = self._model.tokenizer.encode(text).ids
         return ids
 
     def log_probabilities(self, ids: Sequence[int]) -> Tensor:
-        """Run the model over all ids at once."""
+        """Run one forward pass over all ids."""
         return self.batch_log_probabilities(torch.tensor([list(ids)]), torch.ones(1, len(ids), dtype=torch.int64))[0]
 
     def batch_log_probabilities(self, ids: Tensor, mask: Tensor, *, pieces: Sequence[int] = ()) -> Tensor:
-        """Run the model over padded rows.
+        """Run one forward pass over padded rows.
 
         Args:
             ids: [B, T].
@@ -70,7 +70,7 @@ class OnnxEngine:
         return torch.from_numpy(np.concatenate(parts, axis=1)).log_softmax(dim=-1)
 
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:
-        """Decode one token at a time, with the cache where there is one."""
+        """Decode one token at a time, with the cache if the graph has one."""
         if self._cached:
             return list(self._model.stream(ids, count))
         return greedy_decode(self, ids, count, suppressed=self._suppressed, eos_id=self._eos_id)

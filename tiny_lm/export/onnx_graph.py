@@ -1,4 +1,4 @@
-"""Our model as an ONNX graph, and the same graph with weights of eight bits.
+"""Our model as an ONNX graph, and the same graph with 8-bit weights.
 
 Shapes: B rows, P tokens read before (the past), T new tokens, S = P + T, G key and value heads, K head size,
 V vocabulary.
@@ -20,14 +20,14 @@ from tiny_lm.files import atomic_path
 from tiny_lm.model import KVCache, ModelConfig, Transformer
 
 OPSET = 20
-"""Of the graph: the first one with an operator for GELU, and one that ONNX Runtime has known since 1.17."""
+"""Opset of the graph: the first with a GELU operator, supported by ONNX Runtime since 1.17."""
 
-_EXAMPLE = {"batch": 2, "past": 4, "sequence": 3}  # none is 0 or 1, which the exporter would take for a constant
+_EXAMPLE = {"batch": 2, "past": 4, "sequence": 3}  # not 0 or 1, which the exporter would specialize
 
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """What a file holds.
+    """Properties of a file.
 
     Attributes:
         opset: version of the standard operators.
@@ -41,14 +41,14 @@ class GraphFacts:
 
 
 def import_onnx() -> Any:
-    """Import onnx, and make sure that what writes and runs its graphs is there.
+    """Import onnx, and check that the libraries that write and run its graphs are installed.
 
     Raises:
         UserError: one of the libraries is not installed.
     """
     try:
         import onnx
-        import onnxruntime  # noqa: F401  # only whether it is there
+        import onnxruntime  # noqa: F401  # only check that it is installed
         import onnxscript  # noqa: F401  # torch's exporter needs it
         import tokenizers  # noqa: F401
     except ImportError as error:
@@ -59,7 +59,7 @@ def import_onnx() -> Any:
 
 
 class _PassedCache(KVCache):
-    """Keys and values that come in as tensors and go out as tensors, for graphs, which keep nothing themselves.
+    """A KV cache whose tensors are inputs and outputs, for stateless graphs.
 
     Positions and mask follow from the attention mask: a token's position is the number of real tokens before it, and
     padding is seen by nobody. So rows may be padded on either side, and in between.
@@ -67,21 +67,21 @@ class _PassedCache(KVCache):
 
     def __init__(self, attention_mask: Tensor, past: Sequence[Tensor]) -> None:
         """Take int64 [B, S], 1 for a token and 0 for padding; keys and values of each layer in turn, [B, G, P, K]."""
-        # Not super().__init__(), which would take memory of a fixed size.
+        # Not super().__init__(), which would allocate a fixed size.
         self.attention_mask, self.past = attention_mask, past
         self.present: list[Tensor] = []
 
     def prepare(self, batch_size: int, count: int) -> tuple[Tensor, Tensor | None]:
-        """Return positions [B, T] of the last ``count`` tokens, and which tokens each may see, [B, 1, T, S]."""
+        """Return positions [B, T] of the last ``count`` tokens, and the mask [B, 1, T, S]."""
         positions = (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -count:]
         places = torch.arange(self.attention_mask.shape[1])
         own = places[-count:, None]  # [T, 1]
         real = self.attention_mask.bool()[:, None, None, :]  # [B, 1, 1, S]
-        # Padding sees itself: a row that sees nothing would become NaN and spoil those that look past it.
+        # Padding attends to itself: a row that attends to nothing would become NaN and spread.
         return positions, (real & (places <= own)) | (places == own)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put new ``keys`` and ``values`` [B, G, T, K] behind those of the past."""
+        """Append new ``keys`` and ``values`` [B, G, T, K] to those of the past."""
         if self.past:
             keys = torch.cat((self.past[2 * layer], keys), dim=2)
             values = torch.cat((self.past[2 * layer + 1], values), dim=2)
@@ -89,7 +89,7 @@ class _PassedCache(KVCache):
         return keys, values
 
     def advance(self, count: int) -> None:
-        """Do nothing: who calls the graph counts."""
+        """Do nothing: the caller of the graph keeps the lengths."""
 
 
 class _CachedGraph(nn.Module):
@@ -113,7 +113,7 @@ class _PlainGraph(nn.Module):
 
 
 def write_graph(model: Transformer, config: ModelConfig, file: Path, *, cached: bool) -> None:
-    """Write the model as a graph whose batch and lengths are free.
+    """Write the model as a graph with dynamic batch size and lengths.
 
     Inputs are ``input_ids`` [B, T] and ``attention_mask`` [B, S], both int64, and with a cache
     ``past_key_values.{i}.key`` and ``.value``, float32 [B, G, P, K], where P may be 0. Outputs are ``logits``, float32
@@ -162,7 +162,7 @@ def write_graph(model: Transformer, config: ModelConfig, file: Path, *, cached: 
 
 
 def _strip(model: Any) -> None:
-    """Take out the notes for debugging, which are longer than the graph and name the folders of this machine."""
+    """Remove debugging metadata, which is larger than the graph and names folders of this machine."""
     graph = model.graph
     for part in (model, graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         part.ClearField("metadata_props")
@@ -171,7 +171,7 @@ def _strip(model: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch's exporter from telling what it deprecates, and which libraries it would know too."""
+    """Silence the exporter's messages on deprecations and optional libraries."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -184,7 +184,7 @@ def _quiet() -> Iterator[None]:
 
 
 def quantize_graph(source: Path, target: Path) -> None:
-    """Write a copy whose matrices have eight bits; what they are multiplied with is rounded to eight bits at run time.
+    """Write a copy with 8-bit matrices; activations are quantized to eight bits at run time.
 
     The embedding, with a tied head, stays one tensor. Norms, biases, positions and attention stay float32.
 
@@ -201,20 +201,20 @@ def quantize_graph(source: Path, target: Path) -> None:
 
     model = onnx.load(source)
     kept = _kept_nodes(model.graph)
-    add_pre_process_metadata(model)  # the exporter has folded and named what ONNX Runtime asks for
+    add_pre_process_metadata(model)  # the exporter has already folded and named what ONNX Runtime requires
     quantize_dynamic(
         model,
         target,
         # Products of unsigned bytes: those of signed ones overflow on x86 processors without VNNI.
         weight_type=QuantType.QUInt8,
         nodes_to_exclude=kept,
-        # The head multiplies with the transposed embedding, which is not a constant to the quantizer.
+        # The head uses the transposed embedding, which the quantizer does not see as a constant.
         extra_options={"MatMulConstBOnly": False},
     )
 
 
 def _kept_nodes(graph: Any) -> list[str]:
-    """Return the nodes that the quantizer would change and must not: attention, and tables of positions."""
+    """Return the nodes that must not be quantized: attention and position tables."""
     weights = {tensor.name for tensor in graph.initializer}
     turned = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Transpose"}
     kept = []
@@ -231,7 +231,7 @@ def _kept_nodes(graph: Any) -> list[str]:
 
 
 def read_facts(file: Path, parameters: int) -> GraphFacts:
-    """Read back what was written.
+    """Read a written file back.
 
     Args:
         file: an ONNX file.

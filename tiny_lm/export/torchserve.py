@@ -31,7 +31,7 @@ _ARCHIVER_VERSION = "0.12.0"  # of the layout, which is the last one
 def export_torchserve(
     source: ExportSource, folder: Path, *, dtype: Dtype = "float32", port: int = PORT, force: bool = False
 ) -> list[Check]:
-    """Write the archive and a configuration beside it; unpack it, load its handler, and compare what it says.
+    """Write the archive and a configuration beside it; unpack it, load its handler, and compare its output.
 
     Args:
         source: what to export.
@@ -44,7 +44,7 @@ def export_torchserve(
         the checks, all of them passed.
 
     Raises:
-        UserError: the folder holds files, the disk is full, or a check failed.
+        UserError: the folder is not empty, the disk is full, or a check failed.
     """
     replaceable = REPORT_FILE if force else None
     check_free(folder, replaceable=replaceable)
@@ -110,14 +110,14 @@ max_request_size=262144
 
 
 def serve_words(folder: Path, source: ExportSource) -> list[str]:
-    """Return the command that serves what :func:`export_torchserve` wrote."""
+    """Return the command that serves the output of :func:`export_torchserve`."""
     name = model_name(source)
     words = ["torchserve", "--start", "--foreground", "--ncs", "--disable-token-auth", "--model-store", str(folder)]
     return [*words, "--models", f"{name}={name}.mar", "--ts-config", str(folder / CONFIG_FILE)]
 
 
 def load_handler(folder: Path) -> Any:
-    """Load the handler of an unpacked archive, from the file that its manifest names, and let it load the model."""
+    """Load the handler named in an unpacked archive's manifest, and let it load the model."""
     manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
     specification = importlib.util.spec_from_file_location("handler", folder / manifest["model"]["handler"])
     assert specification is not None and specification.loader is not None
@@ -129,7 +129,7 @@ def load_handler(folder: Path) -> Any:
 
 
 def _verify(source: ExportSource, folder: Path) -> list[Check]:
-    """Let the handler of an unpacked archive continue the prompts, and compare with our generator."""
+    """Run the prompts through an unpacked archive's handler, and compare with our generator."""
     content = {"max_new_tokens": GREEDY_TOKENS, "temperature": 0, "logprobs": True}
     answers = load_handler(folder).handle([{"body": {"prompt": prompt, **content}} for prompt in PROMPTS], None)
     generator = TextGenerator(source.model, source.tokenizer)
@@ -142,7 +142,7 @@ def _verify(source: ExportSource, folder: Path) -> list[Check]:
     same_length, limit = len(ours) == len(theirs), Reference(source).difference_limit
     largest = max((abs(a - b) for a, b in zip(ours, theirs, strict=True)), default=0.0) if same_length else math.inf
     return [
-        Check(f"greedy continuation of {len(PROMPTS)} prompts", wrong, f"{wrong} texts differ", "0 differ", wrong == 0),
+        Check(f"greedy completion of {len(PROMPTS)} prompts", wrong, f"{wrong} texts differ", "0 differ", wrong == 0),
         Check(
             f"log-probabilities of {len(ours)} tokens of it",
             largest,

@@ -1,4 +1,4 @@
-"""What TorchServe calls: JSON in, JSON out.
+"""The handler that TorchServe calls: JSON in, JSON out.
 
 This file travels inside the archive that ``tiny-lm export torchserve`` writes, and runs where TorchServe and tiny-lm
 are installed. TorchServe wants just one class here.
@@ -14,10 +14,10 @@ from tiny_lm.errors import UserError
 from tiny_lm.inference.request import GenerationConfig
 from tiny_lm.inference.sampling import SamplingParams
 
-LONGEST_PROMPT = 20_000
-"""Most characters of a prompt."""
-MOST_TOKENS = 2_048
-"""Most tokens of one answer."""
+MAX_PROMPT_CHARS = 20_000
+"""Maximum characters of a prompt."""
+MAX_NEW_TOKENS = 2_048
+"""Maximum tokens of a completion."""
 
 _SAMPLING = {field.name for field in fields(SamplingParams)}
 _KINDS: Mapping[str, tuple[type, ...]] = {
@@ -33,7 +33,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
 
 
 class TinyLMHandler:
-    """Loads the model beside it once, and continues a prompt for each request."""
+    """Loads the model once and completes the prompt of each request."""
 
     def initialize(self, context: Any) -> None:
         """Load the model.
@@ -47,7 +47,7 @@ class TinyLMHandler:
         self._generator = TextGenerator.from_export(Path(properties["model_dir"]), device=device)
 
     def handle(self, data: Sequence[Mapping[str, Any]], context: Any) -> list[dict[str, Any]]:
-        """Answer each request of a batch; a wrong one gets status 400 and the reason.
+        """Handle each request of a batch; an invalid one gets status 400 and the reason.
 
         Args:
             data: for each request what it sent, under ``body`` or ``data``.
@@ -79,7 +79,7 @@ class TinyLMHandler:
 
 
 def check_content(content: Any) -> dict[str, Any]:
-    """Check what a request holds, before the model sees it.
+    """Validate a request.
 
     Raises:
         UserError: it is not a JSON object, a field is unknown or of the wrong type, or a value is too large.
@@ -91,13 +91,13 @@ def check_content(content: Any) -> dict[str, Any]:
             raise UserError(f"unknown field {str(name)[:40]!r}; the fields are: {', '.join(sorted(_KINDS))}")
         kinds = _KINDS[name]
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise UserError(f"{name} has another type ({type(value).__name__}) than it should have")
+            raise UserError(f"{name} has the wrong type ({type(value).__name__})")
     if "prompt" not in content:
         raise UserError("the field 'prompt' is missing")
-    if len(content["prompt"]) > LONGEST_PROMPT:
-        raise UserError(f"prompt may have {LONGEST_PROMPT:,} characters (it has {len(content['prompt']):,})")
-    if content.get("max_new_tokens", 0) > MOST_TOKENS:
-        raise UserError(f"max_new_tokens may be {MOST_TOKENS:,} at most (it is {content['max_new_tokens']:,})")
+    if len(content["prompt"]) > MAX_PROMPT_CHARS:
+        raise UserError(f"prompt may have at most {MAX_PROMPT_CHARS:,} characters (it has {len(content['prompt']):,})")
+    if content.get("max_new_tokens", 0) > MAX_NEW_TOKENS:
+        raise UserError(f"max_new_tokens may be at most {MAX_NEW_TOKENS:,} (it is {content['max_new_tokens']:,})")
     if not 0 <= (content.get("seed") or 0) < 2**63:
         raise UserError("seed must be 0 or more, and below 2 to the power of 63")
     if not all(isinstance(text, str) for text in content.get("stop", [])):

@@ -1,4 +1,4 @@
-"""Transformers as an engine: the exported folder, loaded the way its users load it."""
+"""Transformers as an engine: the exported folder, loaded as users do."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -85,7 +85,7 @@ class Tokenizer(ABC):
         self.vocab_size = len(base) + len(ids)
         self.training: dict[str, Any] = {}
         self.chat_template: str | None = None
-        # Two tables by id: what decoding yields without and with the control tokens.
+        # Two tables by id: decoded bytes with and without control tokens.
         by_id = {token.id: token for token in self.specials}
         texts = [by_id[i].text.encode() for i in range(len(base), self.vocab_size)]
         self._visible = [*base, *texts]
@@ -198,7 +198,7 @@ class Tokenizer(ABC):
     def token_bytes(self, token_id: int, *, skip_special: bool = True) -> bytes:
         """Return a token's UTF-8 bytes; empty for a control token unless ``skip_special`` is off.
 
-        The bytes of the tokens of a text add up to the text (where the tokenizer is lossless).
+        The tokens' bytes concatenate to the text (if the tokenizer is lossless).
 
         Raises:
             UserError: the id is outside the vocabulary.
@@ -206,7 +206,7 @@ class Tokenizer(ABC):
         return (self._bytes if skip_special else self._visible)[self._check_id(token_id)]
 
     def token_text(self, token_id: int) -> str:
-        r"""Return a token as text for display: bytes that are no whole character as ``\xe2``.
+        r"""Return a token as text for display: incomplete characters are shown as ``\xe2``.
 
         Raises:
             UserError: the id is outside the vocabulary.
@@ -234,16 +234,16 @@ class Tokenizer(ABC):
         """
 
     def _identity(self) -> dict[str, Any]:
-        """Return what, beside the tokens, decides how text is encoded; all of it JSON values."""
+        """Return what else determines the encoding, as JSON values."""
         return {}
 
     def _save_model(self, folder: Path) -> None:
-        """Write the files that this kind has beside the JSON ones, or remove those that another kind left."""
+        """Write this kind's further files, or remove those of another kind."""
         (folder / "tokenizer.model").unlink(missing_ok=True)
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 (hex) of everything that decides the ids: two tokenizers of one hash encode alike."""
+        """SHA-256 (hex) of everything that determines the ids: tokenizers with equal hashes encode alike."""
         content = {
             "kind": self.kind,
             "base": [token.hex() for token in self.base],
@@ -319,7 +319,7 @@ class Tokenizer(ABC):
 
 
 class StreamDecoder:
-    """Decodes ids as they come; what it returns adds up to what ``decode`` returns for all of them."""
+    """Decodes ids incrementally; the results concatenate to what ``decode`` returns for all of them."""
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -327,7 +327,7 @@ class StreamDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token_id: int) -> str:
-        """Take one id and return the characters that it completes.
+        """Feed one id and return the characters that it completes.
 
         Raises:
             UserError: the id is outside the vocabulary.
@@ -335,17 +335,17 @@ class StreamDecoder:
         return self._decoder.decode(self._tokenizer.token_bytes(token_id, skip_special=self._skip_special))
 
     def flush(self) -> str:
-        """End the text: return U+FFFD for a character that remained incomplete, else nothing."""
+        """Finish: return U+FFFD for an incomplete character, else an empty string."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
 
 
 def check_text(text: str) -> None:
-    """Check that ``text`` has a UTF-8 form.
+    """Check that ``text`` is valid Unicode.
 
     Raises:
-        UserError: it holds a lone surrogate.
+        UserError: it contains a lone surrogate.
     """
     if text.isascii():
         return

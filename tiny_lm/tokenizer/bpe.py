@@ -31,16 +31,16 @@ LLAMA3_PATTERN = _LLAMA3_SHAPE.replace("DIGITS", "3")
 """Llama 3's split, which llama.cpp implements as ``llama-bpe``: numbers in groups of up to three digits."""
 
 TWO_DIGIT_PATTERN = _LLAMA3_SHAPE.replace("DIGITS", "2")
-"""The same with groups of up to two digits. Only imported tokenizers have it: llama.cpp knows no such split."""
+"""The same with groups of up to two digits; only for imported tokenizers, since llama.cpp does not support it."""
 
 QWEN2_PATTERN = _LLAMA3_SHAPE.replace("{1,DIGITS}", "")
-"""Qwen2's split, ``qwen2`` in llama.cpp: Llama 3's with each digit a piece of its own."""
+"""Qwen2's split, ``qwen2`` in llama.cpp: Llama 3's with single digits."""
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """GPT-2's split, ``gpt-2`` in llama.cpp."""
 
 SMOLLM_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-"""SmolLM's split, ``smollm`` in llama.cpp: digits are cut out first, and GPT-2's split cuts the rest."""
+"""SmolLM's split, ``smollm`` in llama.cpp: single digits first, then GPT-2's split."""
 
 SPLIT_PATTERNS: Mapping[SplitPattern, str] = {
     "llama3": LLAMA3_PATTERN,
@@ -48,16 +48,16 @@ SPLIT_PATTERNS: Mapping[SplitPattern, str] = {
     "qwen2": QWEN2_PATTERN,
     "smollm": SMOLLM_PATTERN,
 }
-"""The splits that a tokenizer config may name (``split_pattern``)."""
+"""The values of ``split_pattern``."""
 
-# Finding the merge of a token takes time in the square of its length. A vocabulary of a million tokens has about 10^8.
+# Recovering a token's merge takes time quadratic in its length. A vocabulary of a million tokens has about 10^8.
 _MAX_MERGE_WORK = 2**28
 _LONGEST_TOKEN = 4096
-# A corpus with a rule of 60,000 dots yields tokens of 1, 2, 4, ... 32,768 of them, for which nobody has a use.
+# A corpus with a rule of 60,000 dots yields tokens of 1, 2, 4, ... 32,768 of them, which are useless.
 _LONGEST_TRAINED_TOKEN = 512
 
-# Longer runs of white space are cut by us: the regex engine of tiktoken and rustbpe keeps a state for each character
-# that `\s+(?!\S)` passes and stops at a million of them.
+# We split longer runs of white space ourselves: the regex engine of tiktoken and rustbpe keeps a state for each
+# character that `\s+(?!\S)` passes and stops at a million of them.
 _LONG_RUN = 100_000
 # What `\s` means in Rust's regex; Python's own also takes U+001C to U+001F.
 _SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -66,7 +66,7 @@ _LINE_ENDS = re.compile(r"[\r\n]*")
 
 
 class BPETokenizer(Tokenizer):
-    """Byte-level BPE: base ids 0 to 255 are bytes, the others merges in the order in which they were learned.
+    """Byte-level BPE: base ids 0 to 255 are bytes, the others are merges in training order.
 
     Attributes:
         pattern: the regular expression that splits text before the merges.
@@ -75,7 +75,7 @@ class BPETokenizer(Tokenizer):
     kind: ClassVar[str] = "BPE"
     libraries: ClassVar[tuple[str, ...]] = ("rustbpe", "tiktoken")
     patterns: ClassVar[tuple[str, ...]] = (*SPLIT_PATTERNS.values(), TWO_DIGIT_PATTERN)
-    """The splits that this kind may have; the first is the default."""
+    """Allowed splits; the first is the default."""
 
     def __init__(self, base: Sequence[bytes], special_texts: Mapping[str, str], *, pattern: str | None = None) -> None:
         """Build the tokenizer from its merge table.
@@ -86,7 +86,7 @@ class BPETokenizer(Tokenizer):
             pattern: one of ``patterns``; by default the first.
 
         Raises:
-            UserError: the table lacks a byte or holds a token twice, or the pattern is another.
+            UserError: the table lacks a byte or has a duplicate, or the pattern is not allowed.
         """
         super().__init__(base, special_texts)
         self.pattern = self.patterns[0] if pattern is None else pattern
@@ -102,7 +102,7 @@ class BPETokenizer(Tokenizer):
             )
         self._ranks = {token: rank for rank, token in enumerate(self.base)}
         if len(self._ranks) != len(self.base) or not all(bytes([i]) in self._ranks for i in range(256)):
-            raise UserError("the vocabulary of a BPE tokenizer must hold all 256 bytes, and no token twice")
+            raise UserError("the vocabulary of a BPE tokenizer must contain all 256 bytes and no duplicates")
         self._check_clash(byte_level(token) for token in self.base)
         self._encoding = self._tiktoken(self.pattern)
 
@@ -209,7 +209,7 @@ class BPETokenizer(Tokenizer):
                 "end_of_word_suffix": None,
                 "fuse_unk": False,
                 "byte_fallback": False,
-                # tiktoken's rule: a piece that is a token is that token, whatever the merges would make of it.
+                # tiktoken's rule: a piece that is a token is not merged.
                 "ignore_merges": True,
                 "vocab": {byte_level(token): i for i, token in enumerate(self.base)},
                 "merges": [[byte_level(left), byte_level(right)] for left, right in self.merges],
@@ -218,7 +218,7 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def from_folder(cls, folder: Path, special_texts: Mapping[str, str]) -> Self:
-        """Read ``tokenizer.json``: the tokens and the pattern decide everything."""
+        """Load from ``tokenizer.json``."""
         file = folder / "tokenizer.json"
         content = read_json(file)
         try:
@@ -237,7 +237,7 @@ def _is_number(character: str) -> bool:
 
 
 def _alphabet() -> list[str]:
-    """Return the character by which GPT-2's vocabulary files show each byte: printable Latin-1 as itself."""
+    """Return GPT-2's character for each byte: printable Latin-1 characters map to themselves."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
@@ -262,12 +262,12 @@ def from_byte_level(text: str) -> bytes:
 
 
 def recover_merges(base: Sequence[bytes]) -> list[tuple[bytes, bytes]]:
-    """Find the merge that made each token of a table of ranks.
+    """Recover the merge of each token in a table of ranks.
 
     Merging a token's bytes with the lower ranks only must leave two parts: the merge that was learned.
 
     Raises:
-        UserError: it does not, so the ranks are those of no BPE.
+        UserError: it does not: the ranks are not those of a BPE.
     """
     ranks = {token: rank for rank, token in enumerate(base)}
     merges = []

@@ -23,22 +23,22 @@ class CharTokenizer(Tokenizer):
         """Number the characters.
 
         Raises:
-            UserError: one is longer than a character or stands twice.
+            UserError: an entry is not a single character or occurs twice.
         """
         self.characters = list(characters)
         self._ids = {character: i for i, character in enumerate(self.characters)}
         single = all(len(character) == 1 and not "\ud800" <= character <= "\udfff" for character in self.characters)
         if not single or len(self._ids) != len(self.characters):
-            raise UserError("the vocabulary of a char tokenizer must hold single characters, and none twice")
+            raise UserError("the vocabulary of a char tokenizer must contain single characters without duplicates")
         super().__init__([character.encode() for character in self.characters], special_texts)
 
     @classmethod
     def train(cls, config: TokenizerConfig, documents: Iterable[str]) -> Self:
-        """Count the characters; where ``vocab_size`` is given, the rarest give way."""
+        """Count the characters; with ``vocab_size``, the rarest are dropped."""
         counts: Counter[str] = Counter()
         for document in documents:
             counts.update(document)
-        # By code point among equals, so that the order of the documents plays no part.
+        # Ties are sorted by code point, so the order of the documents does not matter.
         ordered = sorted(counts, key=lambda character: (-counts[character], character))
         limit = None if config.vocab_size is None else config.vocab_size - len(set(config.special_tokens.values()))
         return cls(ordered[:limit], config.special_tokens)
@@ -48,7 +48,7 @@ class CharTokenizer(Tokenizer):
         return [self._ids.get(character, unknown) for character in text]
 
     def _pipeline(self) -> dict[str, Any]:
-        # A word-level model finds its unk only inside its own vocabulary, so the special tokens stand there too.
+        # A word-level model needs unk in its own vocabulary, so the special tokens are included.
         specials = {token.text: token.id for token in self.specials}
         split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
         return {

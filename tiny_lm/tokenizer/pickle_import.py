@@ -30,7 +30,7 @@ _INSTRUCTIONS = frozenset(
     ]
 )
 
-# Other spellings of the patterns that we know: the same pieces for every text.
+# Equivalent spellings of the known patterns.
 _SAME_PATTERN = {
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+": (
         LLAMA3_PATTERN  # GPT-4's, rustbpe's default
@@ -45,7 +45,7 @@ _SAME_PATTERN = {
 
 
 def import_pickled_tokenizer(path: Path | str, special_texts: Mapping[str, str] = STANDARD_SPECIALS) -> BPETokenizer:
-    """Read an old ``tokenizer.pkl``, a pickled ``tiktoken.Encoding``; save what is returned to be rid of the pickle.
+    """Read an old ``tokenizer.pkl``, a pickled ``tiktoken.Encoding``; save the result to replace the pickle.
 
     All ids stay as they are. Special tokens beyond ``special_texts`` get a role after their text.
 
@@ -71,7 +71,7 @@ def import_pickled_tokenizer(path: Path | str, special_texts: Mapping[str, str] 
         base = _base(state.get("mergeable_ranks"))
         pattern = state.get("pat_str")
         if not isinstance(pattern, str) or pattern not in _SAME_PATTERN:
-            raise UserError(f"it splits text by a pattern that tiny-lm does not know ({shorten(pattern)})")
+            raise UserError(f"unknown split pattern ({shorten(pattern)})")
         roles = _roles(state.get("special_tokens"), len(base), special_texts)
         return BPETokenizer(base, roles, pattern=_SAME_PATTERN[pattern])
     except UserError as error:
@@ -91,7 +91,7 @@ class _Recorder:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Admits the one name; this holds whatever the scan before it has overlooked."""
+    """Admits a single name, even if the scan before missed something."""
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module} {name}" != _ADMITTED:
@@ -104,10 +104,10 @@ def _refusal(name: str) -> str:
 
 
 def _scan(data: bytes) -> None:
-    """Check the instructions of a pickle without following them.
+    """Check the instructions of a pickle without executing them.
 
     Raises:
-        UserError: one is none of those that a pickled encoding needs.
+        UserError: an instruction is not needed for a pickled encoding.
         ValueError: the data is not a pickle.
     """
     names = ["?", "?"]  # the last two texts: what STACK_GLOBAL most likely means
@@ -118,7 +118,7 @@ def _scan(data: bytes) -> None:
         if name == "STACK_GLOBAL" and " ".join(names) != _ADMITTED:
             raise UserError(_refusal(".".join(names)))
         if name not in _INSTRUCTIONS:
-            raise UserError(f"it holds the pickle instruction {name}, which no pickled tiktoken.Encoding has")
+            raise UserError(f"it has the pickle instruction {name}, which no pickled tiktoken.Encoding has")
         # The unpickler reserves memory for the highest place that is named.
         if name == "LONG_BINPUT" and int(argument or 0) > len(data):
             raise UserError("its pickle is damaged")
@@ -127,7 +127,7 @@ def _scan(data: bytes) -> None:
 
 
 def _read_state(data: bytes) -> dict[str, Any]:
-    """Return the keyword arguments of the encoding that ``data`` holds."""
+    """Return the keyword arguments of the encoding in ``data``."""
     try:
         _scan(data)
         encoding = _Unpickler(io.BytesIO(data)).load()
@@ -137,13 +137,13 @@ def _read_state(data: bytes) -> dict[str, Any]:
         raise UserError(f"not a pickle, or a damaged one ({type(error).__name__})") from None
     state = encoding.state if isinstance(encoding, _Recorder) else None
     if isinstance(state, str):
-        raise UserError(f"it only names tiktoken's encoding {shorten(state)} and holds no vocabulary")
+        raise UserError(f"it only names tiktoken's encoding {shorten(state)} and has no vocabulary")
     if not isinstance(state, dict):
-        raise UserError("it holds no tiktoken.Encoding")
+        raise UserError("it does not contain a tiktoken.Encoding")
     return state
 
 
-# --- what it held ----------------------------------------------------------------------------------------------------
+# --- its content -----------------------------------------------------------------------------------------------------
 
 
 def _base(ranks: object) -> list[bytes]:
@@ -159,7 +159,7 @@ def _base(ranks: object) -> list[bytes]:
 
 
 def _roles(specials: object, first: int, known: Mapping[str, str]) -> dict[str, str]:
-    """Return the text of each role in the order of the ids, which must go on where the base vocabulary ends."""
+    """Return the text of each role in the order of the ids, which must follow the base vocabulary."""
     if not isinstance(specials, dict) or not all(
         isinstance(text, str) and type(token_id) is int for text, token_id in specials.items()
     ):
@@ -184,7 +184,7 @@ def _roles(specials: object, first: int, known: Mapping[str, str]) -> dict[str, 
 
 
 def _new_role(text: str, taken: set[str]) -> str:
-    """Make a role of a special token's text: ``think`` of ``<think>``, and ``think_2`` where that is taken."""
+    """Derive a role from a special token's text: ``think`` from ``<think>``, or ``think_2`` if that is taken."""
     word = re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")[:48]
     word = word if word[:1].isalpha() else f"token_{word}".rstrip("_")
     count = 1

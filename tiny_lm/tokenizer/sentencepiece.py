@@ -74,11 +74,11 @@ class SentencePieceTokenizer(Tokenizer):
         self._check_clash(self.pieces)
         self._space_mark = [self.byte_ids[byte] for byte in SPACE_MARK.encode()]
         if self.decode(self.encode(" a  b \n")) != " a  b \n":
-            raise UserError("the SentencePiece model adds, drops or normalises characters, so texts would not survive")
+            raise UserError("the SentencePiece model adds, drops or normalizes characters, so text would not survive")
 
     @classmethod
     def train(cls, config: TokenizerConfig, documents: Iterable[str]) -> Self:
-        """Learn the pieces from a random sample of bounded size, always the same for the same documents.
+        """Learn the pieces from a bounded random sample; the result is deterministic.
 
         Raises:
             UserError: the vocabulary cannot hold the characters of the corpus.
@@ -217,14 +217,14 @@ def _processor(model: bytes) -> "sentencepiece.SentencePieceProcessor":
 
 
 def _reason(error: Exception) -> str:
-    """Return what SentencePiece complains of, without the place in its sources and its command-line advice."""
+    """Return SentencePiece's error message without source location and command-line advice."""
     _, _, message = str(error).partition("] ")
     text = (message or str(error)).split(" or decrease character_coverage")[0]
     return " ".join(text.split()) or type(error).__name__
 
 
 def _parts(text: str) -> Iterator[str]:
-    """Cut a long text where a word begins; no piece reaches across such a place, so the ids stay the same."""
+    """Split a long text at word boundaries, which no piece crosses, so the ids stay the same."""
     start = 0
     while len(text) - start > _PART:
         found = _WORD_START.search(text, start + _PART)
