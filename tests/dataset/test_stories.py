@@ -11,7 +11,16 @@ import pytest
 
 from tiny_lm.dataset import stories
 from tiny_lm.dataset.config import Split
-from tiny_lm.dataset.stories import Choice, Slot, Template, compile_template, generate_stories, library, split_of, story
+from tiny_lm.dataset.stories import (
+    Alternatives,
+    Slot,
+    Template,
+    compile_template,
+    generate_stories,
+    library,
+    split_of,
+    story,
+)
 from tiny_lm.errors import UserError
 
 # What must never be read in a story. A match is told with its surroundings.
@@ -154,7 +163,7 @@ def _slots(templates: list[Template], scene: stories.Scene) -> Iterator[Slot]:
     """Yield every slot of the templates, and of the phrases that they use, to any depth."""
     for template in templates:
         for part in template:
-            if isinstance(part, Choice):
+            if isinstance(part, Alternatives):
                 yield from _slots(list(part.options), scene)
             elif isinstance(part, Slot):
                 yield part

@@ -114,7 +114,7 @@ class _Options:
 
         out = folder / "huggingface"
         show_table(f"{self.target.repo_id} beside {source.name}", export_huggingface(source, out, dtype=self.dtype))
-        write_text(out / CARD_FILE, model_card(source, place=self.target.repo_id, license_name=self.license))
+        write_text(out / CARD_FILE, model_card(source, location=self.target.repo_id, license_name=self.license))
         if self.kinds:
             written = folder / "gguf"
             files = export_gguf(source, written, self.kinds)

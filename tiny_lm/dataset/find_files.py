@@ -52,33 +52,33 @@ def find_files(config: DatasetConfig, split: Split) -> FoundFiles:
     return found[split]
 
 
-def _find(base: Path, place: Path) -> FoundFiles:
+def _find(base: Path, path: Path) -> FoundFiles:
     """Find one file, the files below a folder, or those that a glob below ``base`` matches.
 
     An existing path is never treated as a glob, such as a folder ``corpus [2024]``.
     """
-    with _as_user_error(place):
-        if "\0" in str(place):
+    with _as_user_error(path):
+        if "\0" in str(path):
             raise ValueError("embedded NUL")
-        if place.is_dir():
-            found = _select(_below(place), place)
+        if path.is_dir():
+            found = _select(_below(path), path)
             what = "no supported file below this folder"
-        elif place.exists() or not any(character in str(place.relative_to(base)) for character in _GLOB):
-            format_of(place)
-            return FoundFiles([place])
+        elif path.exists() or not any(character in str(path.relative_to(base)) for character in _GLOB):
+            format_of(path)
+            return FoundFiles([path])
         else:
-            base, pattern = literal_part(base, place)
+            base, pattern = literal_part(base, path)
             found = _select(_matches(base, pattern), base)
             what = "no supported file matches"
     if not found.files:
         skipped = f"; skipped {describe_skipped(found.skipped)}" if found.skipped else ""
-        raise UserError(f"{name_from_path(place)}: {what} ({_supported()}){skipped}")
+        raise UserError(f"{name_from_path(path)}: {what} ({_supported()}){skipped}")
     return found
 
 
-def literal_part(base: Path, place: Path) -> tuple[Path, Path]:
+def literal_part(base: Path, path: Path) -> tuple[Path, Path]:
     """Split a path into its existing parent folder and the glob below it."""
-    parts = list(place.relative_to(base).parts)
+    parts = list(path.relative_to(base).parts)
     while len(parts) > 1 and (base / parts[0]).is_dir():
         base /= parts.pop(0)
     return base, Path(*parts)
@@ -131,15 +131,15 @@ def describe_skipped(skipped: list[Path]) -> str:
 
 
 @contextmanager
-def _as_user_error(place: Path | str) -> Iterator[None]:
+def _as_user_error(path: Path | str) -> Iterator[None]:
     """Convert errors of file access to UserError."""
     try:
         yield
     except OSError as error:
-        name = name_from_path(error.filename or str(place))
+        name = name_from_path(error.filename or str(path))
         raise UserError(f"{name}: could not be read ({error.strerror or error})") from error
     except (ValueError, RuntimeError) as error:  # RuntimeError: home directory of an unknown user
-        raise UserError(f"{str(place)!r}: not a valid path or glob ({error})") from None
+        raise UserError(f"{str(path)!r}: not a valid path or glob ({error})") from None
 
 
 def _below(folder: Path) -> Iterator[Path]:
@@ -149,14 +149,14 @@ def _below(folder: Path) -> Iterator[Path]:
         raise error
 
     seen: set[str] = set()
-    for place, folders, files in os.walk(folder, onerror=stop, followlinks=True):
-        real = os.path.realpath(place)
+    for directory, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        real = os.path.realpath(directory)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        yield from (Path(place, name) for name in files)
-        yield from (Path(place, name) for name in folders if name.startswith("."))
+        yield from (Path(directory, name) for name in files)
+        yield from (Path(directory, name) for name in folders if name.startswith("."))
         folders[:] = [name for name in folders if not name.startswith(".")]
 
 

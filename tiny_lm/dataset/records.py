@@ -27,24 +27,26 @@ def read_jsonl(file: TextFile, text_field: str, errors: Errors) -> Iterator[str]
     for number, offset, line in file.lines():
         if not line.strip():
             continue
-        place = f"{file.name}:{number}"
+        location = f"{file.name}:{number}"
         if len(line) > _SMALL:
-            _check_json_parts(line, place)
+            _check_json_parts(line, location)
         text = file.decode(line, offset)
         del line
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{place}: invalid JSON ({error}); the file must have one JSON object per line") from None
+            raise UserError(
+                f"{location}: invalid JSON ({error}); the file must have one JSON object per line"
+            ) from None
         del text
         if not isinstance(record, dict):
             raise UserError(
-                f"{place}: not a JSON object but {shorten(record)}; the file must have one JSON object per line"
+                f"{location}: not a JSON object but {shorten(record)}; the file must have one JSON object per line"
             )
-        yield _without_surrogates(_field(record, text_field, place), errors, place)
+        yield _without_surrogates(_field(record, text_field, location), errors, location)
 
 
-def _check_json_parts(line: bytes, place: str) -> None:
+def _check_json_parts(line: bytes, location: str) -> None:
     """Reject a line that would parse to a huge number of objects, by counting brackets and commas outside strings."""
     plain = line.replace(b"\\\\", b"").replace(b'\\"', b"")
     parts = plain.count(b'"')
@@ -52,20 +54,20 @@ def _check_json_parts(line: bytes, place: str) -> None:
         outside = b"".join(plain.split(b'"')[::2])
         parts += sum(map(outside.count, (b",", b"[", b"{")))
     if parts > _MAX_PARTS:
-        raise UserError(f"{place}: has more than {_MAX_PARTS:,} JSON values; keep only the text")
+        raise UserError(f"{location}: has more than {_MAX_PARTS:,} JSON values; keep only the text")
 
 
-def _field(record: dict[str, Any], field: str, place: str) -> str:
+def _field(record: dict[str, Any], field: str, location: str) -> str:
     """Return the text of a record; null means no text."""
     if field not in record:
-        raise UserError(f"{place}: has no field {field!r}, set text_field{nearest(field, record)}")
+        raise UserError(f"{location}: has no field {field!r}, set text_field{nearest(field, record)}")
     value = record[field]
     if not isinstance(value, str | None):
-        raise UserError(f"{place}: the field {field!r} is not text but {shorten(value)}; set text_field")
+        raise UserError(f"{location}: the field {field!r} is not text but {shorten(value)}; set text_field")
     return value or ""
 
 
-def _without_surrogates(text: str, errors: Errors, place: str) -> str:
+def _without_surrogates(text: str, errors: Errors, location: str) -> str:
     """Handle lone surrogates, which JSON can escape but UTF-8 cannot encode."""
     try:
         text.encode("utf-8")
@@ -73,7 +75,7 @@ def _without_surrogates(text: str, errors: Errors, place: str) -> str:
     except UnicodeEncodeError:
         if errors == "strict":
             message = "contains a lone surrogate, which is not a character; fix the file, or pass --errors replace"
-            raise UserError(f"{place}: {message}") from None
+            raise UserError(f"{location}: {message}") from None
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

@@ -191,18 +191,18 @@ def write_documents(documents: Iterable[str], path: Path, *, separator: str = EN
     return count
 
 
-def _encode(text: str, marker: bytes, place: str) -> bytes:
+def _encode(text: str, marker: bytes, label: str) -> bytes:
     try:
         data = text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{place}: contains a lone surrogate at character {error.start}, which is not text") from None
+        raise UserError(f"{label}: contains a lone surrogate at character {error.start}, which is not text") from None
     if b"\0" in data:
-        raise UserError(f"{place}: contains a NUL character, which marks binary files; remove it")
+        raise UserError(f"{label}: contains a NUL character, which marks binary files; remove it")
     if len(data) >= DOCUMENT_LIMIT:
-        raise UserError(f"{place}: is larger than {DOCUMENT_LIMIT // 2**20} MiB; split it")
+        raise UserError(f"{label}: is larger than {DOCUMENT_LIMIT // 2**20} MiB; split it")
     if splits_anywhere(marker) and marker in data:
-        raise UserError(f"{place}: contains {marker.decode()!r}, which separates documents; choose another separator")
+        raise UserError(f"{label}: contains {marker.decode()!r}, which separates documents; choose another separator")
     if data and any(line.strip() == marker for line in data.split(b"\n")):
         line = f"a line {marker.decode()!r}" if marker else "a blank line"
-        raise UserError(f"{place}: contains {line}, which separates documents; choose another separator")
+        raise UserError(f"{label}: contains {line}, which separates documents; choose another separator")
     return data

@@ -7,9 +7,9 @@ A story is made from a *plot*, one YAML file in ``story_parts/plots/``, and from
 
 A plot file has four parts::
 
-    cast:        {hero: children, friend: house_pets} # role: the pool that it is drawn from
+    cast:        {hero: children, friend: house_pets} # role: its pool
     choose:      {toy: [{name: kite, needs: wind}]}   # choices made once per story, of records or of plain texts
-    paragraphs:  [[opening, wish], [trouble], ...]    # which beats stand in which paragraph
+    paragraphs:  [[opening, wish], [trouble], ...]    # the beats of each paragraph
     beats:       {opening: [text, text, ...], ...}    # the variants of each beat
 
 Texts are written in a small template language:
@@ -53,7 +53,7 @@ _SOUNDS_LIKE_A_VOWEL = re.compile(r"(?!uni|us[eu]|eu|one\b|once)[aeiou]|hour|hon
 
 
 class Slot(NamedTuple):
-    """A place in a template that takes the text of ``role.field``."""
+    """A slot in a template for the text of ``role.field``."""
 
     role: str
     field: str
@@ -61,13 +61,13 @@ class Slot(NamedTuple):
     capital: bool
 
 
-class Choice(NamedTuple):
-    """A place in a template that takes one of several texts."""
+class Alternatives(NamedTuple):
+    """A slot in a template for one of several texts."""
 
     options: tuple["Template", ...]
 
 
-Template = tuple[str | Slot | Choice, ...]
+Template = tuple[str | Slot | Alternatives, ...]
 Record = Mapping[str, tuple[Template, ...]]  # field -> its possible texts, of which a story uses one
 Scene = dict[str, dict[str, Template]]  # role -> field -> text
 Draw = Callable[[], float]
@@ -163,7 +163,7 @@ def expand(template: Template, scene: Scene, draw: Draw) -> str:
     for part in template:
         if isinstance(part, str):
             pieces.append(part)
-        elif isinstance(part, Choice):
+        elif isinstance(part, Alternatives):
             pieces.append(expand(_pick(part.options, draw), scene, draw))
         else:
             text = expand(scene[part.role][part.field], scene, draw)
@@ -257,7 +257,7 @@ def compile_template(text: str) -> Template:
     """
     text = re.sub(r"\s+([|\]])", r"\1", " ".join(text.split()))  # so that alternatives may stand on lines of their own
     # One list of options per open bracket, the whole text being the only option of the outermost one.
-    open_choices: list[list[list[str | Slot | Choice]]] = [[[]]]
+    open_choices: list[list[list[str | Slot | Alternatives]]] = [[[]]]
     end = 0
     for match in _TOKEN.finditer(text):
         options = open_choices[-1]
@@ -272,7 +272,7 @@ def compile_template(text: str) -> Template:
         elif mark == "|" and len(open_choices) > 1:
             options.append([])
         elif mark == "]" and len(open_choices) > 1:
-            closed = Choice(tuple(tuple(option) for option in open_choices.pop()))
+            closed = Alternatives(tuple(tuple(option) for option in open_choices.pop()))
             open_choices[-1][-1].append(closed)
         else:
             raise ValueError(f"unexpected {mark!r} at character {match.start()} of {text!r}")

@@ -23,7 +23,7 @@ def read_txt(file: TextFile, separator: str, notes: ReadingNotes) -> Iterator[st
     splitter = _split_anywhere(file, marker) if splits_anywhere(marker) else _split_at_lines(file, marker)
     parts: list[bytes] = []
     start = size = 0
-    line_is_open = False  # whether text stands before the separator on its line
+    line_is_open = False  # whether text precedes the separator on its line
     for offset, piece, is_end in splitter:
         if not parts:
             start = offset + len(piece) - len(piece.lstrip())

@@ -1,1 +1,1 @@
-"""Trained models in the formats of other programs, each proven to be the same model."""
+"""Export trained models to the formats of other programs, and verify them."""

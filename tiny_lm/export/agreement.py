@@ -171,9 +171,9 @@ def _with_table_gelu(model: Transformer) -> Transformer:
 
 
 @torch.no_grad()
-def _log_probabilities(model: Transformer, window: Sequence[int]) -> Tensor:
+def _log_probabilities(model: Transformer, sequence: Sequence[int]) -> Tensor:
     """Return [T, V] in the precision of the model."""
-    return F.log_softmax(model(torch.tensor([list(window)]))[0], dim=-1)
+    return F.log_softmax(model(torch.tensor([list(sequence)]))[0], dim=-1)
 
 
 def check_settings(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Check:

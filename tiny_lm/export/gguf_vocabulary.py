@@ -36,7 +36,7 @@ class Vocabulary:
     Attributes:
         model: ``gpt2`` (byte-level BPE) or ``llama`` (SentencePiece).
         pre: name of the split.
-        tokens: text by id; each stands once.
+        tokens: text by id, without duplicates.
         types: by id.
         scores: by id; SentencePiece only.
         merges: two tokens with a space between; byte-level BPE only.

@@ -41,7 +41,7 @@ class LlamaCppEngine:
 
         Args:
             file: a GGUF file.
-            source: what it was exported from: gives context length, and the tokens that are never drawn.
+            source: what was exported; gives context length and suppressed tokens.
 
         Raises:
             UserError: llama-cpp-python is not installed, or llama.cpp cannot load the file.

@@ -34,7 +34,7 @@ def model_card(
     *,
     library: str = "transformers",
     use: str = _TRANSFORMERS,
-    place: str = "path/of/this/folder",
+    location: str = "path/of/this/folder",
     license_name: str | None = None,
 ) -> str:
     """Return the model card in Markdown, with the front matter that the Hub reads.
@@ -43,7 +43,7 @@ def model_card(
         source: what is exported.
         library: the library that loads the folder, as the Hub names it.
         use: usage in Markdown.
-        place: replaces ``path/of/this/folder`` in ``use``.
+        location: replaces ``path/of/this/folder`` in ``use``.
         license_name: license identifier of the weights, as the Hub uses it.
     """
     front = {
@@ -69,7 +69,7 @@ A small language model, trained from scratch with tiny-lm {__version__}.
 
 ## Use
 
-{use.replace("path/of/this/folder", place)}
+{use.replace("path/of/this/folder", location)}
 
 {_beginning(source)} The context length is
 {source.config.context_length:,} tokens. The model knows only what its training text taught it: it is not an assistant

@@ -1,6 +1,6 @@
 """Ollama's Modelfile: how to run a GGUF file, in Ollama's grammar.
 
-A command is a word and a value. The value is the rest of the line, or stands in triple quotes and may then have many
+A command is a word and a value. The value is the rest of the line, or is in triple quotes and may then have many
 lines. There are no escapes: what the grammar would read differently is refused.
 """
 
@@ -28,7 +28,7 @@ def modelfile(source: ExportSource, gguf_name: str, *, license_text: str = NO_LI
 
     Args:
         source: what was exported.
-        gguf_name: name of the GGUF file, which lies in the same folder.
+        gguf_name: name of the GGUF file in the same folder.
         license_text: of the model; ``ollama show --license`` shows it.
 
     Raises:

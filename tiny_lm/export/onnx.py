@@ -135,24 +135,24 @@ def check_padding(
 ) -> Check:
     """Compare a padded batch of texts of different lengths with each text alone.
 
-    With a cache the last tokens of each row are read one by one behind the padded beginning.
+    With a cache the last tokens of each row are decoded one by one after the padded prompt.
     """
-    window = choose_sequences(source, 1)[0]
-    steps = min(_STEPS, len(window) // 2) if cached else 0
-    longest = len(window) - steps
+    sequence = choose_sequences(source, 1)[0]
+    steps = min(_STEPS, len(sequence) // 2) if cached else 0
+    longest = len(sequence) - steps
     lengths = [longest - i * longest // (len(PROMPTS) + 1) for i in range(len(PROMPTS))]
-    ids = torch.zeros(len(lengths), len(window), dtype=torch.int64)
+    ids = torch.zeros(len(lengths), len(sequence), dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, length in enumerate(lengths):
         start = longest - length if side == "left" else 0
-        for part in (slice(start, start + length), slice(longest, len(window))):
+        for part in (slice(start, start + length), slice(longest, len(sequence))):
             mask[row, part] = 1
-        ids[row, mask[row].bool()] = torch.tensor(window[: length + steps])
+        ids[row, mask[row].bool()] = torch.tensor(sequence[: length + steps])
     pieces = [longest, *[1] * steps]
     found = engine.batch_log_probabilities(ids, mask, pieces=pieces)
     largest = 0.0
     for row, length in enumerate(lengths):
-        difference = found[row][mask[row].bool()] - own.log_probabilities(window[: length + steps])
+        difference = found[row][mask[row].bool()] - own.log_probabilities(sequence[: length + steps])
         largest = max(largest, float(difference.abs().nan_to_num(nan=torch.inf).max()))
     name = f"a batch of {len(lengths)} texts padded on the {side}"
     return Check(name, largest, f"largest difference {largest:.2g}", f"{limit:.2g}", largest <= limit)

@@ -21,7 +21,7 @@ class OnnxEngine:
         Args:
             folder: of the export.
             file: the graph, as a path inside of it.
-            source: what it was exported from: gives the tokens that are never drawn.
+            source: what was exported; gives the suppressed tokens.
             cached: whether the graph takes keys and values of earlier tokens.
 
         Raises:

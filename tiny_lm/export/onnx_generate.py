@@ -3,7 +3,7 @@
     pip install onnxruntime numpy tokenizers
     python generate.py --prompt "Once upon a time" --temperature 0.8 --top-k 40
 
-This file stands beside the model; copy what you need of it.
+This file is part of the export; copy what you need.
 """
 
 import argparse
@@ -74,11 +74,11 @@ class OnnxModel:
     ) -> Iterator[int]:
         """Continue ``ids``, a token at a time, until the text ends.
 
-        A text that outgrows the context goes on in a sliding window: its later half is read again.
+        A text longer than the context continues with a sliding context: its second half is prefilled again.
 
         Args:
             ids: at least one token; of those beyond the context the last ones are read.
-            max_new_tokens: most tokens to draw.
+            max_new_tokens: maximum tokens to generate.
             temperature: divides the logits; 0 takes the likeliest token.
             top_k: only the k likeliest tokens; 0 for all.
             top_p: only the likeliest tokens that have this probability together; 1 for all.

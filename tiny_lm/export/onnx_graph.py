@@ -74,11 +74,11 @@ class _PassedCache(KVCache):
     def prepare(self, batch_size: int, count: int) -> tuple[Tensor, Tensor | None]:
         """Return positions [B, T] of the last ``count`` tokens, and the mask [B, 1, T, S]."""
         positions = (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -count:]
-        places = torch.arange(self.attention_mask.shape[1])
-        own = places[-count:, None]  # [T, 1]
+        indices = torch.arange(self.attention_mask.shape[1])
+        own = indices[-count:, None]  # [T, 1]
         real = self.attention_mask.bool()[:, None, None, :]  # [B, 1, 1, S]
         # Padding attends to itself: a row that attends to nothing would become NaN and spread.
-        return positions, (real & (places <= own)) | (places == own)
+        return positions, (real & (indices <= own)) | (indices == own)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append new ``keys`` and ``values`` [B, G, T, K] to those of the past."""

@@ -38,7 +38,7 @@ class ServeCommands:
         export: writes what is served.
         served: the file or folder that it writes and the engine loads.
         commands: the engine's own, in order.
-        environment: variables that stand before each of them.
+        environment: environment variables of each command.
         exported: whether ``served`` is there already, from this checkpoint.
     """
 

@@ -23,7 +23,7 @@ _VALIDATION_TOKENS = 32_768
 
 
 @dataclass(frozen=True)
-class Validation:
+class ValidationText:
     """Text that the model was not trained on.
 
     Attributes:
@@ -56,7 +56,7 @@ class ExportSource:
     tokenizer: Tokenizer
     step: int
     record: dict[str, Any]
-    validation: Validation
+    validation: ValidationText
     scores: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -142,7 +142,7 @@ def _scores(run: Run, step: int) -> dict[str, float]:
     return {}
 
 
-def _validation(run: Run, tokenizer: Tokenizer) -> Validation:
+def _validation(run: Run, tokenizer: Tokenizer) -> ValidationText:
     """Read the beginning of the run's validation stream, or built-in stories if it is gone."""
     file = run.configs / "data.yaml"
     try:
@@ -150,10 +150,10 @@ def _validation(run: Run, tokenizer: Tokenizer) -> Validation:
         stream = open_stream(config.val_path, config)
         if stream.metadata.tokenizer_hash == tokenizer.hash:
             ids = next(read_in_order(stream, _VALIDATION_TOKENS))
-            return Validation(ids.tolist(), f"validation text of the run ({stream.files[0].name})")
+            return ValidationText(ids.tolist(), f"validation text of the run ({stream.files[0].name})")
     except UserError:
         pass  # the stream was moved or deleted, which does not prevent an export
     stories = tokenizer.encode_batch(list(generate_stories(100, seed=1)), bos=True, eos=True)
-    return Validation(
+    return ValidationText(
         list(chain.from_iterable(stories)), "built-in stories (the run's validation text is not available)"
     )

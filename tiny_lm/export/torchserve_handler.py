@@ -54,11 +54,11 @@ class TinyLMHandler:
             context: TorchServe's.
         """
         answers = []
-        for place, row in enumerate(data):
+        for index, row in enumerate(data):
             try:
                 answers.append(self._answer(row.get("body", row.get("data"))))
             except UserError as error:
-                context.set_response_status(code=400, phrase="Bad Request", idx=place)
+                context.set_response_status(code=400, phrase="Bad Request", idx=index)
                 answers.append({"error": str(error)})
         return answers
 

@@ -359,16 +359,16 @@ def check_text(text: str) -> None:
         ) from None
 
 
-def vocabulary(model: Any, place: str) -> list[str]:
+def vocabulary(model: Any, file: str) -> list[str]:
     """Return the tokens of a ``tokenizer.json`` model in the order of their ids, which must be 0, 1, 2, ...
 
     Raises:
-        UserError: ``model`` has no such vocabulary; ``place`` names the file.
+        UserError: ``model`` has no such vocabulary; ``file`` names the file.
     """
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
-        raise UserError(f"{place}: has no vocabulary of tokens and ids")
+        raise UserError(f"{file}: has no vocabulary of tokens and ids")
     tokens = sorted(vocab, key=lambda token: vocab[token])
     if any(vocab[token] != i for i, token in enumerate(tokens)):
-        raise UserError(f"{place}: the ids of the vocabulary are not 0 to {len(tokens) - 1}, each of them once")
+        raise UserError(f"{file}: the ids of the vocabulary are not 0 to {len(tokens) - 1}, each of them once")
     return tokens

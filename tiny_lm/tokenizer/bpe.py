@@ -291,6 +291,6 @@ def _merge(token: bytes, ranks: Mapping[bytes, int], limit: int) -> list[bytes]:
         best = min(pairs)
         if best >= limit:
             break
-        place = pairs.index(best)
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        index = pairs.index(best)
+        parts[index : index + 2] = [parts[index] + parts[index + 1]]
     return parts

@@ -91,15 +91,15 @@ def check_special_tokens(specials: dict[str, str], kind: str) -> None:
             not a plain word; eos is missing; a character tokenizer has no unk.
     """
     for role, text in specials.items():
-        place = f"special_tokens.{role}"
+        key = f"special_tokens.{role}"
         if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", role):
             raise ValueError(f"special_tokens: the role {shorten(role)} must be a word of a-z, 0-9 and _")
         if not text.strip() or len(text) > 256:
-            raise ValueError(f"{place}: must be 1 to 256 characters, not all of them blank (it is {shorten(text)})")
+            raise ValueError(f"{key}: must be 1 to 256 characters, not all of them blank (it is {shorten(text)})")
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"{place}: must be valid Unicode (it is {shorten(text)})")
+            raise ValueError(f"{key}: must be valid Unicode (it is {shorten(text)})")
         if kind == "char" and len(text) == 1:
-            raise ValueError(f"{place}: a single character is an ordinary token of a char tokenizer (it is {text!r})")
+            raise ValueError(f"{key}: a single character is an ordinary token of a char tokenizer (it is {text!r})")
     needed = ("eos", "unk") if kind == "char" else ("eos",)
     for role in needed:
         if role not in specials:
@@ -110,8 +110,8 @@ def check_special_tokens(specials: dict[str, str], kind: str) -> None:
                 raise ValueError(
                     f"special_tokens.{role}: is always {text} in GPT-2 (it is {shorten(specials.get(role))})"
                 )
-    # One control token may have several roles: <|endoftext|> of GPT-2 is eos and bos. In a char tokenizer unk stands
-    # for characters, so it may not end a text as well.
+    # One control token may have several roles: <|endoftext|> of GPT-2 is eos and bos. In a char tokenizer unk
+    # represents characters, so it cannot end a text, too.
     shareable = set(STANDARD_SPECIALS) - ({"unk"} if kind == "char" else set())
     for role, text in specials.items():
         others = [other for other in specials if other != role and specials[other] == text]

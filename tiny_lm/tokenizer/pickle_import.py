@@ -1,7 +1,7 @@
 """Import a tokenizer pickled by an older program, without executing anything in the file.
 
 A pickle is a program. Of this one only the shape is accepted that pickling a ``tiktoken.Encoding`` yields: a fixed set
-of instructions, one admitted name, and in its place a recorder of plain values instead of tiktoken's own class.
+of instructions, and one name, for which a recorder of plain values replaces tiktoken's own class.
 """
 
 import io
@@ -119,7 +119,7 @@ def _scan(data: bytes) -> None:
             raise UserError(_refusal(".".join(names)))
         if name not in _INSTRUCTIONS:
             raise UserError(f"it has the pickle instruction {name}, which no pickled tiktoken.Encoding has")
-        # The unpickler reserves memory for the highest place that is named.
+        # The unpickler allocates memory up to the highest memo index.
         if name == "LONG_BINPUT" and int(argument or 0) > len(data):
             raise UserError("its pickle is damaged")
         if name.endswith("BINUNICODE"):

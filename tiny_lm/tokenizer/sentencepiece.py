@@ -199,10 +199,10 @@ class SentencePieceTokenizer(Tokenizer):
         """Read ``tokenizer.model``, and check that ``tokenizer.json`` has the same pieces."""
         file = folder / "tokenizer.model"
         tokenizer = cls(read_bytes(file, limit=_MODEL_LIMIT), special_texts)
-        place = folder / "tokenizer.json"
-        content = read_json(place)
-        if vocabulary(content.get("model") if isinstance(content, dict) else None, str(place)) != tokenizer.pieces:
-            raise UserError(f"{place}: has other tokens than tokenizer.model beside it")
+        file = folder / "tokenizer.json"
+        content = read_json(file)
+        if vocabulary(content.get("model") if isinstance(content, dict) else None, str(file)) != tokenizer.pieces:
+            raise UserError(f"{file}: has other tokens than tokenizer.model beside it")
         return tokenizer
 
 
