@@ -61,7 +61,7 @@ def test_absent_splits_mean_the_usual_names_on_the_hub_and_none_elsewhere():
         ({"name": "x", "source": "locale"}, "source: "),
         ({"name": "x", "filters": {"min_words": "3"}}, "filters.min_words"),
         ({"name": "x", "filters": {"min_chars": 0}}, "filters.min_chars"),
-        ({"name": "x", "filters": {"min_words": 9, "max_words": 3}}, "no document passes"),
+        ({"name": "x", "filters": {"min_words": 9, "max_words": 3}}, "no document can pass"),
         ({"name": "x", "splits": {"validation": "v"}}, "splits.train"),
         ({"name": "x", "source": "local", "revision": "v1"}, "revision belongs to"),
         ({"name": "x", "source": "stories", "splits": {"train": "a"}}, "no named splits"),

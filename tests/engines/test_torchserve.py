@@ -73,8 +73,8 @@ def test_what_is_wrong_is_told(runs: dict[str, Run], client: httpx.Client) -> No
     address = f"/predictions/{runs['gpt2'].name}"
     for content, reason in (
         ({"prompt": "x", "top_p": 7}, r"top-p must be"),
-        ({"prompts": "x"}, r"no field of a request"),
-        ({"prompt": "x" * 20_001}, r"may have 20,000 characters"),
+        ({"prompts": "x"}, r"unknown field"),
+        ({"prompt": "x" * 20_001}, r"may have at most 20,000 characters"),
     ):
         answer = client.post(address, json=content)
         assert answer.status_code == 400

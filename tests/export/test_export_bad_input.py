@@ -79,7 +79,7 @@ def test_what_is_no_run(command: str, refused: Refused, trained_run: TrainedRun)
     assert "none.ckpt: no such checkpoint" in refused(command, "none.ckpt")
     assert "text.yaml: is neither a run folder nor a .ckpt file" in refused(command, "text.yaml")
     assert "empty: is not a run folder (it has no run.json)" in refused(command, "empty")
-    assert "make a run of it first: tiny-lm import exported" in refused(command, "exported")
+    assert "import it as a run first: tiny-lm import exported" in refused(command, "exported")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

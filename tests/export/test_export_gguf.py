@@ -115,7 +115,7 @@ def test_rows_that_do_not_fit_are_told_beforehand() -> None:
 
 def test_an_unknown_type_names_those_there_are() -> None:
     assert check_kinds(["f16", "Q4_K_M", "F16", ""]) == ["F16", "Q4_K_M"]
-    with pytest.raises(UserError, match=r"Q9_9: no such type .* F32, F16, .* Q6_K"):
+    with pytest.raises(UserError, match=r"Q9_9: unknown GGUF type; .* F32, F16, .* Q6_K"):
         check_kinds(["q9_9"])
 
 

@@ -161,11 +161,11 @@ def test_a_pickle_under_another_name_is_refused(folder: Path) -> None:
         allowed_files(folder)
     (folder / "state.safetensors").unlink()
     (folder / "more.json").symlink_to("/etc/hostname")
-    with pytest.raises(UserError, match=r"more\.json: is not sent"):
+    with pytest.raises(UserError, match=r"more\.json: not allowed on the Hub"):
         allowed_files(folder)
     (folder / "more.json").unlink()
     (folder / "checkpoints.json").mkdir()
-    with pytest.raises(UserError, match=r"checkpoints\.json: is not sent"):
+    with pytest.raises(UserError, match=r"checkpoints\.json: not allowed on the Hub"):
         allowed_files(folder)
 
 
@@ -180,7 +180,7 @@ def test_a_name_without_its_owner_and_a_license() -> None:
     with pytest.raises(UserError, match="must include the owner, as in user/tiny"):
         Target("tiny")
     check_license("apache-2.0")
-    with pytest.raises(UserError, match="--license MIT license: is no identifier"):
+    with pytest.raises(UserError, match="--license MIT license: not a license identifier"):
         check_license("MIT license")
 
 

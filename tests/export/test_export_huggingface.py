@@ -133,7 +133,7 @@ def test_the_command_shows_a_table_and_refuses_what_is_there(
     assert run_main(monkeypatch, *command, "--force") == 2
     assert "holds files that no export wrote" in capsys.readouterr().err
     assert run_main(monkeypatch, *command, "--dtype", "float8") == 2
-    assert "there are: float32, float16, bfloat16" in capsys.readouterr().err
+    assert "choose from: float32, float16, bfloat16" in capsys.readouterr().err
     assert run_main(monkeypatch, "export", "huggingface", run, "--output-dir", ".", "--force") == 2
     assert "is the working directory" in capsys.readouterr().err
 

@@ -92,11 +92,11 @@ def test_llamacpp_and_ollama(
 def test_what_an_engine_cannot_run_is_refused_with_the_nearest_way(trained_run: TrainedRun) -> None:
     source = load_source(trained_run("llama3").folder)
     assert source.config.head_size == 16
-    for engine, nearest in (("vllm", "heads of 32"), ("tgi", "heads of 32")):
-        with pytest.raises(UserError, match=rf"for heads of 16 .*train with {nearest} .*serve-config llamacpp"):
+    for engine, nearest in (("vllm", "head size of 32"), ("tgi", "head size of 32")):
+        with pytest.raises(UserError, match=rf"head size 16 .*train with a {nearest} .*serve-config llamacpp"):
             serve_commands(engine, source, "runs/x", ServeOptions())
     assert serve_commands("llamacpp", source, "runs/x", ServeOptions()).commands  # which has them
-    with pytest.raises(UserError, match=r"no Qwen3 of its own; serve this run with vLLM"):
+    with pytest.raises(UserError, match=r"does not support Qwen3; serve this run with vLLM"):
         serve_commands("tgi", load_source(trained_run("qwen3").folder), "runs/x", ServeOptions())
     with pytest.raises(UserError, match="float16 or bfloat16 only"):
         serve_commands("tgi", load_source(trained_run("gpt2").folder), "runs/x", ServeOptions(dtype="float32"))

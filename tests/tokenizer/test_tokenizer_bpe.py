@@ -140,7 +140,7 @@ def test_merges_rebuild_the_vocabulary(tokenizer: BPETokenizer) -> None:
         assert left in known
         assert right in known
         known.add(left + right)
-    with pytest.raises(UserError, match=r"token 256 \(b'abc'\) is no merge"):
+    with pytest.raises(UserError, match=r"token 256 \(b'abc'\) is not a merge"):
         bpe.recover_merges([*tokenizer.base[:256], b"abc"])
 
 
@@ -157,7 +157,7 @@ def test_byte_level_text_is_reversible() -> None:
     ("base", "problem"),
     [
         ([bytes([i]) for i in range(255)], "all 256 bytes"),
-        ([*(bytes([i]) for i in range(256)), b"a"], "no token twice"),
+        ([*(bytes([i]) for i in range(256)), b"a"], "no duplicates"),
     ],
 )
 def test_an_impossible_table(base: list[bytes], problem: str) -> None:

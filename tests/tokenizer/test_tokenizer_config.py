@@ -84,7 +84,7 @@ def test_one_token_may_have_several_roles_and_bos_may_be_left_out() -> None:
         ("BPE", {"special_tokens": {**STANDARD, "x": ""}}, "special_tokens.x: must be 1 to 256 characters"),
         ("BPE", {"special_tokens": {**STANDARD, "x": " \n"}}, "special_tokens.x: must be 1 to 256 characters"),
         ("BPE", {"special_tokens": {**STANDARD, "x": "a" * 257}}, "special_tokens.x: must be 1 to 256 characters"),
-        ("BPE", {"special_tokens": {**STANDARD, "X y": "<x>"}}, "the role 'X y' is no word"),
+        ("BPE", {"special_tokens": {**STANDARD, "X y": "<x>"}}, "the role 'X y' must be a word"),
         ("BPE", {"special_tokens": {"bos": "<bos>"}}, "special_tokens: the role 'eos' is missing"),
         ("char", {"special_tokens": {"eos": "<eos>", "bos": "<bos>"}}, "the role 'unk' is missing"),
         ("char", {"special_tokens": {**STANDARD, "pad": "_"}}, "special_tokens.pad: a single character"),

@@ -135,7 +135,7 @@ MADE_BY_HAND = {
 def test_pickles_made_by_hand(tmp_path: Path, name: str) -> None:
     file = tmp_path / "tokenizer.pkl"
     file.write_bytes(MADE_BY_HAND[name])
-    with pytest.raises(UserError, match="could not be imported: it") as caught:
+    with pytest.raises(UserError, match=r"could not be imported: (it|its|not a pickle)") as caught:
         import_pickled_tokenizer(file)
     assert "\n" not in str(caught.value)
 
@@ -159,10 +159,10 @@ GOOD = {
     "special_tokens": {"<eos>": 256, "<bos>": 257},
 }
 WRONG_STATES = {
-    "unknown pattern": ({"pat_str": "(a*)*b"}, "pattern that tiny-lm does not know"),
-    "pattern is no text": ({"pat_str": 3}, "pattern that tiny-lm does not know"),
+    "unknown pattern": ({"pat_str": "(a*)*b"}, "unknown split pattern"),
+    "pattern is no text": ({"pat_str": 3}, "unknown split pattern"),
     "no ranks": ({"mergeable_ranks": {}}, "no vocabulary"),
-    "ranks of text": ({"mergeable_ranks": {"a": 0}}, "no table of bytes and ranks"),
+    "ranks of text": ({"mergeable_ranks": {"a": 0}}, "not a table of bytes and ranks"),
     "ranks with a hole": ({"mergeable_ranks": {**BYTES, b"ab": 300}}, "not 0 to 256"),
     "missing bytes": ({"mergeable_ranks": {b"a": 0}, "special_tokens": {"<eos>": 1, "<bos>": 2}}, "all 256 bytes"),
     "no specials": ({"special_tokens": None}, "no table of special tokens"),
