@@ -215,7 +215,7 @@ def _export_gguf(run: Path, folder: Path, kind: str, tell: Callable[[str], None]
     from tiny_lm.export.source import load_source
 
     tell(f"{run}: is exported to GGUF ({kind}) and compared in llama.cpp first")
-    export_gguf(load_source(run), folder, [kind], tell=tell)
+    export_gguf(load_source(run), folder, [kind], log=tell)
     return next(folder.glob("*.gguf"))
 
 
