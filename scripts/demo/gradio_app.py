@@ -1,4 +1,4 @@
-"""Open the page on which the newest run tells stories, on port 7860."""
+"""Open the demo page with the newest run, on port 7860."""
 
 from tiny_lm.cli import main
 

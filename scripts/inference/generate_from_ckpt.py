@@ -1,6 +1,6 @@
-"""Write a story with a checkpoint and a tokenizer given one by one."""
+"""Generate text with a checkpoint and a tokenizer."""
 
 from tiny_lm.cli import main
 
 if __name__ == "__main__":
-    main("generate")
+    main("generate-from-checkpoint")

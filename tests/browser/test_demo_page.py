@@ -33,7 +33,7 @@ RECORD_LENGTHS = """() => {
     const story = document.querySelector("#first .story"), sheet = document.querySelector("#first .sheet");
     window.lengths = [];
     new MutationObserver(() => {
-        if (sheet.dataset.state === "telling") lengths.push(story.innerText.length);
+        if (sheet.dataset.state === "generating") lengths.push(story.innerText.length);
     }).observe(story, {subtree: true, childList: true, characterData: true});
 }"""
 
@@ -53,9 +53,9 @@ class Opened:
         self.page.locator(button).click()
         expect(sheet).to_have_attribute("data-story", re.compile(rf"^(?!{before}$)"))
 
-    def told(self, which: str = "first") -> str:
+    def story(self, which: str = "first") -> str:
         """Wait for the end of a story and return it, its beginning included."""
-        expect(self.page.locator(f"#{which} .sheet")).to_have_attribute("data-state", "told", timeout=60_000)
+        expect(self.page.locator(f"#{which} .sheet")).to_have_attribute("data-state", "done", timeout=60_000)
         return self.page.locator(f"#{which} .story").text_content() or ""
 
 
@@ -122,7 +122,7 @@ def open_page(browser: Browser, served: Served) -> Iterator[Callable[..., Opened
         page.on("request", lambda request: result.requests.append(request.url))
         page.set_default_timeout(8000)
         page.goto(address)
-        expect(page.locator("#tell")).to_be_enabled()
+        expect(page.locator("#generate")).to_be_enabled()
         opened.append(page)
         return result
 
@@ -169,9 +169,9 @@ def test_two_stories_at_every_width_and_nobody_else_is_asked(
     look("rest")
     assert page.get_by_text("Gradio").count() == page.get_by_text("API").count() == 0
     assert page.locator("a").count() == 0
-    choose(page, "And beside it", "elm")
-    page.locator("#tell").click()
-    assert opened.told("first") != opened.told("second")
+    choose(page, "Compare with", "elm")
+    page.locator("#generate").click()
+    assert opened.story("first") != opened.story("second")
     show_tokens(page)
     page.locator("#first .tokens .t").nth(10).hover()
     look("told")
@@ -195,21 +195,21 @@ def test_a_typed_beginning_streams_to_the_story_of_its_seed(open_page: Callable[
     assert len(expected.ids) > 100
     opened = open_page()
     page = opened.page
-    page.get_by_label("How it begins").fill(prompt)
+    page.get_by_label("Prompt").fill(prompt)
     for label, value in (("Tokens", 500), ("Temperature", 0.7), ("Top-k", 20), ("Top-p", 0.9), ("Seed", seed)):
         set_number(page, label, value)
     page.evaluate(RECORD_LENGTHS)
-    page.locator("#tell").click()
-    story = opened.told()
+    page.locator("#generate").click()
+    story = opened.story()
     assert story == prompt + expected.text
     lengths = page.evaluate("lengths")
     assert lengths == sorted(lengths)
     assert len(set(lengths)) >= 3  # it grew before the eyes of the reader
     assert f"{len(expected.ids)} tokens · " in page.locator("#first .facts").inner_text()
-    opened.begin("#tell")
-    assert opened.told() == story
+    opened.begin("#generate")
+    assert opened.story() == story
     opened.begin("#again")
-    assert opened.told() != story
+    assert opened.story() != story
     assert page.get_by_label("number input for Seed").input_value() != str(seed)
 
 
@@ -217,9 +217,9 @@ def test_a_token_tells_what_the_model_thought(open_page: Callable[..., Opened]) 
     opened = open_page()
     page = opened.page
     page.locator("#examples button").first.click()
-    expect(page.get_by_label("How it begins")).to_have_value(re.compile("small boat"))
-    page.locator("#tell").click()
-    told = opened.told()
+    expect(page.get_by_label("Prompt")).to_have_value(re.compile("small boat"))
+    page.locator("#generate").click()
+    told = opened.story()
     show_tokens(page)
     tokens, note = page.locator("#first .tokens"), page.locator("#first .note")
     shown = (tokens.text_content() or "").replace("↵", "").replace("␣", " ")
@@ -239,11 +239,11 @@ def test_a_token_tells_what_the_model_thought(open_page: Callable[..., Opened]) 
 def test_too_long_a_beginning_is_refused_in_words(open_page: Callable[..., Opened], served: Served) -> None:
     opened = open_page()
     page = opened.page
-    page.get_by_label("How it begins").fill("x" * 3000)
-    assert len(page.get_by_label("How it begins").input_value()) == 2000
-    page.get_by_label("How it begins").evaluate("(area) => area.removeAttribute('maxlength')")
-    page.get_by_label("How it begins").fill("x" * 3000)
-    page.locator("#tell").click()
+    page.get_by_label("Prompt").fill("x" * 3000)
+    assert len(page.get_by_label("Prompt").input_value()) == 2000
+    page.get_by_label("Prompt").evaluate("(area) => area.removeAttribute('maxlength')")
+    page.get_by_label("Prompt").fill("x" * 3000)
+    page.locator("#generate").click()
     expect(page.get_by_text("3,000 characters; 2,000 are the most")).to_be_visible()
 
 
@@ -253,38 +253,38 @@ def slow(tokenizer: Tokenizer) -> Iterator[tuple[str, DemoBackend]]:
     size = {"vocab_size": tokenizer.vocab_size, "context_length": 64, "d_model": 768, "n_layers": 12, "n_heads": 12}
     torch.manual_seed(0)
     model = build_model(model_config_from_dict(size, source="test"))  # knows nothing, so it does not end by itself
-    tellers = DemoBackend({"slow": TextGenerator(model, tokenizer)})
+    backend = DemoBackend({"slow": TextGenerator(model, tokenizer)})
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-        server = uvicorn.Server(uvicorn.Config(build_app(tellers, port), log_level="warning", ws="none"))
+        server = uvicorn.Server(uvicorn.Config(build_app(backend, port), log_level="warning", ws="none"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
-        yield f"http://127.0.0.1:{port}", tellers
+        yield f"http://127.0.0.1:{port}", backend
         server.should_exit = server.force_exit = True
         thread.join()
-    tellers.close()
+    backend.close()
 
 
 @pytest.mark.filterwarnings("ignore:.future.no_silent_downcasting:DeprecationWarning")  # of Gradio's own use of pandas
 def test_stop_and_leaving_free_the_model(open_page: Callable[..., Opened], slow: tuple[str, DemoBackend]) -> None:
-    address, tellers = slow
+    address, backend = slow
     opened = open_page(address=address)
     page = opened.page
     set_number(page, "Tokens", 500)
     set_number(page, "Temperature", 0.1)
-    assert page.get_by_label("Who tells").count() == 0  # there is no choice
+    assert page.get_by_label("Model").count() == 0  # there is no choice
     for _ in range(2):  # it can go on after a stop
-        opened.begin("#tell")
+        opened.begin("#generate")
         expect(page.locator("#first .facts")).to_contain_text(re.compile(r"^[1-9]\d* tokens"))
-        assert tellers.telling == 1
+        assert backend.num_running == 1
         page.locator("#stop").click()
-        opened.told()
+        opened.story()
         assert page.locator("#first .facts").inner_text().endswith("stopped")
-        assert tellers.telling == 0
-    opened.begin("#tell")
+        assert backend.num_running == 0
+    opened.begin("#generate")
     page.close()
     deadline = time.monotonic() + 30
-    while tellers.telling and time.monotonic() < deadline:
+    while backend.num_running and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert tellers.telling == 0
+    assert backend.num_running == 0
     assert opened.messages == []

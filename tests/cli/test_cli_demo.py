@@ -136,7 +136,7 @@ def test_forged_calls_and_hosts_are_refused_in_one_line(address: str) -> None:
 def test_without_a_run_it_says_what_to_do(cli: Cli, workplace: Path) -> None:
     result = cli("demo")
     assert (result.code, result.stdout) == (2, "")
-    assert result.stderr == "error: there is no run under runs/ yet: train one, or name one: tiny-lm demo RUN\n"
+    assert result.stderr == "error: no run under runs/ yet: train one, or name one: tiny-lm demo RUN\n"
 
 
 def test_mistakes_end_in_one_line(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_mistakes_end_in_one_line(cli: Cli, folder: Path, monkeypatch: pytest.Mo
         port = taken.getsockname()[1]
         for words, message in (
             (["runs/elderbery"], "error: runs/elderbery: no such run folder; did you mean 'runs/elderberry'?\n"),
-            (["runs/elderberry", "runs/elderberry"], "error: each model can be named once only\n"),
+            (["runs/elderberry", "runs/elderberry"], "error: each model can be given only once\n"),
             (["--port", port], f"error: port {port} of 127.0.0.1 is in use: "),
         ):
             result = cli("demo", *words)

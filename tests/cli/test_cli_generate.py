@@ -35,12 +35,19 @@ def test_prompt_and_continuation_and_nothing_more(cli: Cli, run_folder: Path) ->
 def test_an_export_tells_what_the_run_tells(cli: Cli, run_folder: Path, tmp_path: Path) -> None:
     assert cli("export", "huggingface", run_folder, "--output-dir", tmp_path / "hf").code == 0
     options = ["--prompt", "One day", "--max-new-tokens", "12", "--seed", "1"]
+    weights = tmp_path / "hf" / "model.safetensors"
     told = [
-        cli("generate", *model, *options).stdout
+        cli(*model, *options).stdout
         for model in (
-            [run_folder],
-            [tmp_path / "hf"],
-            ["--checkpoint", tmp_path / "hf" / "model.safetensors", "--tokenizer", run_folder / "tokenizer"],
+            ["generate", run_folder],
+            ["generate", tmp_path / "hf"],
+            [
+                "generate-from-checkpoint",
+                "--checkpoint",
+                weights,
+                "--tokenizer",
+                run_folder / "tokenizer",
+            ],
         )
     ]
     assert told[0].startswith("One day") and told[0] == told[1] == told[2]
@@ -75,9 +82,7 @@ def test_a_prompt_beyond_the_context_is_told_or_refused(cli: Cli, run_folder: Pa
     prompt = "The bear and the fox went home. " * 8
     told = cli("generate", run_folder, "--prompt", prompt, "--max-new-tokens", "3")
     assert told.code == 0 and told.stdout.startswith(prompt)
-    assert re.search(
-        r"longer than the context of 32 tokens: its first \d+ characters are not read \('The ", told.stderr
-    )
+    assert re.search(r"longer than the context of 32 tokens: its first \d+ characters are dropped \('The ", told.stderr)
     strict = cli("generate", run_folder, "--prompt", prompt, "--strict")
     assert strict.code == 2 and re.fullmatch(
         r"error: the prompt has \d+ tokens and the context 32: shorten it, or .*\n", strict.stderr
@@ -91,13 +96,13 @@ def test_a_prompt_beyond_the_context_is_told_or_refused(cli: Cli, run_folder: Pa
         (["--top-p", "0"], "top-p must be above 0 and at most 1"),
         (["--prompt", "", "--no-add-bos"], "the prompt is empty"),
         (["--stop", ""], "a stop string must have 1 to 256 characters"),
-        (["--stop-token", "<|im_end|>"], r"'<\|im_end\|>' is no special token of this model; it has"),
+        (["--stop-token", "<|im_end|>"], r"'<\|im_end\|>' is not a special token of this model; it has"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt: could not be read"),
-        (["--checkpoint", "x.ckpt"], "name a run folder, or a checkpoint with --checkpoint"),
+        (["--checkpoint", "x.ckpt"], "No such option: --checkpoint"),
         (["--num-samples", "0"], "Invalid value for '--num-samples'"),
         (["--device", "tpu"], "device 'tpu': not available on this machine or in this torch; available: cpu"),
         (["--device", "meta"], "device 'meta': this machine"),
-        (["--interactive", "--json"], "--interactive tells one story at a time"),
+        (["--interactive", "--json"], "--interactive generates one story at a time"),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], message: str, cli: Cli, run_folder: Path) -> None:
@@ -121,8 +126,8 @@ def test_a_session_through_a_pipe(cli: Cli, run_folder: Path, tmp_path: Path) ->
     story = generator.generate("One day", 10, seed=4)
     bear = generator.generate("A bear", 10, temperature=0, stop=["."])
     assert result.stdout == f"{story}\n{story}\n{bear}\n"
-    assert result.stderr.count("error: there is no story yet: type a beginning\n") == 2
-    assert "error: /temprature is no command; did you mean /temperature?\n" in result.stderr
+    assert result.stderr.count("error: no story yet: type a prompt\n") == 2
+    assert "error: /temprature is not a command; did you mean /temperature?\n" in result.stderr
     assert "error: /temperature needs a number, such as /temperature 1.0 (it got 'hot')" in result.stderr
     assert "error: temperature must be between 0 and 100 (it is -1.0)" in result.stderr
     assert "error: seed must be between 0 and " in result.stderr
@@ -144,7 +149,7 @@ def test_a_session_is_not_saved_through_a_link(run_folder: Path, workplace: Path
     typed = "One day\n/save link.txt\n/save broken.txt\n/save real.txt/x\n"
     result = subprocess.run(words, input=typed, capture_output=True, text=True, check=True)
     for name in ("link.txt", "broken.txt"):
-        assert f"error: {name}: is there already; choose another name\n" in result.stderr
+        assert f"error: {name}: exists already; choose another name\n" in result.stderr
     assert "error: real.txt/x: could not be written" in result.stderr
     assert (workplace / "broken.txt").is_symlink() and not (workplace / "missing.txt").exists()
     assert (workplace / "real.txt").read_text() == "mine"

@@ -24,7 +24,7 @@ def test_only_line_ends_end_a_prompt(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         (b"ok\n\xff", "p.txt: is not UTF-8 text (byte 3 is invalid)"),
         ("one".encode("utf-16"), "p.txt: is not UTF-8 text (byte 0 is invalid)"),
-        (b"\xef\xbb\xbf\r\n \n", "p.txt: holds no prompt"),
+        (b"\xef\xbb\xbf\r\n \n", "p.txt: contains no prompt"),
         (b"x" * (16 * 2**20 + 1), "p.txt: larger than 16 MiB"),
         (None, "p.txt: could not be read (No such file or directory)"),
     ],

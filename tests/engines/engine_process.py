@@ -17,7 +17,7 @@ from tiny_lm.serving.engines import run_engine
 engine, source, port, python = sys.argv[1:]
 try:
     tell = lambda line: print(line, flush=True)
-    sys.exit(run_engine(engine, source, port=int(port), python=python or None, tell=tell))
+    sys.exit(run_engine(engine, source, port=int(port), python=python or None, log=tell))
 except UserError as error:
     print("error:", error, flush=True)
     sys.exit(2)

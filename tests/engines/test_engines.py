@@ -26,7 +26,7 @@ from tiny_lm.files import write_json
 from tiny_lm.model import model_config_from_dict
 from tiny_lm.model.huggingface import to_huggingface_config
 from tiny_lm.runs import Run
-from tiny_lm.serving.engines import STORY_TEMPLATE, Place, run_engine, vllm
+from tiny_lm.serving.engines import STORY_TEMPLATE, EngineAddress, run_engine, vllm
 from tiny_lm.tokenizer import Tokenizer
 
 CHAT = [
@@ -70,7 +70,7 @@ def test_a_chat_is_the_beginning_of_a_story() -> None:
 
 
 def test_an_unknown_engine() -> None:
-    with pytest.raises(UserError, match="--engine tgi: unknown; there are: llamacpp, vllm, transformers"):
+    with pytest.raises(UserError, match="--engine tgi: unknown; choose one of: llamacpp, vllm, transformers"):
         run_engine("tgi", "runs/x", port=0)
 
 
@@ -81,7 +81,7 @@ def test_an_unknown_engine() -> None:
             "llamacpp",
             r"llama_cpp is not installed in .*: pip install 'tiny-lm\[llamacpp\]', or put llama.cpp's llama-s",
         ),
-        ("vllm", r"vllm is not installed in .*: it needs an environment of its own: python -m venv"),
+        ("vllm", r"vllm is not installed in .*: it needs its own environment: python -m venv"),
         ("transformers", r"transformers.cli.serve is not installed in .*: pip install 'transformers\[serving\]>=5'"),
     ],
 )
@@ -112,10 +112,15 @@ def test_vllm_refuses_heads_that_it_cannot_run(d_model: int, refused: bool, tmp_
     )
     write_json(tmp_path / "config.json", to_huggingface_config(config, bos_id=1, eos_id=2, pad_id=0))
     if refused:
+<<<<<<< HEAD
         with pytest.raises(UserError, match="vLLM does not support the head size 16"):
             vllm(tmp_path, Place("127.0.0.1", 8000, "python"))
+=======
+        with pytest.raises(UserError, match="vLLM has no attention for heads of 16"):
+            vllm(tmp_path, EngineAddress("127.0.0.1", 8000, "python"))
+>>>>>>> ca0bc5a (One sequence from the request to its token; the engine, the server, the demo and generate in the field's terms)
     else:
-        assert "--max-model-len 48" in " ".join(vllm(tmp_path, Place("127.0.0.1", 8000, "python")).words)
+        assert "--max-model-len 48" in " ".join(vllm(tmp_path, EngineAddress("127.0.0.1", 8000, "python")).words)
 
 
 def test_a_port_that_is_taken() -> None:
@@ -159,7 +164,7 @@ def put_on_path(folder: Path, script: str) -> str:
 def test_an_engine_is_stopped_with_us(how: signal.Signals, gguf: Path, tmp_path: Path) -> None:
     path = put_on_path(tmp_path / "bin", STAND_IN.format(python=sys.executable, code=0))
     with engine_process("llamacpp", gguf, tmp_path, PATH=path) as engine:
-        url = engine.wait_for("/v1 answers for bear (llamacpp); Ctrl-C stops", 60).split("/v1")[0]
+        url = engine.wait_for("/v1 serves bear (llamacpp); Ctrl-C stops", 60).split("/v1")[0]
         words = httpx.get(f"{url}/health", trust_env=False).json()
         assert words[: words.index("--host")] == ["-m", str(gguf), "--alias", "bear"]
         assert words[words.index("--host") + 1] == "127.0.0.1"
@@ -181,7 +186,7 @@ def test_a_second_signal_ends_an_engine_that_does_not_stop(how: signal.Signals, 
     """A terminal that closes sends SIGHUP twice; no engine may stay behind."""
     path = put_on_path(tmp_path / "bin", STUBBORN.format(python=sys.executable, code=0))
     with engine_process("llamacpp", gguf, tmp_path, PATH=path) as engine:
-        url = engine.wait_for("/v1 answers for bear (llamacpp); Ctrl-C stops", 60).split("/v1")[0]
+        url = engine.wait_for("/v1 serves bear (llamacpp); Ctrl-C stops", 60).split("/v1")[0]
         engine.process.send_signal(how)
         engine.wait_for("stand-in: goes on", 60)
         assert engine.stop(how) == 0
@@ -195,7 +200,7 @@ def test_a_second_signal_ends_an_engine_that_does_not_stop(how: signal.Signals, 
 def test_an_engine_does_not_outlive_a_killed_command(gguf: Path, tmp_path: Path) -> None:
     path = put_on_path(tmp_path / "bin", STAND_IN.format(python=sys.executable, code=0))
     with engine_process("llamacpp", gguf, tmp_path, PATH=path) as engine:
-        engine.wait_for("/v1 answers for bear (llamacpp)", 60)
+        engine.wait_for("/v1 serves bear (llamacpp)", 60)
         assert engine.stop(signal.SIGKILL) == -signal.SIGKILL
         deadline = time.monotonic() + 60
         while "stand-in: told to stop" not in engine.log.read_text():
@@ -206,7 +211,7 @@ def test_an_engine_does_not_outlive_a_killed_command(gguf: Path, tmp_path: Path)
 def test_what_a_killed_engine_command_leaves_is_removed_by_the_next(gguf: Path, tmp_path: Path) -> None:
     path = put_on_path(tmp_path / "bin", STUBBORN.format(python=sys.executable, code=0))
     with engine_process("llamacpp", gguf, tmp_path, PATH=path) as engine:
-        engine.wait_for("/v1 answers for bear (llamacpp)", 60)
+        engine.wait_for("/v1 serves bear (llamacpp)", 60)
         engine.process.send_signal(signal.SIGTERM)
         number = int(engine.wait_for("stand-in: goes on", 60).rpartition(" ")[2])
         assert engine.stop(signal.SIGKILL) == -signal.SIGKILL
@@ -282,7 +287,7 @@ def test_llama_server_serves_a_run(run: Run, source: ExportSource, tmp_path: Pat
     if not LLAMA_SERVER.is_file():
         pytest.fail(f"{LLAMA_SERVER} is not built: make test-llama-server")
     with engine_process("llamacpp", run.folder, tmp_path, PATH=f"{LLAMA_SERVER.parent}:/usr/bin:/bin") as engine:
-        url = engine.wait_for("/v1 answers for llama3-BPE-F16 (llamacpp)", 120).split("/v1")[0]
+        url = engine.wait_for("/v1 serves llama3-BPE-F16 (llamacpp)", 120).split("/v1")[0]
         check_answers(url, "llama3-BPE-F16", source)
         applied = httpx.post(f"{url}/apply-template", json={"messages": CHAT}, trust_env=False).json()
         assert applied["prompt"].removeprefix("<bos>") == CHAT_AS_STORY
@@ -295,7 +300,7 @@ def test_llama_server_serves_a_run(run: Run, source: ExportSource, tmp_path: Pat
 @pytest.mark.llama_server
 def test_llama_cpp_python_serves_a_file(source: ExportSource, tmp_path: Path) -> None:
     with engine_process("llamacpp", write(source, tmp_path / "bear.gguf"), tmp_path, PATH="/usr/bin:/bin") as engine:
-        url = engine.wait_for("/v1 answers for bear (llamacpp)", 120).split("/v1")[0]
+        url = engine.wait_for("/v1 serves bear (llamacpp)", 120).split("/v1")[0]
         check_answers(url, "bear", source)
         assert engine.stop(signal.SIGTERM) == 0
 
@@ -303,8 +308,8 @@ def test_llama_cpp_python_serves_a_file(source: ExportSource, tmp_path: Path) ->
 @pytest.mark.llama_server
 def test_transformers_serves_a_run(run: Run, source: ExportSource, tmp_path: Path) -> None:
     with engine_process("transformers", run.folder, tmp_path, HF_HOME=str(tmp_path)) as engine:
-        words = engine.wait_for("/v1 answers for ", 120).removesuffix(" (transformers); Ctrl-C stops")
-        url, _, name = words.partition("/v1 answers for ")
+        words = engine.wait_for("/v1 serves ", 120).removesuffix(" (transformers); Ctrl-C stops")
+        url, _, name = words.partition("/v1 serves ")
         check_answers(url, name, source)
         assert engine.stop(signal.SIGINT) == 0
 
@@ -313,6 +318,6 @@ def test_transformers_serves_a_run(run: Run, source: ExportSource, tmp_path: Pat
 def test_vllm_serves_a_run(run: Run, source: ExportSource, tmp_path: Path) -> None:
     python = Path(os.environ.get("VLLM_ENVIRONMENT", ROOT / ".venv-vllm")) / "bin" / "python"
     with engine_process("vllm", run.folder, tmp_path, python=str(python)) as engine:
-        url = engine.wait_for("/v1 answers for llama3-BPE (vllm)", 600).split("/v1")[0]
+        url = engine.wait_for("/v1 serves llama3-BPE (vllm)", 600).split("/v1")[0]
         check_answers(url, "llama3-BPE", source)
         assert engine.stop(signal.SIGINT) == 0

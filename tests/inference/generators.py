@@ -30,7 +30,7 @@ def make(tokenizer: Tokenizer, family: str = "gpt2", **values: Any) -> TextGener
 
 def suppressed_tokens(generator: TextGenerator) -> torch.Tensor:
     """The mask of tokens that are no text, eos among them."""
-    return generator._no_text.clone()
+    return generator._suppress_mask.clone()
 
 
 def generated_ids(generator: TextGenerator, prompt: str, count: int) -> list[int]:

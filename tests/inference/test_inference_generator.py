@@ -156,7 +156,7 @@ def test_logprobs_are_those_of_the_model_alone(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("One day", bos=True)
     with torch.no_grad():
         expected = generator.model(torch.tensor([ids + text.ids]))[0, len(ids) - 1 : -1].log_softmax(-1)
-    for drawn, row in zip(text.drawn, expected, strict=True):
+    for drawn, row in zip(text.logprobs, expected, strict=True):
         assert drawn.logprob == pytest.approx(float(row[drawn.id]), abs=1e-4)
         assert [token for token, _ in drawn.top] == row.topk(3).indices.tolist()
         assert [logprob for _, logprob in drawn.top] == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
@@ -177,7 +177,7 @@ def test_a_stop_token_ends_the_text_and_an_unknown_one_is_refused(stories: list[
         ["One day"], GenerationConfig(max_new_tokens=400, stop_tokens=("<|im_end|>",), temperature=3.0), seed=seed
     )
     assert ended[0].ids == spoken.ids[: spoken.ids.index(turn)] and ended[0].finish_reason == "stop"
-    with pytest.raises(UserError, match=r"'<\|end\|>' is no special token of this model; it has .*<\|im_end\|>"):
+    with pytest.raises(UserError, match=r"'<\|end\|>' is not a special token of this model; it has .*<\|im_end\|>"):
         generator.generate_batch(["One day"], GenerationConfig(stop_tokens=("<|end|>",)))
 
 

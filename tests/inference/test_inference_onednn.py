@@ -29,7 +29,7 @@ def test_a_packed_model_computes_what_the_model_does(family: str, qkv_bias: bool
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_of_many_rows_is_that_of_the_reference(kv_heads: int, rows: int, masked: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    attend_rows = BatchedDecodeAttention()
+    batched_attention = BatchedDecodeAttention()
     for capacity in (32, 32, 48):  # with other lengths, and in a cache of another size
         q = torch.randn(rows, 1, 4, 16, generator=generator).transpose(1, 2)
         k, v = (torch.randn(rows, kv_heads, capacity, 16, generator=generator)[:, :, :25] for _ in range(2))
@@ -37,7 +37,7 @@ def test_attention_of_many_rows_is_that_of_the_reference(kv_heads: int, rows: in
         mask = torch.arange(25) < lengths if masked else None
         expected = reference_attention(q, k, v, mask)
         for _ in range(2):  # two layers
-            torch.testing.assert_close(attend_rows(q, k, v, mask), expected, rtol=0, atol=1e-6)
+            torch.testing.assert_close(batched_attention(q, k, v, mask), expected, rtol=0, atol=1e-6)
 
 
 def test_many_rows_of_one_token_attend_without_a_cache(tokenizer: Tokenizer) -> None:

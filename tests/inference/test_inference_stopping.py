@@ -8,7 +8,7 @@ from tiny_lm.inference.stopping import StopStrings
 
 def pushed(stops: tuple[str, ...], pieces: list[str]) -> tuple[str, bool]:
     stopping = StopStrings(stops)
-    text = "".join([stopping.push(piece) for piece in pieces])
+    text = "".join([stopping.feed(piece) for piece in pieces])
     return text + stopping.flush(), stopping.found
 
 
@@ -34,11 +34,11 @@ def test_the_text_ends_before_the_first_stop_however_it_is_cut(stops: list[str],
 
 def test_only_what_may_be_a_stop_is_held_back() -> None:
     stopping = StopStrings(("<end>",))
-    assert stopping.push("a fox <") == "a fox "
-    assert stopping.push("e") == ""
-    assert stopping.push("gg> <en") == "<egg> "
-    assert stopping.push("d> and more") == "" and stopping.found
-    assert stopping.push("still more") == "" and stopping.flush() == ""
+    assert stopping.feed("a fox <") == "a fox "
+    assert stopping.feed("e") == ""
+    assert stopping.feed("gg> <en") == "<egg> "
+    assert stopping.feed("d> and more") == "" and stopping.found
+    assert stopping.feed("still more") == "" and stopping.flush() == ""
 
 
 def test_too_much_is_refused() -> None:

@@ -11,7 +11,7 @@ from served import Serve
 
 from tiny_lm.errors import UserError
 from tiny_lm.inference import GenerationConfig, TextGenerator
-from tiny_lm.serving.chat import ChatTemplate, Message, load_chat_template, story_beginning
+from tiny_lm.serving.chat import ChatTemplate, Message, load_chat_template, plain_prompt
 from tiny_lm.serving.models import find_models
 from tiny_lm.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
 
@@ -37,7 +37,7 @@ def chatty(stories: list[str]) -> Tokenizer:
 
 def test_messages_become_the_beginning_of_a_story() -> None:
     def story(*messages: tuple[str, str]) -> str:
-        return story_beginning([Message(*message) for message in messages])
+        return plain_prompt([Message(*message) for message in messages])
 
     assert story(("system", "Be kind."), ("user", "One day")) == "One day"
     assert story(("user", "One day"), ("assistant", " he ran."), ("user", "Then")) == "One day he ran. Then"
@@ -112,7 +112,7 @@ def test_models_are_found_in_folders_and_named(run_folder: Path, tmp_path: Path)
     for wrong, told in (
         (f"{run_folder}x", "no such run.*did you mean"),
         (f"x={run_folder.parent}/nothing", "no such run"),
-        (f" ={run_folder}", "is no name of a model"),
+        (f" ={run_folder}", "is not a valid name of a model"),
         (str(tmp_path), "holds none"),
     ):
         with pytest.raises(UserError, match=told):

@@ -111,10 +111,10 @@ def test_logprobs_are_the_generators(client: openai.OpenAI, generator: TextGener
         model="fox", prompt="One day", max_tokens=12, temperature=0, logprobs=3
     ).choices
     assert choice.logprobs and choice.logprobs.token_logprobs and choice.logprobs.top_logprobs
-    assert choice.logprobs.token_logprobs == pytest.approx([drawn.logprob for drawn in expected.drawn], abs=1e-5)
+    assert choice.logprobs.token_logprobs == pytest.approx([drawn.logprob for drawn in expected.logprobs], abs=1e-5)
     text_of = generator.tokenizer.token_text
     assert choice.logprobs.tokens == [text_of(token) for token in expected.ids]
-    for told_, drawn in zip(choice.logprobs.top_logprobs, expected.drawn, strict=True):
+    for told_, drawn in zip(choice.logprobs.top_logprobs, expected.logprobs, strict=True):
         assert told_ == pytest.approx({text_of(token): logprob for token, logprob in drawn.top}, abs=1e-5)
     assert choice.logprobs.text_offset == [
         len(generator.tokenizer.decode(expected.ids[:i])) for i in range(len(expected.ids))
@@ -139,7 +139,7 @@ def test_a_chat_goes_on_with_the_messages_as_a_story(client: openai.OpenAI, gene
     assert (choice.message.role, choice.message.content) == ("assistant", expected.text)
     assert choice.logprobs and choice.logprobs.content
     assert b"".join(bytes(token.bytes or []) for token in choice.logprobs.content).decode() == expected.text
-    for token, drawn in zip(choice.logprobs.content, expected.drawn, strict=True):
+    for token, drawn in zip(choice.logprobs.content, expected.logprobs, strict=True):
         assert token.logprob == pytest.approx(drawn.logprob, abs=1e-5)
         assert [top.logprob for top in token.top_logprobs] == pytest.approx([p for _, p in drawn.top], abs=1e-5)
 
@@ -255,7 +255,7 @@ def test_other_content_paths_and_methods_are_refused_in_the_same_shape(server: S
         assert response.status_code == status
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
     for path, first in (("/api/embed", "/api/version"), ("/v1/models/", "/v1/models"), ("/completions", "/v1/models")):
-        assert f"there is no {path} here; there are: {first}, " in str(client.get(path).json()["error"])
+        assert f"{path} not found; there are: {first}, " in str(client.get(path).json()["error"])
     for path in ("/v1/models", "/api/tags", "/api/version", "/health"):
         assert (client.head(path).status_code, client.head(path).content) == (200, b"")
 
@@ -269,9 +269,9 @@ def test_other_content_paths_and_methods_are_refused_in_the_same_shape(server: S
         (b'{"prompt": %s}' % (b"[" * 900 + b"]" * 900), "prompt: must be a text, token ids, or a list"),
         (b'{"metadata": %s}' % (b"[" * 90_000 + b"]" * 90_000), "the body is nested too deeply"),
         (b'{"stop": [null]}', "stop: must be a text or a list of texts"),
-        (b'{"logit_bias": {"50": 1}}', "logit_bias: is not supported by this server: leave it out, or empty"),
-        (b'{"prompt": "B\xe4r"}', "the body is no JSON: it is not UTF-8"),
-        (b'{"prompt": "One" "day"}', "the body is no JSON (Expecting ',' delimiter, character"),
+        (b'{"logit_bias": {"50": 1}}', "logit_bias: is not supported by this server: omit it, or leave it empty"),
+        (b'{"prompt": "B\xe4r"}', "the body is not JSON: it is not UTF-8"),
+        (b'{"prompt": "One" "day"}', "the body is not valid JSON (Expecting ',' delimiter, character"),
         (b"[1]", "the body must be a JSON object, and its content type application/json"),
     ],
 )

@@ -120,7 +120,7 @@ def test_lm_evals_client_finds_what_our_own_harness_finds(
 
 def test_long_prompts_are_scored_in_parts_while_others_go_on(generator: TextGenerator) -> None:
     ids = generator.tokenizer.encode(TEXT * 3, bos=True)[:64]
-    whole, parts = generator.new_score(ids, top=2), generator.new_score(ids, top=2)
+    whole, parts = generator.new_prompt_scorer(ids, top_logprobs=2), generator.new_prompt_scorer(ids, top_logprobs=2)
     whole.advance(64)
     for done in range(7, 64 + 7, 7):
         parts.advance(7)
@@ -129,20 +129,26 @@ def test_long_prompts_are_scored_in_parts_while_others_go_on(generator: TextGene
         [token.logprob for token in whole.tokens[1:]], abs=1e-4
     )
     with pytest.raises(UserError, match="the prompt has 65 tokens"):
+<<<<<<< HEAD
         generator.new_score([*ids, 1])
     with pytest.raises(UserError, match="is out of range"):
         generator.new_score([512])
+=======
+        generator.new_prompt_scorer([*ids, 1])
+    with pytest.raises(UserError, match="is no token id"):
+        generator.new_prompt_scorer([512])
+>>>>>>> ca0bc5a (One sequence from the request to its token; the engine, the server, the demo and generate in the field's terms)
 
-    loop = Scheduler(generator, slots=2, prompt_tokens=8)
+    loop = Scheduler(generator, slots=2, max_prefill_tokens=8)
     greedy = GenerationConfig(max_new_tokens=60, min_new_tokens=60, temperature=0.0)
     other = loop.submit("One day", greedy)
-    score = generator.new_score(ids)
-    read = loop.submit(ids, GenerationConfig(max_new_tokens=0), score=score)
+    score = generator.new_prompt_scorer(ids)
+    read = loop.submit(ids, GenerationConfig(max_new_tokens=0), prompt_scorer=score)
     waits = loop.submit("One day", greedy)  # until the prompt has been read
     loop.start()
     assert read.result().ids == [] and other.completion_tokens < 60
     assert other.result() == waits.result() == generator.generate_batch(["One day"], greedy)[0]
-    left = loop.submit(ids, GenerationConfig(max_new_tokens=5), score=generator.new_score(ids))
+    left = loop.submit(ids, GenerationConfig(max_new_tokens=5), prompt_scorer=generator.new_prompt_scorer(ids))
     left.cancel()
     loop.stop(grace=60)
     assert loop.stats.running == 0 and loop.stats.finished + loop.stats.cancelled == 4

@@ -17,17 +17,15 @@ from generators import FAMILIES, make
 
 from tiny_lm.errors import UserError
 from tiny_lm.inference import Completion, GenerationConfig, TextGenerator
-from tiny_lm.inference.batch import TextBatch
-from tiny_lm.inference.request import GrowingText
+from tiny_lm.inference.batch import BatchDecoder
+from tiny_lm.inference.sequence import SequenceState
 from tiny_lm.serving import scheduler
 from tiny_lm.serving.limits import Limits
 from tiny_lm.serving.models import ServedModel, check_memory
+from tiny_lm.serving.request_handle import RequestCancelledError, RequestHandle, SchedulerFailedError
 from tiny_lm.serving.scheduler import (
     QueueFull,
-    RequestCancelledError,
-    RequestHandle,
     Scheduler,
-    SchedulerFailedError,
     SchedulerStoppedError,
     run_in_thread,
 )
@@ -90,7 +88,7 @@ def test_a_text_is_the_same_alone_and_among_others_that_join_and_leave(
 ) -> None:
     generator = make(tokenizer, family)
     alone = [generator.generate_batch([prompt], request, seed=seed)[0] for prompt, request, seed in REQUESTS]
-    loop = start(generator, slots=3, prompt_tokens=prompt_tokens)
+    loop = start(generator, slots=3, max_prefill_tokens=prompt_tokens)
     for begin in range(3):  # in other company each time
         order = [*range(begin, len(REQUESTS)), *range(begin)]
         other = loop.submit("A", LONG)
@@ -105,25 +103,25 @@ def test_a_text_is_the_same_alone_and_among_others_that_join_and_leave(
 
 def same(text: Completion, other: Completion) -> bool:
     """Whether two texts are equal, with log-probabilities that differ by rounding."""
-    assert [drawn.logprob for drawn in text.drawn] == pytest.approx([d.logprob for d in other.drawn], abs=1e-4)
+    assert [drawn.logprob for drawn in text.logprobs] == pytest.approx([d.logprob for d in other.logprobs], abs=1e-4)
     return (text.ids, text.text, text.finish_reason) == (other.ids, other.text, other.finish_reason)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_of_the_batch_reads_no_more_of_a_prompt_than_it_may(family: str, tokenizer: Tokenizer) -> None:
     generator = make(tokenizer, family)
-    batch = generator.new_batch(3, prompt_tokens=10)
+    batch = generator.new_batch(3, max_prefill_tokens=10)
     short = generator.new_sequence("A", GenerationConfig(max_new_tokens=60, min_new_tokens=60, temperature=0))
     long = generator.new_sequence(
         "The bear went home. " * 20, GenerationConfig(max_new_tokens=8, min_new_tokens=8, temperature=0)
     )
-    batch.join(short)
+    batch.add(short)
     batch.step()
-    batch.join(long)
+    batch.add(long)
     for _ in range(6):  # 60 of the 64 tokens that fit
-        assert [text for text, _ in batch.step()] == [short]
-    assert [text for text, _ in batch.step()] == [short, long]
-    batch.leave(short)
+        assert batch.step() == [short]
+    assert batch.step() == [short, long]
+    batch.remove(short)
     while len(batch):
         batch.step()
     assert (
@@ -138,34 +136,34 @@ def test_a_prompt_waits_a_few_steps_for_others_where_many_texts_are_told(tokeniz
     generator = make(tokenizer)
     batch = generator.new_batch(24)
 
-    def join(count: int) -> list[GrowingText]:
+    def join(count: int) -> list[SequenceState]:
         texts = [
             generator.new_sequence("A", GenerationConfig(max_new_tokens=60, min_new_tokens=60, temperature=0))
             for _ in range(count)
         ]
         for text in texts:
-            batch.join(text)
+            batch.add(text)
         return texts
 
     join(20)
     assert len(batch.step()) == 20
     [alone] = join(1)
-    assert [alone in [text for text, _ in batch.step()] for _ in range(9)] == [False] * 8 + [True]
+    assert [alone in batch.step() for _ in range(9)] == [False] * 8 + [True]
     join(3)
     assert len(batch.step()) == 24
 
 
 def test_pieces_add_up_and_the_last_one_tells_how_the_text_ended(generator: TextGenerator, start: Start) -> None:
-    loop = start(generator, refresh=0)
+    loop = start(generator, publish_seconds=0)
     request = GenerationConfig(max_new_tokens=40, min_new_tokens=40, temperature=1.0, logprobs=1)
     [expected] = generator.generate_batch(["One day"], request, seed=3)
     ticket = loop.submit("One day", request, seed=3)
     pieces = list(ticket)
     assert "".join(piece.text for piece in pieces) == expected.text
-    assert [drawn.id for piece in pieces for drawn in piece.drawn] == expected.ids
+    assert [drawn.id for piece in pieces for drawn in piece.logprobs] == expected.ids
     assert [piece.finish_reason for piece in pieces] == [None] * (len(pieces) - 1) + ["length"]
     assert (ticket.prompt_tokens, ticket.completion_tokens) == (
-        len(generator.new_sequence("One day", request).wanted.prompt),
+        len(generator.new_sequence("One day", request).prompt_ids),
         40,
     )
     assert loop.stats.tokens == 40 and loop.stats.prompt_tokens == ticket.prompt_tokens
@@ -187,7 +185,7 @@ def test_what_the_user_can_mend_is_told_at_once_and_the_loop_goes_on(generator: 
     loop = start(generator)
     with pytest.raises(UserError, match="the prompt is empty"):
         loop.submit("", GenerationConfig(add_bos=False))
-    with pytest.raises(UserError, match="is no special token"):
+    with pytest.raises(UserError, match="is not a special token"):
         loop.submit("x", GenerationConfig(stop_tokens=("<|end|>",)))
     with pytest.raises(UserError, match="a seed must be between"):
         loop.submit("x", GenerationConfig(max_new_tokens=3), seed=2**64)
@@ -236,7 +234,7 @@ def test_who_breaks_off_reading_gives_the_text_up(generator: TextGenerator, star
 def test_the_queue_has_an_end(generator: TextGenerator, start: Start) -> None:
     loop = start(generator, slots=2, queue=3)
     tickets = [loop.submit("One day", LONG) for _ in range(5)]
-    with pytest.raises(QueueFull, match="3 requests wait already"):
+    with pytest.raises(QueueFull, match="3 requests are waiting already"):
         loop.submit("One day", LONG)
     until(lambda: loop.stats.running == 2)
     assert loop.stats.waiting == 3
@@ -278,14 +276,14 @@ def test_stopping_ends_what_does_not_end(generator: TextGenerator, start: Start)
 def test_an_error_in_the_loop_reaches_all_who_wait(
     generator: TextGenerator, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = TextBatch.step
+    step = BatchDecoder.step
 
-    def failing(batch: TextBatch) -> list[tuple[object, str]]:
-        if len(batch) == 2 and any(text.tokens > 3 for text in batch._texts.values()):
+    def failing(batch: BatchDecoder) -> list[SequenceState]:
+        if len(batch) == 2 and any(sequence.num_generated > 3 for sequence in batch._running):
             raise MemoryError("no room")
-        return step(batch)  # type: ignore[return-value]
+        return step(batch)
 
-    monkeypatch.setattr(TextBatch, "step", failing)
+    monkeypatch.setattr(BatchDecoder, "step", failing)
     loop = start(generator, slots=2)
     tickets = [loop.submit("One day", LONG) for _ in range(4)]  # two of them wait
 
@@ -305,7 +303,7 @@ def test_an_error_in_the_loop_reaches_all_who_wait(
 
 
 def test_who_reads_slowly_keeps_nobody_waiting(generator: TextGenerator, start: Start) -> None:
-    loop = start(generator, refresh=0)
+    loop = start(generator, publish_seconds=0)
     request = GenerationConfig(max_new_tokens=150, min_new_tokens=150)
 
     async def read() -> tuple[int, list[str], Completion]:
@@ -317,7 +315,7 @@ def test_who_reads_slowly_keeps_nobody_waiting(generator: TextGenerator, start: 
             await asyncio.to_thread(other.result)
         await asyncio.to_thread(until, lambda: slow.completion_tokens == 150)  # told to its end while nobody read
         pieces += [piece.text async for piece in reading]
-        return slow.completion_tokens, pieces, slow.text.completion()
+        return slow.completion_tokens, pieces, slow.sequence.completion()
 
     tokens, pieces, text = asyncio.run(read())
     assert tokens == 150 and len(pieces) == 2 and "".join(pieces) == text.text
@@ -342,7 +340,7 @@ def test_no_short_text_waits_for_a_longer_one_that_came_before(generator: TextGe
     long = [loop.submit("One day", LONG) for _ in range(3)]
     for _ in range(20):
         loop.submit("One day", GenerationConfig(max_new_tokens=5, min_new_tokens=5)).result()
-    assert all(ticket.text.finish_reason is None for ticket in long)
+    assert all(ticket.sequence.finish_reason is None for ticket in long)
     assert min(ticket.completion_tokens for ticket in long) > 80  # which did not wait either, while 20 x 5 were told
     for ticket in long:
         ticket.cancel()
@@ -390,7 +388,7 @@ def test_only_the_loop_computes(generator: TextGenerator, start: Start) -> None:
     served = ServedModel("fox", generator, loop, None, 0, "")
     with Operations() as operations:
         taken = check_memory([served, served], Limits(slots=8))
-        ticket = loop.submit("Once", LONG, score=generator.new_score([1, 2, 3]))
+        ticket = loop.submit("Once", LONG, prompt_scorer=generator.new_prompt_scorer([1, 2, 3]))
         next(iter(ticket))
         ticket.cancel()
     assert not operations.seen

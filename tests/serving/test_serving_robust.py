@@ -17,8 +17,8 @@ from served import Serve, Served, start, stop, wait_for
 
 from tiny_lm.cli import main
 from tiny_lm.inference import TextGenerator
-from tiny_lm.inference.batch import TextBatch
-from tiny_lm.inference.request import GrowingText
+from tiny_lm.inference.batch import BatchDecoder
+from tiny_lm.inference.sequence import SequenceState
 from tiny_lm.serving.app import create_app
 from tiny_lm.serving.models import ServedModel
 from tiny_lm.serving.scheduler import Scheduler
@@ -256,14 +256,14 @@ def test_what_cannot_be_served_is_told_in_one_line(
     port = server.url.rpartition(":")[2]
     assert f"port {port} of 127.0.0.1 is in use" in fail(run_folder, "--port", port)
     assert "no such run, checkpoint or exported folder" in fail(tmp_path / "nothing")
-    assert "is no trained run" in fail(tmp_path)
+    assert "is neither a trained run nor an exported folder" in fail(tmp_path)
     assert "both named 'fox'" in fail(run_folder, f"fox={run_folder / 'checkpoints' / 'last.ckpt'}")
     assert "the API key is empty" in fail(run_folder, "--api-key", "")
     assert "slots must be between" in fail(run_folder, "--slots", "0")
     with monkeypatch.context() as patch:
         patch.setattr("tiny_lm.serving.models.free_memory", lambda device: 2**20)
         told = fail(run_folder, "--slots", "1024", "--port", "0")
-        assert "1024 texts at once take 16 MiB, and 1 are free: choose fewer --slots" in told
+        assert "the KV caches of 1024 slots take 16 MiB, and 1 are free: choose fewer --slots" in told
     assert "cannot be listened at" in fail(run_folder, "--host", "203.0.113.7")
     for name in [name for name in sys.modules if name.startswith("tiny_lm.serving")]:
         monkeypatch.delitem(sys.modules, name)
@@ -276,11 +276,11 @@ def half(generator: TextGenerator) -> Iterator[TestClient]:
     """Two models, of which one fails after a few steps."""
 
     class Failing(TextGenerator):
-        def new_batch(self, rows: int, *, prompt_tokens: int | None = None) -> TextBatch:
-            batch = super().new_batch(rows, prompt_tokens=prompt_tokens)
+        def new_batch(self, slots: int, **options: int | None) -> BatchDecoder:
+            batch = super().new_batch(slots, **options)
             step, steps = batch.step, iter(range(4))
 
-            def failing_step() -> list[tuple[GrowingText, str]]:
+            def failing_step() -> list[SequenceState]:
                 if next(steps, None) is None:
                     raise MemoryError("no room")
                 return step()
@@ -289,7 +289,7 @@ def half(generator: TextGenerator) -> Iterator[TestClient]:
             return batch
 
     def served(name: str, generator: TextGenerator) -> ServedModel:
-        return ServedModel(name, generator, Scheduler(generator, refresh=0), None, 0, "")
+        return ServedModel(name, generator, Scheduler(generator, publish_seconds=0), None, 0, "")
 
     failing = Failing(generator.model, generator.tokenizer)
     with TestClient(create_app([served("fox", generator), served("owl", failing)]), "http://localhost") as client:

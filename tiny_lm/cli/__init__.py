@@ -19,7 +19,7 @@ from tiny_lm.cli.data import data_app, tokenize
 from tiny_lm.cli.demo import demo
 from tiny_lm.cli.evaluate import EvalCommand, evaluate
 from tiny_lm.cli.export import convert_to_huggingface, export_app, import_model
-from tiny_lm.cli.generate import generate
+from tiny_lm.cli.generate import generate, generate_from_checkpoint
 from tiny_lm.cli.harness import harness
 from tiny_lm.cli.memory import estimate, find_batch_size
 from tiny_lm.cli.params import params
@@ -65,6 +65,7 @@ app.command()(serve)
 app.command("import")(import_model)
 app.command()(push)
 app.command()(serve_config)
+app.command(hidden=True)(generate_from_checkpoint)  # scripts/inference/
 app.command(hidden=True)(convert_to_huggingface)  # scripts/export/convert_to_hf_gpt2.py
 app.command(hidden=True)(upload_checkpoint)  # scripts/hf_hub/upload_gpt2.py
 

@@ -1,4 +1,4 @@
-"""The command that opens a page on which models tell stories."""
+"""The command that opens the demo page."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,13 +12,13 @@ def demo(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RUN]...", help="Run folders, checkpoints or exported folders; without any, the newest run."
+            metavar="[RUN]...", help="Run folders, checkpoints or exported folders; default: the newest run."
         ),
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65_535, help="Where the page is; 0: any free port.")] = 7860,
-    device: Annotated[str | None, typer.Option(help="Where to run: cpu, cuda, mps.")] = None,
+    port: Annotated[int, typer.Option(min=0, max=65_535, help="Port of the page; 0 chooses a free one.")] = 7860,
+    device: Annotated[str | None, typer.Option(help="Device to run on: cpu, cuda, mps.")] = None,
 ) -> None:
-    """Open a page in the browser on which trained models tell stories, on this machine only."""
+    """Open a web page on which trained models write stories, on this machine only."""
     from tiny_lm.inference import TextGenerator
     from tiny_lm.runs import find_newest_run
     from tiny_lm.serving.demo import serve_demo
@@ -26,7 +26,7 @@ def demo(
     newest = None if runs else find_newest_run()
     paths = runs or ([str(newest.folder)] if newest else [])
     if not paths:
-        raise UserError("there is no run under runs/ yet: train one, or name one: tiny-lm demo RUN")
+        raise UserError("no run under runs/ yet: train one, or name one: tiny-lm demo RUN")
     models = {
         name: TextGenerator.from_path(path, device=device) for name, path in zip(_names(paths), paths, strict=True)
     }
@@ -34,13 +34,13 @@ def demo(
 
 
 def _names(paths: list[str]) -> list[str]:
-    """Return what the menu calls the models: the names of their folders, or their whole paths where two are alike.
+    """Return the names of the models: those of their folders, or their paths if two names are equal.
 
     Raises:
-        UserError: a path is named twice.
+        UserError: a path is given twice.
     """
     names = [Path(path).resolve().name for path in paths]
     names = names if len(set(names)) == len(names) else paths
     if len(set(names)) < len(names):
-        raise UserError("each model can be named once only")
+        raise UserError("each model can be given only once")
     return names

@@ -1,12 +1,15 @@
 """Options and helpers that commands share."""
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tiny_lm.config import Config
-from tiny_lm.console import print_result
+from tiny_lm.console import print_message, print_result
+
+if TYPE_CHECKING:
+    from tiny_lm.inference import GenerationConfig, TextGenerator
 
 Settings = Annotated[
     list[str] | None,
@@ -38,3 +41,15 @@ def expand_multi_value(words: Sequence[str], option: str) -> list[str]:
             values += 1
         result.append(word)
     return result
+
+
+def warn_if_truncated(generator: "TextGenerator", prompt: str, config: "GenerationConfig") -> None:
+    """Print which part of a prompt does not fit into the context."""
+    dropped = "" if config.strict else generator.truncated_text(prompt, add_bos=config.add_bos)
+    if dropped:
+        shown = dropped if len(dropped) <= 60 else f"{dropped[:30]}...{dropped[-30:]}"
+        context = generator.model.config.context_length
+        print_message(
+            f"the prompt is longer than the context of {context:,} tokens: its first {len(dropped):,} characters "
+            f"are dropped ({shown!r})"
+        )

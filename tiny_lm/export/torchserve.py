@@ -137,7 +137,7 @@ def _verify(source: ExportSource, folder: Path) -> list[Check]:
     expected = generator.generate_batch(PROMPTS, request)
     texts = [made.prompt + made.text for made in expected]
     wrong = sum(answer["text"] != text for answer, text in zip(answers, texts, strict=True))
-    ours = [drawn.logprob for made in expected for drawn in made.drawn]
+    ours = [drawn.logprob for made in expected for drawn in made.logprobs]
     theirs = [value for answer in answers for value in answer["logprobs"]]
     same_length, limit = len(ours) == len(theirs), Reference(source).difference_limit
     largest = max((abs(a - b) for a, b in zip(ours, theirs, strict=True)), default=0.0) if same_length else math.inf

@@ -74,7 +74,7 @@ class TinyLMHandler:
         (made,) = self._generator.generate_batch([values["prompt"]], request, seed=values.get("seed"))
         answer = {"text": made.prompt + made.text, "tokens": len(made.ids), "finish_reason": made.finish_reason}
         if request.logprobs is not None:
-            answer["logprobs"] = [drawn.logprob for drawn in made.drawn]
+            answer["logprobs"] = [drawn.logprob for drawn in made.logprobs]
         return answer
 
 

@@ -1,4 +1,4 @@
-"""Text from a trained model."""
+"""Text generation with a trained model."""
 
 import math
 import random
@@ -16,10 +16,11 @@ from tiny_lm.errors import UserError
 from tiny_lm.hardware.device import choose_device
 from tiny_lm.inference.backends.compiled import CompiledStep
 from tiny_lm.inference.backends.onednn import pack
-from tiny_lm.inference.batch import TextBatch
-from tiny_lm.inference.decoding import BatchDecoder, Continuation, DecodeStep, decode_step
-from tiny_lm.inference.request import Completion, GenerationConfig, GrowingText
-from tiny_lm.inference.scoring import PromptScore, Score, token_logprobs
+from tiny_lm.inference.batch import BatchDecoder
+from tiny_lm.inference.decoding import DecodeStep, decode_step
+from tiny_lm.inference.request import Completion, GenerationConfig
+from tiny_lm.inference.scoring import PromptScorer, Score, token_logprobs
+from tiny_lm.inference.sequence import SequenceState
 from tiny_lm.model import ModelConfig, Transformer
 from tiny_lm.model.checkpoint import CheckpointModel, load_checkpoint_model
 from tiny_lm.model.huggingface_folder import load_huggingface_model
@@ -27,15 +28,22 @@ from tiny_lm.runs import Run, is_checkpoint, is_huggingface_folder, open_run, ru
 from tiny_lm.tokenizer import Tokenizer, check_same_tokenizer, load_tokenizer
 from tiny_lm.tokenizer.huggingface_import import load_huggingface_tokenizer
 
-_ROWS = 64
-"""So many texts are continued at once: more cost memory and gain nothing."""
+_MAX_BATCH_SIZE = 64
+"""Larger batches cost memory and gain nothing."""
 
 _OPENINGS = ("Once upon a time, there was a story about {theme}.", "One day, two friends talked about {theme}.")
 """Each takes a theme of any kind: friendship, a lost dog, the rain."""
 
 
 class TextGenerator:
-    """Continues text with a model and its tokenizer.
+    """Generates text with a model and its tokenizer, and scores text.
+
+    Load one with :meth:`from_path` (a run, a checkpoint or an exported folder). :meth:`generate` returns a prompt with
+    its completion, :meth:`stream` yields the completion as it is generated, and :meth:`generate_batch` completes many
+    prompts together; all three take the same options, the fields of :class:`GenerationConfig`::
+
+        generator = TextGenerator.from_path("runs/my-run")
+        print(generator.generate("Once upon a time", max_new_tokens=100, temperature=0.7, seed=1))
 
     Attributes:
         model: maps ids ``[B, T]`` to logits ``[B, T, V]``.
@@ -43,9 +51,9 @@ class TextGenerator:
     """
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
-        """Generate with ``model``, which is put into evaluation mode.
+        """Put ``model`` into evaluation mode and prepare it for decoding.
 
-        Its weights are looked at now: a model that goes on training takes a new generator each time.
+        The prepared weights are a snapshot: after further training, build a new generator.
 
         Raises:
             UserError: the tokenizer has more tokens than the model.
@@ -57,20 +65,20 @@ class TextGenerator:
             )
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self._packed = pack(self.model)
+        self._decode_model = pack(self.model)
         self._step: DecodeStep = decode_step
-        # Tokens that are no text [V]: control tokens, and rows beyond the tokenizer.
-        no_text = torch.zeros(model.config.vocab_size, dtype=torch.bool)
-        no_text[tokenizer.vocab_size :] = True
-        no_text[[token.id for token in tokenizer.specials if token.control]] = True
-        self._no_text = no_text.to(model.token_emb.weight.device)
+        # Never sampled [V]: control tokens, and ids beyond the tokenizer.
+        suppressed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+        suppressed[tokenizer.vocab_size :] = True
+        suppressed[[token.id for token in tokenizer.specials if token.control]] = True
+        self._suppress_mask = suppressed.to(model.token_emb.weight.device)
 
     @classmethod
     def from_path(cls, path: str | Path, *, device: str | None = None) -> Self:
-        """Load whatever ``path`` is: a run folder, a checkpoint inside one, or a folder in Hugging Face's layout.
+        """Load a run folder, a checkpoint inside one, or a folder in Hugging Face's layout.
 
         Raises:
-            UserError: it is none of them, or damaged.
+            UserError: ``path`` is none of them, or damaged.
         """
         path = Path(path)
         if is_huggingface_folder(path) or path.suffix == ".safetensors":
@@ -82,7 +90,7 @@ class TextGenerator:
         """Load the best checkpoint of a run folder, or the given ``.ckpt`` of one, with the run's tokenizer.
 
         Raises:
-            UserError: there is no such run or checkpoint, or it is damaged.
+            UserError: the run or checkpoint does not exist or is damaged.
         """
         path = Path(path)
         if is_checkpoint(path):
@@ -104,7 +112,7 @@ class TextGenerator:
         Args:
             checkpoint_path: a ``.ckpt`` file that training wrote.
             tokenizer_path: the tokenizer that the model was trained with; another one is refused.
-            model_config: what the caller believes the model to be; a checkpoint of another one is refused.
+            model_config: the expected config; a checkpoint with another one is refused.
             device: where to run; by default a GPU if there is one.
 
         Raises:
@@ -121,16 +129,16 @@ class TextGenerator:
     ) -> Self:
         """Load a folder in Hugging Face's layout, or any file in it, with its tokenizer.
 
-        It may be one that ``tiny-lm export huggingface`` wrote, one that transformers saved again, or another model
-        that ``tiny-lm import`` takes.
+        ``tiny-lm export huggingface`` writes such folders, as does transformers' ``save_pretrained``; other models are
+        loaded if ``tiny-lm import`` supports them.
 
         Args:
             folder: holds ``config.json``, ``model.safetensors`` and the tokenizer.
-            tokenizer_path: a tokenizer that lies elsewhere.
+            tokenizer_path: a tokenizer outside the folder.
             device: where to run; by default a GPU if there is one.
 
         Raises:
-            UserError: a file is missing or damaged, or the model is of no family of ours.
+            UserError: a file is missing or damaged, or the architecture is not supported.
         """
         folder = Path(folder)
         folder = folder.parent if folder.is_file() else folder
@@ -139,12 +147,12 @@ class TextGenerator:
         return cls(model.to(choose_device(device)), tokenizer)
 
     def compile(self) -> None:
-        """From now on continue a text that is alone by a compiled step: up to three times as fast, on a CPU.
+        """Compile the decode step of a single sequence, which makes it up to three times as fast on a CPU.
 
-        Compiling takes up to half a minute. Texts are the same but for rounding.
+        Compiling takes up to half a minute. Logits change by rounding only.
 
         Raises:
-            UserError: the model is not on a CPU, or there is no compiler.
+            UserError: the model is not on a CPU, or no compiler is installed.
         """
         self._step = CompiledStep(self.model)
 
@@ -227,33 +235,33 @@ class TextGenerator:
         """Return how likely the model finds ``text``.
 
         Args:
-            text: what is scored; a text longer than the context in windows that overlap by half.
-            add_bos: as at the beginning of a document; else the first token is given and has no score.
+            text: one longer than the context is scored in windows that overlap by half.
+            add_bos: prepend the bos token; else the first token has no score.
             eos: score also that the text ends there.
 
         Raises:
-            UserError: there is no token to score.
+            UserError: the text has no token to score.
         """
         ids = self.tokenizer.encode(text, bos=add_bos, eos=eos)
         if len(ids) < 2:
             raise UserError("the text is too short to be scored: it has no token after the first")
-        logprobs = token_logprobs(self._packed, ids)
+        logprobs = token_logprobs(self._decode_model, ids)
         scored = sum(len(self.tokenizer.token_bytes(token)) for token in ids[1:])
         return Score(ids[1:], logprobs, -sum(logprobs) / math.log(2) / max(scored, 1))
 
     def generate_story(
         self, theme: str = "friendship", max_length: int = 200, *, seed: int | None = None, candidates: int = 4
     ) -> str:
-        """Tell a story on a theme.
+        """Generate a story on a theme.
 
-        Some stories are begun with the theme, and the one is returned that says most about it: the one after which the
+        Several candidates start with the theme, and the one that fits it best is returned: the one after which the
         model finds "The story was about <theme>." most likely.
 
         Args:
             theme: a word or a few, such as ``friendship`` or ``a lost dog``.
-            max_length: most tokens of the story; stories that end by themselves are preferred.
+            max_length: maximum number of tokens; stories that end before it are preferred.
             seed: the same seed gives the same story.
-            candidates: stories to choose from, with each of two openings.
+            candidates: number of stories to choose from, for each of two openings.
 
         Raises:
             UserError: the theme is empty or longer than 200 characters, or a number is out of its range.
@@ -261,95 +269,100 @@ class TextGenerator:
         theme = " ".join(theme.split())
         if not 0 < len(theme) <= 200:
             raise UserError(f"a theme has 1 to 200 characters (it has {len(theme)})")
-        if not 1 <= candidates <= _ROWS:
-            raise UserError(f"candidates must be between 1 and {_ROWS} (it is {candidates})")
-        request = GenerationConfig(max_new_tokens=max_length, temperature=0.7, top_p=0.95)
+        if not 1 <= candidates <= _MAX_BATCH_SIZE:
+            raise UserError(f"candidates must be between 1 and {_MAX_BATCH_SIZE} (it is {candidates})")
         source = random.Random(seed)
         prompts = [opening.format(theme=theme) for opening in _OPENINGS for _ in range(candidates)]
-        told = self.generate_batch(prompts, request, seed=[source.randrange(2**31) for _ in prompts])
-        ended = [story for story in told if story.finish_reason == "stop"] or told
-        return max((story.prompt + story.text for story in ended), key=lambda story: self._is_about(story, theme))
+        seeds = [source.randrange(2**31) for _ in prompts]
+        stories = self.generate_batch(prompts, max_new_tokens=max_length, temperature=0.7, top_p=0.95, seed=seeds)
+        ended = [story for story in stories if story.finish_reason == "stop"] or stories
+        return max((story.prompt + story.text for story in ended), key=lambda story: self._theme_logprob(story, theme))
 
-    def _is_about(self, story: str, theme: str) -> float:
-        """Return the log-likelihood of a sentence that names the theme, behind a story."""
+    def _theme_logprob(self, story: str, theme: str) -> float:
+        """Return the log-likelihood of a sentence that names the theme, after a story."""
         claim = len(self.tokenizer.encode(f" The story was about {theme}."))
         return sum(self.score(f"{story} The story was about {theme}.").logprobs[-claim:])
 
-    def dropped(self, prompt: str, *, add_bos: bool = True) -> str:
-        """Return the beginning of ``prompt`` that does not fit into the context and is not read."""
+    def truncated_text(self, prompt: str, *, add_bos: bool = True) -> str:
+        """Return the beginning of ``prompt`` that does not fit into the context and is dropped."""
         ids = self.tokenizer.encode(prompt, bos=add_bos)
         return self.tokenizer.decode(ids[: max(len(ids) - self.model.config.context_length, 0)])
 
     def new_sequence(
-        self, prompt: str | Sequence[int], request: GenerationConfig, *, seed: int | None = None
-    ) -> GrowingText:
-        """Check a prompt, and make it a text that a batch can take in.
+        self, prompt: str | Sequence[int], config: GenerationConfig, *, seed: int | None = None
+    ) -> SequenceState:
+        """Validate and encode a prompt for a :class:`BatchDecoder`.
 
         Args:
-            prompt: text, or ids, which are taken as they are.
-            request: how to go on.
-            seed: None for another text each time.
+            prompt: text, or ids, which are used as they are.
+            config: how to generate.
+            seed: None for a different text each time.
 
         Raises:
-            UserError: as :meth:`generate_batch`, or an id is none of the tokenizer's.
+            UserError: as :meth:`generate_batch`, or an id is not in the vocabulary.
         """
-        ends = self._end_tokens(request)
+        stop_token_ids = self._stop_token_ids(config)
         context = self.model.config.context_length
         if isinstance(prompt, str):
-            ids = self.tokenizer.encode_prompt(prompt) if request.add_bos else self.tokenizer.encode(prompt)
+            ids = self.tokenizer.encode_prompt(prompt) if config.add_bos else self.tokenizer.encode(prompt)
         else:
             ids, prompt = list(prompt), self.tokenizer.decode(prompt)
         if not ids:
-            raise UserError("the prompt is empty: give a beginning, or let the text begin with the bos token")
-        if request.strict and len(ids) > context:
+            raise UserError("the prompt is empty: give some text, or let it begin with the bos token")
+        if config.strict and len(ids) > context:
             raise UserError(
-                f"the prompt has {len(ids):,} tokens and the context {context:,}: shorten it, or let its "
-                "beginning be left out"
+                f"the prompt has {len(ids):,} tokens and the context {context:,}: shorten it, or let its beginning be "
+                "dropped"
             )
-        wanted = Continuation(
-            ids, self._no_text, request.sampling, seed, ends, request.min_new_tokens, request.logprobs
+        mask = self._suppress_mask
+        return SequenceState(
+            self.tokenizer, prompt, ids, config, suppress_mask=mask, stop_token_ids=stop_token_ids, seed=seed
         )
-        return GrowingText(self.tokenizer, prompt, wanted, request)
 
-    def new_score(self, prompt: Sequence[int], *, top: int = 0) -> PromptScore:
-        """Return a place where the log-probabilities of a prompt's tokens are computed part by part.
+    def new_prompt_scorer(self, prompt: Sequence[int], *, top_logprobs: int = 0) -> PromptScorer:
+        """Return an object that computes the log-probabilities of a prompt's tokens part by part.
 
         Args:
             prompt: ids, at least one.
-            top: tell so many likeliest tokens in each place.
+            top_logprobs: number of likeliest alternatives to return at each position.
 
         Raises:
-            UserError: the prompt is longer than the context, or an id is none of the tokenizer's.
+            UserError: the prompt is longer than the context, or an id is not in the vocabulary.
         """
         self.tokenizer.decode(prompt)
-        return PromptScore(self._packed, prompt, top=top)
+        return PromptScorer(self._decode_model, prompt, top_logprobs=top_logprobs)
 
-    def new_batch(self, rows: int, *, length: int | None = None, prompt_tokens: int | None = None) -> TextBatch:
-        """Return a batch for what :meth:`new_sequence` makes; the arguments are those of BatchDecoder."""
+    def new_batch(
+        self, slots: int, *, max_length: int | None = None, max_prefill_tokens: int | None = None
+    ) -> BatchDecoder:
+        """Return a batch for the sequences of :meth:`new_sequence`; the arguments are those of BatchDecoder."""
         if isinstance(self._step, CompiledStep):
-            length = None  # it was compiled for a cache of the whole context
-        return TextBatch(BatchDecoder(self._packed, rows, length=length, prompt_tokens=prompt_tokens, step=self._step))
+            max_length = None  # it was compiled for a cache of the whole context
+        return BatchDecoder(
+            self._decode_model, slots, max_length=max_length, max_prefill_tokens=max_prefill_tokens, step=self._step
+        )
 
-    def _run(self, texts: Sequence[GrowingText]) -> Iterator[str]:
-        """Continue texts to their ends, as many at once as there are rows, and yield piece after piece of all."""
-        waiting = deque(text for text in texts if text.finish_reason is None)
-        batch = self.new_batch(min(len(waiting), _ROWS), length=max((text.longest for text in waiting), default=1))
+    def _run(self, sequences: Sequence[SequenceState]) -> Iterator[str]:
+        """Decode sequences to their ends, in batches of limited size, and yield the chunks of text of all of them."""
+        waiting = deque(sequence for sequence in sequences if sequence.finish_reason is None)
+        max_length = max((sequence.max_length for sequence in waiting), default=1)
+        batch = self.new_batch(min(len(waiting), _MAX_BATCH_SIZE), max_length=max_length)
         while waiting or len(batch):
-            while waiting and batch.free:
-                batch.join(waiting.popleft())
-            yield from (piece for _, piece in batch.step() if piece)
+            while waiting and batch.num_free_slots:
+                batch.add(waiting.popleft())
+            yield from (chunk for sequence in batch.step() if (chunk := sequence.chunks[-1]))
 
-    def _end_tokens(self, request: GenerationConfig) -> list[int]:
+    def _stop_token_ids(self, config: GenerationConfig) -> list[int]:
         """Return the tokens that end a text.
 
         Raises:
-            UserError: a stop token is no special token of the tokenizer.
+            UserError: a stop token is not a special token of the tokenizer.
         """
         known = {token.text: token.id for token in self.tokenizer.specials}
-        for text in request.stop_tokens:
+        for text in config.stop_tokens:
             if text not in known:
-                raise UserError(f"{text!r} is no special token of this model; it has {', '.join(sorted(known))}")
-        return [self.tokenizer.eos_id, *(known[text] for text in request.stop_tokens)]
+                raise UserError(f"{text!r} is not a special token of this model; it has {', '.join(sorted(known))}")
+        return [self.tokenizer.eos_id, *(known[text] for text in config.stop_tokens)]
 
 
 def _with_options(config: GenerationConfig | None, options: dict[str, Any]) -> GenerationConfig:

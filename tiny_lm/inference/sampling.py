@@ -1,6 +1,6 @@
-"""From logits to the next token: pure functions.
+"""Sampling the next token from logits: pure functions.
 
-Shapes: B rows, V vocabulary, C candidates.
+Shapes: B sequences, V vocabulary, C candidates.
 """
 
 from dataclasses import dataclass
@@ -10,28 +10,28 @@ from torch import Tensor
 
 from tiny_lm.errors import UserError
 
-_COLDEST = 1e-6
-"""Logits that are divided by less overflow; the likeliest token is drawn here already."""
+_MIN_TEMPERATURE = 1e-6
+"""Dividing logits by less overflows; at this temperature sampling is greedy already."""
 
 _BELOW_ONE = 1 - 2.0**-23
-"""Any normal float32 becomes smaller by this factor."""
+"""Any normal float32 gets smaller when multiplied by this."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the next token is drawn: penalties first, then temperature, top-k, top-p and min-p.
+    """How the next token is sampled: penalties are applied first, then temperature, top-k, top-p and min-p.
 
     Attributes:
-        temperature: divides the logits; 0 always takes the likeliest token.
-        top_k: only the k likeliest tokens; None or 0 for all.
-        top_p: only the likeliest tokens that together have this probability (nucleus sampling,
-            Holtzman et al. 2020, arXiv:1904.09751); 1 for all.
-        min_p: only tokens with at least this share of the likeliest one's probability (Nguyen et al. 2024,
+        temperature: divides the logits; 0 for greedy decoding.
+        top_k: keep only the k likeliest tokens; None or 0 for all.
+        top_p: keep only the fewest likeliest tokens that together have this probability (nucleus sampling, Holtzman et
+            al. 2020, arXiv:1904.09751); 1 for all.
+        min_p: keep only tokens with at least this fraction of the likeliest one's probability (Nguyen et al. 2024,
             arXiv:2407.01082); 0 for all.
-        repetition_penalty: divides the positive logits of tokens that stand in the prompt or the text so far, and
-            multiplies the negative ones (Keskar et al. 2019, arXiv:1909.05858); 1 for none.
-        presence_penalty: is taken off the logits of tokens that were generated before, as in the API of OpenAI.
-        frequency_penalty: the same, once for each time.
+        repetition_penalty: divides the positive logits of tokens in the prompt or the text so far, and multiplies the
+            negative ones (Keskar et al. 2019, arXiv:1909.05858); 1 for none.
+        presence_penalty: is subtracted from the logits of tokens that were generated before, as in OpenAI's API.
+        frequency_penalty: the same, once for each occurrence.
     """
 
     temperature: float = 0.8
@@ -59,16 +59,16 @@ class SamplingParams:
 
     @property
     def uses_penalties(self) -> bool:
-        """Whether a penalty needs to know which tokens stand in the text."""
+        """Whether a penalty needs to know which tokens the text contains."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 def penalize(logits: Tensor, seen: Tensor, counts: Tensor, sampling: SamplingParams) -> Tensor:
-    """Return the logits ``[B, V]`` after the penalties.
+    """Apply the penalties and return the logits ``[B, V]``.
 
     Args:
         logits: ``[B, V]``.
-        seen: bool ``[B, V]``, whether a token stands in the prompt or the text generated so far.
+        seen: bool ``[B, V]``, whether a token occurs in the prompt or the text generated so far.
         counts: ``[B, V]``, how often it was generated.
         sampling: the three penalties.
     """
@@ -79,7 +79,7 @@ def penalize(logits: Tensor, seen: Tensor, counts: Tensor, sampling: SamplingPar
 
 
 def sample(logits: Tensor, sampling: SamplingParams, uniform: Tensor) -> Tensor:
-    """Draw one token for each row.
+    """Sample one token for each row.
 
     Args:
         logits: ``[B, V]``.
@@ -91,51 +91,51 @@ def sample(logits: Tensor, sampling: SamplingParams, uniform: Tensor) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    scaled = logits.float() / max(sampling.temperature, _COLDEST)
+    scaled = logits.float() / max(sampling.temperature, _MIN_TEMPERATURE)
     k = sampling.top_k if sampling.top_k and sampling.top_k < scaled.shape[-1] else None
     if k is None and sampling.top_p == 1:
-        return _draw(min_p(scaled.softmax(dim=-1), sampling.min_p), uniform)
+        return _sample_index(min_p(scaled.softmax(dim=-1), sampling.min_p), uniform)
     candidates, ids = likeliest(scaled, k, sampling.top_p)  # [B, C] each
     kept = min_p(nucleus(candidates, sampling.top_p), sampling.min_p)
-    return ids.gather(-1, _draw(kept, uniform)[:, None]).squeeze(-1)
+    return ids.gather(-1, _sample_index(kept, uniform)[:, None]).squeeze(-1)
 
 
 def likeliest(logits: Tensor, k: int | None, p: float) -> tuple[Tensor, Tensor]:
     """Return probabilities and ids ``[B, C]`` of the likeliest tokens, in descending order.
 
-    They are the first ``k``, or as many as reach probability ``p`` in every row: few do in most texts, and looking for
-    a few is much faster than sorting all.
+    They are the first ``k``, or enough to reach probability ``p`` in every row. Few tokens do in most texts, and a
+    top-k of a few is much faster than sorting all.
     """
     if k is not None:
         kept, ids = logits.topk(k, dim=-1)
         return kept.softmax(dim=-1), ids
     probabilities = logits.softmax(dim=-1)
-    few, ids = probabilities.topk(min(128, logits.shape[-1]), dim=-1)
-    if bool((few.sum(dim=-1) >= p).all()):
-        return few, ids
+    top, ids = probabilities.topk(min(128, logits.shape[-1]), dim=-1)
+    if bool((top.sum(dim=-1) >= p).all()):
+        return top, ids
     every, ids = probabilities.sort(dim=-1, descending=True)
     return every, ids
 
 
 def nucleus(probabilities: Tensor, p: float) -> Tensor:
-    """Keep the fewest tokens that reach probability p; ``[B, C]``, sorted in descending order, not normalised again."""
+    """Zero all but the fewest tokens that reach probability p; ``[B, C]``, in descending order, not renormalized."""
     if p >= 1:
         return probabilities
     before = probabilities.cumsum(dim=-1) - probabilities
     return probabilities.masked_fill(before >= p, 0.0)
 
 
-def min_p(probabilities: Tensor, share: float) -> Tensor:
-    """Keep the tokens with at least ``share`` of the likeliest one's probability; ``[B, C]``, not normalised again."""
-    if share == 0:
+def min_p(probabilities: Tensor, fraction: float) -> Tensor:
+    """Zero tokens with less than ``fraction`` of the likeliest one's probability; ``[B, C]``, not renormalized."""
+    if fraction == 0:
         return probabilities
-    return probabilities.masked_fill(probabilities < share * probabilities.amax(dim=-1, keepdim=True), 0.0)
+    return probabilities.masked_fill(probabilities < fraction * probabilities.amax(dim=-1, keepdim=True), 0.0)
 
 
-def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Return for each row of ``[B, C]`` the first place at which the cumulative weight exceeds the random number's."""
+def _sample_index(weights: Tensor, uniform: Tensor) -> Tensor:
+    """Return for each row of ``[B, C]`` the first index whose cumulative weight exceeds the random number's share."""
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:]  # [B, 1]
-    # A little less than the sum: rounding could carry the product to the very sum, which no cumulative weight exceeds.
+    # Scaled down a little: rounding could make the product equal to the total, which no cumulative weight exceeds.
     threshold = uniform[:, None].to(total) * (total * _BELOW_ONE)
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)  # [B]

@@ -1,4 +1,4 @@
-"""How surprised a model is by text: sums of negative log-likelihood, and the figures made of them."""
+"""Scoring text: negative log-likelihoods, and the measures derived from them."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tiny_lm.errors import UserError
-from tiny_lm.inference.decoding import read
+from tiny_lm.inference.decoding import prefill_hidden
+from tiny_lm.inference.request import TokenLogprobs
 from tiny_lm.model import KVCache, Transformer
 
 
@@ -65,7 +66,7 @@ class Score:
 def token_logprobs(model: Transformer, ids: Sequence[int]) -> list[float]:
     """Return the log-probability of each of ``ids`` but the first, after those before it.
 
-    A text longer than the context is read in windows that overlap by half, so that each token behind the first window
+    A text longer than the context is scored in windows that overlap by half, so that each token after the first window
     sees at least half a context.
 
     Args:
@@ -79,69 +80,59 @@ def token_logprobs(model: Transformer, ids: Sequence[int]) -> list[float]:
     start = 0
     while len(logprobs) < len(ids) - 1:
         window = torch.tensor(ids[start : start + context + 1], device=device)  # [T+1]
-        new = start + len(window) - 1 - len(logprobs)  # targets that no window before this one has scored
+        new = start + len(window) - 1 - len(logprobs)  # targets not scored by an earlier window
         logits = model(window[None, :-1])[0, -new:].float()  # [new, V]
         logprobs += logits.log_softmax(dim=-1).gather(-1, window[-new:, None]).squeeze(-1).tolist()
         start += step
     return logprobs
 
 
-@dataclass(frozen=True)
-class ReadToken:
-    """A token of a prompt, as the model saw it come."""
-
-    id: int
-    logprob: float | None
-    """Its log-probability after the tokens before it; None for the first one."""
-    top: tuple[tuple[int, float], ...]
-    """The likeliest tokens in its place, with their log-probabilities; none in the place of the first one."""
-
-
-class PromptScore:
-    """The log-probabilities of a prompt's tokens, computed in parts, so that others have their turn in between.
+class PromptScorer:
+    """Computes the log-probabilities of a prompt's tokens in parts, so that other sequences can decode in between.
 
     Attributes:
-        tokens: those that were read so far.
+        tokens: those that were scored so far.
     """
 
-    def __init__(self, model: Transformer, ids: Sequence[int], *, top: int = 0) -> None:
-        """Read nothing yet.
+    def __init__(self, model: Transformer, ids: Sequence[int], *, top_logprobs: int = 0) -> None:
+        """Keep the arguments; nothing is computed yet.
 
         Args:
             model: in evaluation mode, on any device.
             ids: the prompt, at least one token.
-            top: tell so many likeliest tokens in each place.
+            top_logprobs: number of likeliest alternatives to return at each position.
 
         Raises:
             UserError: the prompt is longer than the context.
         """
         if len(ids) > model.config.context_length:
             raise UserError(f"the prompt has {len(ids):,} tokens and the context {model.config.context_length:,}")
-        self._model, self._ids, self._top = model, ids, min(top, model.config.vocab_size)
-        self._cache: KVCache | None = None  # while it is read
-        self.tokens = [ReadToken(ids[0], None, ())]
+        self._model, self._ids, self._num_top = model, ids, min(top_logprobs, model.config.vocab_size)
+        self._cache: KVCache | None = None  # allocated while scoring
+        self.tokens = [TokenLogprobs(ids[0], None)]
 
     @property
     def done(self) -> bool:
-        """Whether all tokens were read."""
+        """Whether all tokens were scored."""
         return len(self.tokens) == len(self._ids)
 
     @torch.inference_mode()
-    def advance(self, most: int) -> None:
-        """Read the next ``most`` tokens, or those that are left."""
+    def advance(self, max_tokens: int) -> None:
+        """Score the next ``max_tokens`` tokens, or the remaining ones if they are fewer."""
         if self.done:
             return
         if self._cache is None:
             self._cache = self._model.new_cache(1)
-        held = len(self.tokens) - 1
-        targets = self._ids[held + 1 : held + 1 + most]
-        hidden = read(self._model, [self._ids[held : held + len(targets)]], self._cache)  # [1, T, D]
+        num_cached = len(self.tokens) - 1
+        targets = self._ids[num_cached + 1 : num_cached + 1 + max_tokens]
+        inputs = self._ids[num_cached : num_cached + len(targets)]
+        hidden = prefill_hidden(self._model, [inputs], self._cache)  # [1, T, D]
         logprobs = self._model.lm_head(hidden)[0, : len(targets)].float().log_softmax(dim=-1)  # [T, V]
         own = logprobs.gather(-1, torch.tensor(targets, device=logprobs.device)[:, None]).squeeze(-1).tolist()
-        values, likeliest = (part.tolist() for part in logprobs.topk(self._top, dim=-1))
-        for token, logprob, *place in zip(targets, own, likeliest, values, strict=True):
-            self.tokens.append(ReadToken(token, logprob, tuple(zip(*place, strict=True))))
-        if len(self.tokens) == len(self._ids):
+        values, top_ids = (part.tolist() for part in logprobs.topk(self._num_top, dim=-1))
+        for token, logprob, *top in zip(targets, own, top_ids, values, strict=True):
+            self.tokens.append(TokenLogprobs(token, logprob, tuple(zip(*top, strict=True))))
+        if self.done:
             self._cache = None
 
 
@@ -154,13 +145,13 @@ def evaluate_loss(
 ) -> LossStats:
     """Sum the loss of ``model`` over all targets of ``batches``.
 
-    Each target counts once with the same weight, however it falls into batches. The caller puts the model into
+    Each target counts once with the same weight, however targets are batched. The caller puts the model into
     evaluation mode and chooses the precision.
 
     Args:
         model: maps ids ``[B, T]`` to logits ``[B, T, V]``.
         batches: pairs of ids and targets, int64 ``[B, T]`` each.
-        device: where the model lives.
+        device: of the model.
         ignore_index: target that is not counted.
     """
     by_position = loss_by_position(model, batches, device=device, ignore_index=ignore_index)
@@ -175,12 +166,12 @@ def loss_by_position(
     device: torch.device,
     ignore_index: int = -100,
 ) -> list[LossStats]:
-    """Sum the loss of ``model`` for each position of a window; the arguments are those of :func:`evaluate_loss`.
+    """Sum the loss of ``model`` for each position of a sequence; the arguments are those of :func:`evaluate_loss`.
 
     Returns:
-        T figures: the first for targets that follow one token of context, the last for those that follow T.
+        T sums: the first for targets that follow one token of context, the last for those that follow T.
     """
-    nats = torch.zeros(0)  # [T], on the device; float64 where there is one
+    nats = torch.zeros(0)  # [T], on the device; in float64 where it is supported
     tokens = torch.zeros(0, dtype=torch.int64)  # [T]
     for x, y in batches:
         targets = y.to(device, non_blocking=True)
@@ -193,7 +184,7 @@ def loss_by_position(
 
 
 def token_losses(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
-    """Return the negative log-likelihood of each target in nats, float32 ``[B, T]``: 0 for one that is ignored.
+    """Return the negative log-likelihood of each target in nats, float32 ``[B, T]``; 0 for an ignored one.
 
     Args:
         logits: ``[B, T, V]``.
@@ -207,6 +198,6 @@ def token_losses(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -
 
 
 def sum_losses(parts: Iterable[LossStats]) -> LossStats:
-    """Add figures over different targets up."""
+    """Add up sums over different targets."""
     parts = list(parts)
     return LossStats(math.fsum(part.nats for part in parts), sum(part.tokens for part in parts))

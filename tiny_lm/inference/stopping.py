@@ -1,23 +1,22 @@
-"""Ending a text at a stop string, wherever token borders fall."""
+"""Ending a text at a stop string, wherever token boundaries fall."""
 
 from collections.abc import Sequence
 
 from tiny_lm.errors import UserError
 
-MOST = 16
-"""So many stop strings at most."""
+MAX_STOP_STRINGS = 16
 
-LONGEST = 256
-"""Characters of a stop string at most."""
+MAX_STOP_LENGTH = 256
+"""In characters."""
 
 
 class StopStrings:
-    """Passes text on as it comes and ends it before the first stop string.
+    """Passes streamed text through and ends it before the first stop string.
 
-    What could be the beginning of a stop string is held back until it turns out to be one or not.
+    Text that may be the start of a stop string is held back until it is known whether it is one.
 
     Attributes:
-        found: whether a stop string has come.
+        found: whether a stop string has occurred.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -26,35 +25,35 @@ class StopStrings:
         Raises:
             UserError: one is empty or too long, or there are too many.
         """
-        if len(stops) > MOST:
-            raise UserError(f"{len(stops)} stop strings are too many: at most {MOST}")
+        if len(stops) > MAX_STOP_STRINGS:
+            raise UserError(f"{len(stops)} stop strings are too many: at most {MAX_STOP_STRINGS}")
         for stop in stops:
-            if not 0 < len(stop) <= LONGEST:
-                raise UserError(f"a stop string must have 1 to {LONGEST} characters (one has {len(stop)})")
+            if not 0 < len(stop) <= MAX_STOP_LENGTH:
+                raise UserError(f"a stop string must have 1 to {MAX_STOP_LENGTH} characters (one has {len(stop)})")
         self._stops = stops
-        self._held = ""
+        self._pending = ""
         self.found = False
 
-    def push(self, text: str) -> str:
-        """Take the next piece of text and return what is certain to stand before any stop string."""
+    def feed(self, text: str) -> str:
+        """Add the next chunk of text and return what certainly comes before any stop string."""
         if self.found:
             return ""
-        self._held += text
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if places:
+        self._pending += text
+        indices = [index for stop in self._stops if (index := self._pending.find(stop)) >= 0]
+        if indices:
             self.found = True
-            ready, self._held = self._held[: min(places)], ""
+            ready, self._pending = self._pending[: min(indices)], ""
             return ready
-        cut = len(self._held) - max((self._begun(stop) for stop in self._stops), default=0)
-        ready, self._held = self._held[:cut], self._held[cut:]
+        cut = len(self._pending) - max((self._partial_match(stop) for stop in self._stops), default=0)
+        ready, self._pending = self._pending[:cut], self._pending[cut:]
         return ready
 
     def flush(self) -> str:
-        """End the text: return what was held back."""
-        held, self._held = self._held, ""
-        return held
+        """Return what was held back, at the end of the text."""
+        pending, self._pending = self._pending, ""
+        return pending
 
-    def _begun(self, stop: str) -> int:
-        """Return the length of the longest beginning of ``stop`` that the held text ends with."""
-        most = min(len(stop) - 1, len(self._held))
-        return next((length for length in range(most, 0, -1) if self._held.endswith(stop[:length])), 0)
+    def _partial_match(self, stop: str) -> int:
+        """Return the length of the longest prefix of ``stop`` that the pending text ends with."""
+        longest = min(len(stop) - 1, len(self._pending))
+        return next((length for length in range(longest, 0, -1) if self._pending.endswith(stop[:length])), 0)

@@ -1,4 +1,4 @@
-"""The OpenAPI document as a page that loads nothing from elsewhere: no script, no font, no picture."""
+"""The OpenAPI document as a page that loads nothing from other hosts: no scripts, fonts or images."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'
 
 
 def add_api_page(app: FastAPI) -> None:
-    """Let ``app`` show its routes at ``/docs``."""
+    """Add a page at ``/docs`` that documents the routes of ``app``."""
     from jinja2 import Environment
 
     source = Path(__file__).with_name("api_page.html").read_text(encoding="utf-8")
@@ -40,26 +40,26 @@ def _routes(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _fields(operation: dict[str, Any], schemas: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return name, kind and description of each field of a route's body."""
+    """Return name, type and description of each field of a route's body."""
     content = operation.get("requestBody", {}).get("content", {})
     reference = content.get("application/json", {}).get("schema", {}).get("$ref", "")
     schema = schemas.get(reference.rpartition("/")[2], {})
     required = schema.get("required", [])
     return [
-        (name + (" *" if name in required else ""), _kind(value), value.get("description", ""))
+        (name + (" *" if name in required else ""), _type_name(value), value.get("description", ""))
         for name, value in schema.get("properties", {}).items()
     ]
 
 
-def _kind(value: dict[str, Any]) -> str:
-    """Return what a field holds, in a few words."""
+def _type_name(value: dict[str, Any]) -> str:
+    """Describe the type of a field."""
     if "anyOf" in value:
-        kinds = [_kind(choice) for choice in value["anyOf"] if choice.get("type") != "null"]
-        return " or ".join(dict.fromkeys(kinds))
+        types = [_type_name(choice) for choice in value["anyOf"] if choice.get("type") != "null"]
+        return " or ".join(dict.fromkeys(types))
     if "$ref" in value:
         return str(value["$ref"]).rpartition("/")[2]
     if value.get("type") == "array":
-        return f"list of {_kind(value.get('items', {}))}"
+        return f"list of {_type_name(value.get('items', {}))}"
     bounds = [f"{sign} {value[key]:g}" for key, sign in _BOUNDS.items() if key in value]
     return " ".join([str(value.get("type", "anything")), *bounds])
 

@@ -1,4 +1,4 @@
-"""The web application: all routes around the models that are served."""
+"""The web application: the routes of all APIs."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -14,7 +14,7 @@ from tiny_lm import __version__
 from tiny_lm.serving import errors
 from tiny_lm.serving.api_page import add_api_page
 from tiny_lm.serving.limits import Limits
-from tiny_lm.serving.middleware import LOOPBACK_HOSTS, Gate, Guard
+from tiny_lm.serving.middleware import LOOPBACK_HOSTS, RequestMiddleware, ShutdownState
 from tiny_lm.serving.models import ServedModel
 from tiny_lm.serving.ollama import schema as ollama_schema
 from tiny_lm.serving.ollama.routes import ollama_router
@@ -22,7 +22,9 @@ from tiny_lm.serving.openai import schema as openai_schema
 from tiny_lm.serving.openai.routes import openai_router
 from tiny_lm.serving.registry import ModelRegistry
 
-_DESCRIPTION = "Stories from small language models, by the API of OpenAI and the part of Ollama's that its clients use."
+_DESCRIPTION = (
+    "Text generation with small language models: OpenAI's API, and the part of Ollama's that its clients use."
+)
 
 
 def create_app(
@@ -31,27 +33,27 @@ def create_app(
     limits: Limits | None = None,
     key: str | None = None,
     hosts: Sequence[str] = LOOPBACK_HOSTS,
-    gate: Gate | None = None,
+    shutdown: ShutdownState | None = None,
 ) -> FastAPI:
-    """Build the application; the models' loops run as long as it does.
+    """Build the application, which starts and stops the schedulers of its models.
 
     Args:
-        models: each with its loop, not yet started.
+        models: whose schedulers are not started yet.
         limits: of every request.
-        key: what clients must send as a bearer token; None: nothing.
-        hosts: names under which clients may call the server; ``*`` for any.
-        gate: by which the server that runs the application refuses requests when it stops.
+        key: the bearer token that clients must send; None for no authentication.
+        hosts: host names under which clients may call the server; ``*`` for any.
+        shutdown: by which the server refuses requests when it stops.
     """
-    limits, gate = limits or Limits(), gate or Gate()
+    limits, shutdown = limits or Limits(), shutdown or ShutdownState()
     registry = ModelRegistry(models, limits)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         for model in registry.models:
-            model.loop.start()
+            model.scheduler.start()
         yield
         for model in registry.models:
-            await asyncio.to_thread(model.loop.stop, grace=0)
+            await asyncio.to_thread(model.scheduler.stop, grace=0)
             if model.template is not None:
                 await asyncio.to_thread(model.template.close)
 
@@ -60,7 +62,7 @@ def create_app(
         version=__version__,
         description=_DESCRIPTION,
         lifespan=lifespan,
-        docs_url=None,  # FastAPI's own pages load their script from elsewhere
+        docs_url=None,  # FastAPI's own pages load scripts from other hosts
         redoc_url=None,
         redirect_slashes=False,
     )
@@ -73,8 +75,8 @@ def create_app(
     @app.head("/health", include_in_schema=False)
     @app.get("/health", tags=["Server"], responses={503: {"model": FailedHealth, "description": "A model has failed."}})
     async def health(response: Response) -> Health | FailedHealth:
-        """Tell that the server takes requests, or which models have failed."""
-        failed = [model.name for model in registry.models if model.loop.failed]
+        """Return whether the server accepts requests, and which models have failed."""
+        failed = [model.name for model in registry.models if model.scheduler.failed]
         if failed:
             response.status_code = 503
             return FailedHealth(status="failed", failed=failed)
@@ -82,19 +84,19 @@ def create_app(
 
     @app.get("/metrics", tags=["Server"], response_class=PlainTextResponse, dependencies=secured)
     async def metrics() -> Response:
-        """Tell figures for Prometheus."""
+        """Return metrics for Prometheus."""
         return Response(registry.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def root() -> PlainTextResponse:
-        """Answer as Ollama does, by which its clients find out whether it runs."""
+        """Respond as Ollama does; its clients check this to see whether it runs."""
         return PlainTextResponse("Ollama is running")
 
     add_api_page(app)
-    errors.install(app)
+    errors.install_error_handlers(app)
     app.add_middleware(
-        Guard,
-        gate=gate,
+        RequestMiddleware,
+        shutdown=shutdown,
         metrics=registry.metrics,
         hosts=hosts,
         key=key,
@@ -105,29 +107,29 @@ def create_app(
 
 
 class Health(BaseModel):
-    """A server that works."""
+    """Health of a server whose models all work."""
 
     status: Literal["ok"]
 
 
 class FailedHealth(BaseModel):
-    """A server that works but for some models."""
+    """Health of a server of which some models have failed."""
 
     status: Literal["failed"]
     failed: list[str]
 
 
 def _errors(model: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """Describe the refusals that all routes of an API share."""
-    told: dict[int | str, str] = {
-        400: "The body is no JSON, or holds what cannot be honoured.",
+    """Document the errors that all routes of an API share."""
+    descriptions: dict[int | str, str] = {
+        400: "The body is not valid JSON, or a field is invalid or not supported.",
         401: "The API key is missing or wrong.",
-        403: "The host name or the web page is not admitted.",
-        404: "There is no such model.",
+        403: "The host name or the web page is not allowed.",
+        404: "The model does not exist.",
         413: "The body is too large.",
         429: "Too many requests are waiting.",
         503: "The server is stopping, or the model has failed.",
         504: "The request took longer than this server allows.",
-        "4XX": "The request cannot be honoured.",
+        "4XX": "The request is invalid.",
     }
-    return {status: {"model": model, "description": text} for status, text in told.items()}
+    return {status: {"model": model, "description": text} for status, text in descriptions.items()}

@@ -1,4 +1,4 @@
-"""From the messages of a chat to the ids that a model goes on from."""
+"""Turning the messages of a chat into a prompt."""
 
 import asyncio
 import re
@@ -16,23 +16,23 @@ from tiny_lm.tokenizer.chat_template import read_chat_template
 
 @dataclass(frozen=True)
 class Message:
-    """What someone said.
+    """A message of a chat.
 
     Attributes:
-        role: ``system``, ``user``, ``assistant`` or another that a template knows.
-        text: the words.
+        role: ``system``, ``user``, ``assistant`` or another role of the template.
+        text: its content.
     """
 
     role: str
     text: str
 
 
-def story_beginning(messages: Sequence[Message]) -> str:
-    """Return the messages as the beginning of a story, for a model that was trained on stories only.
+def plain_prompt(messages: Sequence[Message]) -> str:
+    """Join messages into a prompt for a model that was trained on plain text.
 
-    The words of user and assistant follow each other, with a space between two that have none; so the answer to "Once
-    upon a time" is how the story goes on, and the next message goes on from there. Instructions (the other roles) are
-    left out, since such a model follows none.
+    The messages of user and assistant are concatenated, with a space where neither side has one; so the reply to "Once
+    upon a time" continues the story, and the next message continues from there. Other roles are left out, since such a
+    model does not follow instructions.
     """
     text = ""
     for message in messages:
@@ -43,29 +43,29 @@ def story_beginning(messages: Sequence[Message]) -> str:
 
 
 class ChatTemplate:
-    """The template with which a model was trained to chat, in Jinja as Hugging Face's folders keep it.
+    """The chat template of a model, in Jinja as in Hugging Face's folders.
 
     Attributes:
-        source: the text of the template.
-        end_of_turn: special tokens that end an answer besides eos.
+        source: the template itself.
+        end_of_turn: special tokens that end a reply besides eos.
     """
 
-    def __init__(self, source: str, tokenizer: Tokenizer, *, place: str) -> None:
-        """Compile the template, in a process that can be ended.
+    def __init__(self, source: str, tokenizer: Tokenizer, *, origin: str) -> None:
+        """Compile the template in a child process.
 
         Args:
-            source: the text of the template.
+            source: the template itself.
             tokenizer: of the model.
-            place: named in errors.
+            origin: where the template is from, for errors.
 
         Raises:
-            UserError: it is no template, or cannot render a question and its answer.
+            UserError: the template is invalid, or cannot render a question and its answer.
         """
-        self.source, self._tokenizer, self._place = source, tokenizer, place
+        self.source, self._tokenizer, self._origin = source, tokenizer, origin
         try:
             self._process = TemplateProcess(source)
         except (UserError, TemplateFailedError) as error:
-            raise UserError(f"{place}: is not a valid chat template ({error})") from None
+            raise UserError(f"{origin}: is not a valid chat template ({error})") from None
         self._specials = {token.text: token.id for token in tokenizer.specials}
         self._split = re.compile("|".join(re.escape(text) for text in sorted(self._specials, key=len, reverse=True)))
         self._by_role = {token.role: token.text for token in tokenizer.specials}
@@ -76,18 +76,18 @@ class ChatTemplate:
         self._process.close()
 
     async def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Return the ids of the messages and of the beginning of an answer.
+        """Return the ids of the messages and of the start of a reply.
 
-        Special tokens come from the template alone: written inside a message they are text.
+        Only the template yields special tokens: inside a message they are encoded as text.
 
         Raises:
             UserError: the template refuses the messages.
-            TemplateFailedError: it takes more time or memory than it may.
+            TemplateFailedError: it exceeds its limits of time or memory.
         """
-        mark = secrets.token_hex(8)  # parts special tokens that stand in messages, so that the split does not see them
-        parted = [Message(message.role, self._part(message.text, mark)) for message in messages]
+        mark = secrets.token_hex(8)  # inserted into special tokens inside messages, so that they are not split off
+        escaped = [Message(message.role, self._escape(message.text, mark)) for message in messages]
         try:
-            text = await self._process.render_async(**self._values(parted, add_generation_prompt=True))
+            text = await self._process.render_async(**self._variables(escaped, add_generation_prompt=True))
         except UserError as error:
             raise UserError(f"the chat template of this model refuses the messages ({error})") from None
         return await asyncio.to_thread(self._encode_rendered, text, mark)
@@ -101,10 +101,10 @@ class ChatTemplate:
             end = special.end()
         return ids + self._tokenizer.encode(text[end:].replace(mark, ""))
 
-    def _part(self, text: str, mark: str) -> str:
+    def _escape(self, text: str, mark: str) -> str:
         return self._split.sub(lambda special: special[0][:1] + mark + special[0][1:], text)
 
-    def _values(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> dict[str, Any]:
+    def _variables(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> dict[str, Any]:
         return {
             "messages": [{"role": message.role, "content": message.text} for message in messages],
             "add_generation_prompt": add_generation_prompt,
@@ -113,23 +113,23 @@ class ChatTemplate:
         }
 
     def _find_end_of_turn(self) -> tuple[str, ...]:
-        """Return the special token that the template writes behind an answer."""
-        answer = secrets.token_hex(8)
-        example = [Message("user", "Hello"), Message("assistant", answer)]
+        """Return the special token that the template writes after a reply."""
+        reply = secrets.token_hex(8)
+        example = [Message("user", "Hello"), Message("assistant", reply)]
         try:
-            text = self._process.render(**self._values(example, add_generation_prompt=False))
+            text = self._process.render(**self._variables(example, add_generation_prompt=False))
         except (UserError, TemplateFailedError) as error:
             self.close()
-            raise UserError(f"{self._place}: cannot render a question and its answer ({error})") from None
-        behind = self._split.match(text.partition(answer)[2].lstrip())
-        return (behind[0],) if behind else ()
+            raise UserError(f"{self._origin}: cannot render a question and its answer ({error})") from None
+        end = self._split.match(text.partition(reply)[2].lstrip())
+        return (end[0],) if end else ()
 
 
 def load_chat_template(folder: Path, tokenizer: Tokenizer) -> ChatTemplate | None:
-    """Return the chat template that lies beside a tokenizer, or None where there is none.
+    """Load the chat template in a tokenizer folder; None if it has none.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the template is damaged.
     """
     source = read_chat_template(folder)
-    return None if source is None else ChatTemplate(source, tokenizer, place=f"the chat template in {folder}")
+    return None if source is None else ChatTemplate(source, tokenizer, origin=f"the chat template in {folder}")

@@ -1,4 +1,4 @@
-"""Errors as clients of the two APIs expect them."""
+"""Error responses in the format of the two APIs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,24 +10,24 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 
 from tiny_lm.errors import UserError
-from tiny_lm.serving.generation import ClientDisconnectedError, RequestTimeoutError, StoppedError
+from tiny_lm.serving.generation import ClientDisconnectedError, GenerationStoppedError, RequestTimeoutError
 from tiny_lm.serving.scheduler import QueueFull, SchedulerFailedError, SchedulerStoppedError
 from tiny_lm.serving.template_process import TemplateFailedError
 
 RETRY_SECONDS = 2
-"""What a client that is refused for now is told to wait."""
+"""Value of the retry-after header for clients that are refused for now."""
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """A request that is refused, with what its client is told.
+    """A request that is refused.
 
     Attributes:
-        status: of HTTP.
-        message: one line.
-        param: the field that is to blame.
-        code: a word for programs, such as ``model_not_found``.
+        status: HTTP status.
+        message: one line for the user.
+        param: the invalid field.
+        code: for programs, such as ``model_not_found``.
     """
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
@@ -58,13 +58,13 @@ def error_response(
     return JSONResponse(body, status, {**extra, **(headers or {})})
 
 
-def describe(error: Exception) -> ApiError:
-    """Tell what ended a text, for a client that has its beginning already."""
+def describe_error(error: Exception) -> ApiError:
+    """Return the error for a client whose request failed, perhaps in the middle of a stream."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestTimeoutError):
         return ApiError(504, "the request took longer than this server allows", code="timeout")
-    if isinstance(error, (StoppedError, SchedulerStoppedError)):
+    if isinstance(error, (GenerationStoppedError, SchedulerStoppedError)):
         return ApiError(503, "the server is stopping", code="stopping")
     if isinstance(error, SchedulerFailedError):
         return ApiError(503, "this model has failed; the server's log says why", code="model_failed")
@@ -77,35 +77,38 @@ def describe(error: Exception) -> ApiError:
     return ApiError(500, "the server failed; its log says why", code="internal_error")
 
 
-def install(app: FastAPI) -> None:
-    """Let ``app`` answer every error in the shape of its API."""
+def install_error_handlers(app: FastAPI) -> None:
+    """Let ``app`` return every error in the format of the API that was called."""
 
-    async def tell(request: HttpRequest, error: Exception) -> JSONResponse:
-        told = describe(error)
-        return error_response(request.url.path, told.status, told.message, param=told.param, code=told.code)
+    async def handle_error(request: HttpRequest, error: Exception) -> JSONResponse:
+        described = describe_error(error)
+        return error_response(
+            request.url.path, described.status, described.message, param=described.param, code=described.code
+        )
 
-    async def tell_http(request: HttpRequest, error: Exception) -> JSONResponse:
+    async def handle_http(request: HttpRequest, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         message = _body_problem(error)
         if error.status_code == 404:
             path = request.url.path
-            alike = [each for each in app.openapi()["paths"] if each.startswith("/api/") == path.startswith("/api/")]
-            message = f"there is no {path[:100]} here; there are: {', '.join(alike)}"
+            is_ollama = path.startswith("/api/")
+            known = [each for each in app.openapi()["paths"] if each.startswith("/api/") == is_ollama]
+            message = f"{path[:100]} not found; there are: {', '.join(known)}"
         return error_response(request.url.path, error.status_code, message, headers=error.headers)
 
-    async def tell_invalid(request: HttpRequest, error: Exception) -> JSONResponse:
+    async def handle_validation(request: HttpRequest, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         message, param = _first_problem(error)
         return error_response(request.url.path, 400, message, param=param)
 
-    async def tell_nobody(request: HttpRequest, error: Exception) -> Response:
-        return Response(status_code=499)  # as nginx notes a client that went away
+    async def handle_disconnect(request: HttpRequest, error: Exception) -> Response:
+        return Response(status_code=499)  # nginx's status for a client that disconnected
 
-    app.add_exception_handler(ClientDisconnectedError, tell_nobody)
+    app.add_exception_handler(ClientDisconnectedError, handle_disconnect)
     for kind in (
         ApiError,
         RequestTimeoutError,
-        StoppedError,
+        GenerationStoppedError,
         SchedulerStoppedError,
         SchedulerFailedError,
         QueueFull,
@@ -113,29 +116,29 @@ def install(app: FastAPI) -> None:
         UserError,
         Exception,
     ):
-        app.add_exception_handler(kind, tell)
-    app.add_exception_handler(HTTPException, tell_http)
-    app.add_exception_handler(RequestValidationError, tell_invalid)
+        app.add_exception_handler(kind, handle_error)
+    app.add_exception_handler(HTTPException, handle_http)
+    app.add_exception_handler(RequestValidationError, handle_validation)
 
 
 def _body_problem(error: HTTPException) -> str:
     """Return what is wrong with a request or its body in one line."""
     if isinstance(error.__cause__, UnicodeDecodeError):
-        return "the body is no JSON: it is not UTF-8"
+        return "the body is not JSON: it is not UTF-8"
     if isinstance(error.__cause__, RecursionError):
         return "the body is nested too deeply"
     return str(error.detail)
 
 
-_KINDS = {
+_FIELD_TYPES = {
     "prompt": "a text, token ids, or a list of texts or of lists of ids",
     "stop": "a text or a list of texts",
     "content": "a text or a list of parts",
 }
-"""What a field holds that takes several kinds of values."""
+"""The types of fields that take several."""
 
-_KIND_NAMES = {"str", "int", "float", "bool"}
-"""What pydantic puts between fields to name the kind that a value is not."""
+_TYPE_NAMES = {"str", "int", "float", "bool"}
+"""Names that pydantic inserts between fields in the location of a type error."""
 
 
 def _first_problem(error: RequestValidationError) -> tuple[str, str | None]:
@@ -143,23 +146,23 @@ def _first_problem(error: RequestValidationError) -> tuple[str, str | None]:
     problems = error.errors()
     problem = problems[0]
     if problem["type"] == "json_invalid":
-        return f"the body is no JSON ({problem['ctx']['error']}, character {problem['loc'][1]})", None
-    place = _place(problem)
-    if not place:
+        return f"the body is not valid JSON ({problem['ctx']['error']}, character {problem['loc'][1]})", None
+    path = _field_path(problem)
+    if not path:
         return "the body must be a JSON object, and its content type application/json", None
-    # Where a field takes several kinds of values there is a problem for each kind; one within a value says more.
-    alike = [each for each in problems if each["loc"][: len(place) + 1] == problem["loc"][: len(place) + 1]]
-    telling = [each for each in alike if not each["type"].endswith("_type")]
-    if len(alike) > 1 and not telling and place[-1] in _KINDS:
-        return f"{'.'.join(place)}: must be {_KINDS[place[-1]]}", place[0]
-    problem = telling[0] if telling else problem
-    place = _place(problem)
+    # A field of several types has a problem for each type; one within a value is more specific than a wrong type.
+    same_field = [each for each in problems if each["loc"][: len(path) + 1] == problem["loc"][: len(path) + 1]]
+    specific = [each for each in same_field if not each["type"].endswith("_type")]
+    if len(same_field) > 1 and not specific and path[-1] in _FIELD_TYPES:
+        return f"{'.'.join(path)}: must be {_FIELD_TYPES[path[-1]]}", path[0]
+    problem = specific[0] if specific else problem
+    path = _field_path(problem)
     if problem.get("ctx", {}).get("max_length") == 0:
-        return f"{'.'.join(place)}: is not supported by this server: leave it out, or empty", place[0]
-    return f"{'.'.join(place)}: {problem['msg'].removeprefix('Value error, ')}", place[0]
+        return f"{'.'.join(path)}: is not supported by this server: omit it, or leave it empty", path[0]
+    return f"{'.'.join(path)}: {problem['msg'].removeprefix('Value error, ')}", path[0]
 
 
-def _place(problem: Mapping[str, Any]) -> list[str]:
-    """Return the fields and numbers that lead to a problem, without the names of kinds that stand between them."""
+def _field_path(problem: Mapping[str, Any]) -> list[str]:
+    """Return the fields and indices that lead to a problem, without the names of types between them."""
     parts = problem["loc"][1:]
-    return [str(part) for part in parts if isinstance(part, int) or (part.isidentifier() and part not in _KIND_NAMES)]
+    return [str(part) for part in parts if isinstance(part, int) or (part.isidentifier() and part not in _TYPE_NAMES)]

@@ -1,17 +1,13 @@
-"""The texts of one request in the making, whichever API asked for them."""
+"""The sequences of one HTTP request, whichever API it came by."""
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
 
 from tiny_lm.errors import UserError
-from tiny_lm.inference.decoding import Drawn
-from tiny_lm.inference.request import FinishReason
-from tiny_lm.inference.scoring import ReadToken
-from tiny_lm.serving.chat import Message, story_beginning
+from tiny_lm.serving.chat import Message, plain_prompt
 from tiny_lm.serving.models import ServedModel
-from tiny_lm.serving.scheduler import RequestHandle, StreamChunk
+from tiny_lm.serving.request_handle import RequestHandle, StreamChunk
 
 
 class RequestTimeoutError(Exception):
@@ -19,48 +15,29 @@ class RequestTimeoutError(Exception):
 
 
 class ClientDisconnectedError(Exception):
-    """Nobody waits for the answer any more."""
+    """The client closed the connection."""
 
 
-class StoppedError(Exception):
-    """The loop ended a text before its time, since the server stops."""
-
-
-@dataclass
-class Choice:
-    """One finished text."""
-
-    text: str = ""
-    drawn: list[Drawn] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    end: Drawn | None = None
-    prompt: tuple[ReadToken, ...] = ()
-
-    def add(self, piece: StreamChunk) -> None:
-        """Put the next piece behind."""
-        self.text += piece.text
-        self.drawn += piece.drawn
-        self.finish_reason = piece.finish_reason or self.finish_reason
-        self.end = piece.end or self.end
-        self.prompt = piece.prompt or self.prompt
+class GenerationStoppedError(Exception):
+    """The scheduler cancelled a sequence because the server is stopping."""
 
 
 class Generation:
-    """Some texts that are told at once for one client.
+    """The sequences that are generated for one HTTP request.
 
     Attributes:
         prompt_tokens: tokens of all prompts, each counted once.
         started: :func:`time.monotonic` at the beginning.
-        first: the same when the first piece came; None before.
+        first: the same when the first chunk came; None before.
     """
 
     def __init__(
-        self, tickets: Sequence[RequestHandle], prompt_tokens: int, *, seconds: float, on_first: Callable[[float], None]
+        self, handles: Sequence[RequestHandle], prompt_tokens: int, *, seconds: float, on_first: Callable[[float], None]
     ) -> None:
-        """Follow ``tickets``, and cancel them after ``seconds``; ``on_first`` is told when the first piece comes."""
-        self._tickets = tickets
+        """Cancel ``handles`` after ``seconds``; ``on_first`` is called with the time to the first chunk."""
+        self._handles = handles
         self._on_first = on_first
-        self._late = False
+        self._expired = False
         self._timer = asyncio.get_running_loop().call_later(seconds, self._expire)
         self.seconds = seconds
         self.prompt_tokens = prompt_tokens
@@ -69,56 +46,56 @@ class Generation:
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens told so far."""
-        return sum(ticket.completion_tokens for ticket in self._tickets)
+        """Tokens generated so far."""
+        return sum(handle.completion_tokens for handle in self._handles)
 
     def cancel(self) -> None:
-        """Give the slots back; nothing happens to texts that have ended."""
+        """Free the slots of sequences that have not ended."""
         self._timer.cancel()
-        for ticket in self._tickets:
-            ticket.cancel()
+        for handle in self._handles:
+            handle.cancel()
 
     def _expire(self) -> None:
-        self._late = True
-        for ticket in self._tickets:
-            ticket.cancel()
+        self._expired = True
+        for handle in self._handles:
+            handle.cancel()
 
-    async def pieces(self) -> AsyncIterator[tuple[int, StreamChunk]]:
-        """Yield piece after piece of all texts, each with the number of its text.
+    async def chunks(self) -> AsyncIterator[tuple[int, StreamChunk]]:
+        """Yield the chunks of all sequences as they come, each with the index of its sequence.
 
         Raises:
             RequestTimeoutError: the time of the request has passed.
-            StoppedError: the server stops.
+            GenerationStoppedError: the server is stopping.
         """
         ended = 0
-        merged = self._one() if len(self._tickets) == 1 else self._merge()
-        async for number, piece in merged:
+        merged = self._single() if len(self._handles) == 1 else self._merge()
+        async for index, chunk in merged:
             if self.first is None:
                 self.first = time.monotonic()
                 self._on_first(self.first - self.started)
-            ended += piece.finish_reason is not None
-            yield number, piece
-        if ended < len(self._tickets):
-            raise RequestTimeoutError if self._late else StoppedError
+            ended += chunk.finish_reason is not None
+            yield index, chunk
+        if ended < len(self._handles):
+            raise RequestTimeoutError if self._expired else GenerationStoppedError
         self._timer.cancel()
 
-    async def _one(self) -> AsyncIterator[tuple[int, StreamChunk]]:
-        async for piece in self._tickets[0]:
-            yield 0, piece
+    async def _single(self) -> AsyncIterator[tuple[int, StreamChunk]]:
+        async for chunk in self._handles[0]:
+            yield 0, chunk
 
     async def _merge(self) -> AsyncIterator[tuple[int, StreamChunk]]:
-        """Yield the pieces of several tickets as they come; a queue is no longer than the texts that it is made of."""
+        """Yield the chunks of several handles; the queue is bounded by the length of the sequences."""
         queue: asyncio.Queue[tuple[int, StreamChunk] | Exception | None] = asyncio.Queue()
 
-        async def follow(number: int, ticket: RequestHandle) -> None:
+        async def follow(index: int, handle: RequestHandle) -> None:
             try:
-                async for piece in ticket:
-                    queue.put_nowait((number, piece))
+                async for chunk in handle:
+                    queue.put_nowait((index, chunk))
                 queue.put_nowait(None)
-            except Exception as error:  # told to the one who reads
+            except Exception as error:  # raised by the reader of the queue
                 queue.put_nowait(error)
 
-        tasks = [asyncio.create_task(follow(number, ticket)) for number, ticket in enumerate(self._tickets)]
+        tasks = [asyncio.create_task(follow(index, handle)) for index, handle in enumerate(self._handles)]
         try:
             running = len(tasks)
             while running:
@@ -133,23 +110,23 @@ class Generation:
             for task in tasks:
                 task.cancel()
 
-    async def choices(self) -> list[Choice]:
-        """Return all texts when they have ended.
+    async def results(self) -> list[StreamChunk]:
+        """Return all sequences when they have ended, each as one merged chunk.
 
         Raises:
-            RequestTimeoutError, StoppedError: as :meth:`pieces`.
+            RequestTimeoutError, GenerationStoppedError: as :meth:`chunks`.
         """
-        made = [Choice() for _ in self._tickets]
-        async for number, piece in self.pieces():
-            made[number].add(piece)
-        return made
+        merged = [StreamChunk() for _ in self._handles]
+        async for index, chunk in self.chunks():
+            merged[index] += chunk
+        return merged
 
 
 async def encode(model: ServedModel, text: str, *, bos: bool = True) -> list[int]:
     """Encode a prompt in a thread, since a long one takes a while.
 
     Raises:
-        UserError: there is no token to begin with.
+        UserError: the prompt has no token.
     """
     tokenizer = model.generator.tokenizer
     ids = await asyncio.to_thread(tokenizer.encode_prompt if bos else tokenizer.encode, text)
@@ -158,13 +135,13 @@ async def encode(model: ServedModel, text: str, *, bos: bool = True) -> list[int
     return ids
 
 
-async def prompt_of_messages(model: ServedModel, messages: Sequence[Message]) -> tuple[list[int], tuple[str, ...]]:
-    """Return the ids that messages become, and the special tokens that end an answer besides eos.
+async def encode_messages(model: ServedModel, messages: Sequence[Message]) -> tuple[list[int], tuple[str, ...]]:
+    """Return the prompt ids of messages, and the special tokens that end the reply besides eos.
 
     Raises:
         UserError: the chat template refuses the messages.
-        TemplateFailedError: it takes more time or memory than it may.
+        TemplateFailedError: it exceeds its limits of time or memory.
     """
     if model.template is None:
-        return await encode(model, story_beginning(messages)), ()
+        return await encode(model, plain_prompt(messages)), ()
     return await model.template.encode(messages), model.template.end_of_turn

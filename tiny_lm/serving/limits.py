@@ -1,23 +1,23 @@
-"""What one request may ask for, and how long it may take."""
+"""Limits of requests: size, number of sequences, time."""
 
 from dataclasses import dataclass
 
 from tiny_lm.errors import UserError
 
-MOST_CHOICES = 16
-"""Most texts of one prompt (``n``)."""
+MAX_N = 16
+"""Completions of one prompt."""
 
-MOST_PROMPTS = 64
-"""Most prompts of one request, and most texts of one request in all."""
+MAX_SEQUENCES = 64
+"""Prompts of one request, and its completions in all."""
 
-MOST_LOGPROBS = 20
-"""Most alternatives that are told in the place of one token."""
+MAX_TOP_LOGPROBS = 20
+"""Likeliest alternatives that are returned for each token."""
 
-PROMPT_CHARACTERS = 2**17
-"""Most characters of a prompt or a message: far more than any context here holds."""
+MAX_PROMPT_CHARACTERS = 2**17
+"""Of a prompt or a message: far more than fit into the context of a small model."""
 
 _ARRIVAL_SECONDS = 30.0
-"""For the head of a request, and then for its body, unless the whole request has less."""
+"""Time for the headers of a request to arrive, and then for its body, unless the whole request has less."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Limits:
     """Limits of a server.
 
     Attributes:
-        body_bytes: of the body of a request.
-        max_tokens: most tokens of a text; who asks for more gets these.
-        seconds: from the arrival of a request to the end of its answer.
-        slots: texts of a model that are told at once.
-        queue: texts of a model that wait for a slot; further ones are refused.
+        body_bytes: maximum size of a request body.
+        max_tokens: maximum number of tokens of a completion; requests for more get this many.
+        seconds: maximum time from the arrival of a request to the end of its response.
+        slots: maximum number of running sequences of a model.
+        queue: maximum number of waiting ones; further requests are refused.
     """
 
     body_bytes: int = 2**20
@@ -39,20 +39,20 @@ class Limits:
     queue: int = 256
 
     def __post_init__(self) -> None:
-        for name, value, least, most in (
+        for name, value, low, high in (
             ("max-tokens", self.max_tokens, 1, 100_000),
             ("timeout", self.seconds, 1, 86_400),
             ("slots", self.slots, 1, 1024),
             ("queue", self.queue, 0, 100_000),
         ):
-            if not least <= value <= most:
-                raise UserError(f"{name} must be between {least} and {most:,} (it is {value})")
+            if not low <= value <= high:
+                raise UserError(f"{name} must be between {low} and {high:,} (it is {value})")
 
     @property
     def arrival_seconds(self) -> float:
-        """Most seconds in which the head of a request comes, and then its body."""
+        """Maximum seconds until the headers of a request have arrived, and then its body."""
         return min(_ARRIVAL_SECONDS, self.seconds)
 
-    def tokens(self, asked: int) -> int:
-        """Return the most tokens of a text for which ``asked`` were asked."""
-        return min(asked, self.max_tokens)
+    def cap(self, max_tokens: int) -> int:
+        """Return the maximum number of tokens for a request of ``max_tokens``."""
+        return min(max_tokens, self.max_tokens)

@@ -1,4 +1,4 @@
-"""Figures of a server for Prometheus."""
+"""Metrics of a server for Prometheus."""
 
 from collections.abc import Iterable, Iterator
 
@@ -12,35 +12,35 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    """Counts what happens; each server has its own registry."""
+    """Counters and histograms; each server has its own registry."""
 
     def __init__(self, models: Iterable[ServedModel]) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter("tiny_lm_requests", "Requests answered.", ["path", "status"], registry=self._registry)
         self._seconds = Histogram(
             "tiny_lm_request_seconds",
-            "From the arrival of a request to the end of its answer.",
+            "From the arrival of a request to the end of its response.",
             ["path"],
             buckets=_SECONDS,
             registry=self._registry,
         )
         self._first = Histogram(
             "tiny_lm_time_to_first_token_seconds",
-            "From the arrival of a request to its first piece of text.",
+            "From the arrival of a request to its first chunk of text.",
             ["model"],
             buckets=_SECONDS,
             registry=self._registry,
         )
-        self._registry.register(_Loops(list(models)))
+        self._registry.register(_SchedulerCollector(list(models)))
         ProcessCollector(registry=self._registry)
 
-    def answered(self, path: str, status: int, seconds: float) -> None:
-        """Note an answer; ``path`` is the route's, not the client's, so that there are few."""
+    def record_response(self, path: str, status: int, seconds: float) -> None:
+        """Record a response; ``path`` is the route's, not the client's, to limit the number of labels."""
         self._requests.labels(path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
 
-    def first_token(self, model: str, seconds: float) -> None:
-        """Note how long a client waited for its first piece of text."""
+    def record_first_token(self, model: str, seconds: float) -> None:
+        """Record how long a client waited for its first chunk of text."""
         self._first.labels(model).observe(seconds)
 
     def text(self) -> bytes:
@@ -48,22 +48,22 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-class _Loops(Collector):
-    """Reads the figures of the models' loops when they are asked for."""
+class _SchedulerCollector(Collector):
+    """Collects the stats of all schedulers."""
 
     def __init__(self, models: list[ServedModel]) -> None:
         self._models = models
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the figures of all loops."""
-        running = GaugeMetricFamily("tiny_lm_texts_running", "Texts that are being told.", labels=["model"])
+        """Yield the metrics of all models."""
+        running = GaugeMetricFamily("tiny_lm_texts_running", "Texts that are being generated.", labels=["model"])
         waiting = GaugeMetricFamily("tiny_lm_texts_waiting", "Texts that wait for a slot.", labels=["model"])
-        tokens = CounterMetricFamily("tiny_lm_generated_tokens", "Tokens told.", labels=["model"])
-        failed = GaugeMetricFamily("tiny_lm_model_failed", "1 once the model's loop has failed.", labels=["model"])
+        tokens = CounterMetricFamily("tiny_lm_generated_tokens", "Tokens generated.", labels=["model"])
+        failed = GaugeMetricFamily("tiny_lm_model_failed", "1 if the model has failed.", labels=["model"])
         for model in self._models:
-            stats = model.loop.stats
+            stats = model.scheduler.stats
             running.add_metric([model.name], stats.running)
             waiting.add_metric([model.name], stats.waiting)
             tokens.add_metric([model.name], stats.tokens)
-            failed.add_metric([model.name], model.loop.failed)
+            failed.add_metric([model.name], model.scheduler.failed)
         yield from (running, waiting, tokens, failed)

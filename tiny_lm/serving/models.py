@@ -1,4 +1,4 @@
-"""Which models are served, and under which names."""
+"""Finding and loading the models to serve."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,27 +20,27 @@ from tiny_lm.serving.scheduler import Scheduler, run_in_thread
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model with the loop that works for it.
+    """A model with its scheduler.
 
     Attributes:
-        name: what requests call it.
+        name: by which requests select it.
         generator: the model and its tokenizer.
-        loop: takes requests for it.
-        template: how messages become its prompt; None for a model that was trained on stories only.
-        created: when its weights were written, in seconds since 1970.
+        scheduler: accepts sequences for it.
+        template: turns messages into a prompt; None for a model that was trained on plain text only.
+        created: modification time of its weights, in seconds since 1970.
         digest: SHA-256 (hex) of its weights.
     """
 
     name: str
     generator: TextGenerator
-    loop: Scheduler
+    scheduler: Scheduler
     template: ChatTemplate | None
     created: int
     digest: str
 
     @property
     def context_length(self) -> int:
-        """Most tokens that the model sees at once."""
+        """Maximum number of tokens that the model attends over."""
         return self.generator.model.config.context_length
 
     @property
@@ -55,23 +55,23 @@ class ServedModel:
 
     @property
     def bytes(self) -> int:
-        """Memory of the weights."""
+        """Size of the weights."""
         return sum(parameter.nbytes for parameter in self.generator.model.parameters())
 
 
-def find_models(words: Sequence[str]) -> dict[str, Path]:
-    """Return the models that ``words`` mean, by name.
+def find_models(arguments: Sequence[str]) -> dict[str, Path]:
+    """Return the models to serve, by name.
 
     Args:
-        words: each a run folder, a checkpoint inside one, a folder in Hugging Face's layout, or a folder of such; a
-            model has the name of its folder, and ``NAME=PATH`` gives it another.
+        arguments: run folders, checkpoints inside one, folders in Hugging Face's layout, or folders of these; a model
+            is named after its folder, or by ``NAME=PATH``.
 
     Raises:
-        UserError: a word means no model, or two models have one name.
+        UserError: there is no such model, or two models have the same name.
     """
     found: dict[str, Path] = {}
-    for word in words:
-        for name, path in _models_of(word):
+    for argument in arguments:
+        for name, path in _models_of(argument):
             if name in found and found[name].resolve() != path.resolve():
                 raise UserError(
                     f"{found[name]} and {path} are both named {name!r}: give one of them another name, "
@@ -81,26 +81,28 @@ def find_models(words: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def _models_of(word: str) -> list[tuple[str, Path]]:
-    name, equals, rest = word.partition("=")
-    named = bool(equals) and not Path(word).exists()
-    path = Path(rest if named else word)
+def _models_of(argument: str) -> list[tuple[str, Path]]:
+    name, equals, rest = argument.partition("=")
+    named = bool(equals) and not Path(argument).exists()
+    path = Path(rest if named else argument)
     if named and not (name and name == name.strip() and name.isprintable()):
-        raise UserError(f"{word}: {name!r} is no name of a model")
+        raise UserError(f"{argument}: {name!r} is not a valid name of a model")
     if path.is_file() or _is_model(path):
         return [(name if named else _name_of(path), path)]
     if not path.is_dir():
-        raise UserError(f"{path}: no such run, checkpoint or exported folder{nearest(str(path), _runs_beside(path))}")
+        raise UserError(
+            f"{path}: no such run, checkpoint or exported folder{nearest(str(path), _sibling_models(path))}"
+        )
     inside = [child for child in sorted(path.iterdir()) if _is_model(child)]
     if not inside:
-        raise UserError(f"{path}: is no trained run and no exported folder, and holds none")
+        raise UserError(f"{path}: is neither a trained run nor an exported folder, and contains none")
     if named:
-        raise UserError(f"{word}: {path} holds {len(inside)} models, which cannot all be named {name!r}")
+        raise UserError(f"{argument}: {path} contains {len(inside)} models, which cannot all be named {name!r}")
     return [(child.name, child) for child in inside]
 
 
 def _is_model(path: Path) -> bool:
-    """Return whether a folder is a run that has a checkpoint, or is in Hugging Face's layout."""
+    """Return whether a folder is a run with a checkpoint, or in Hugging Face's layout."""
     is_export = (path / "config.json").is_file() and any(path.glob("*.safetensors"))
     return is_export or ((path / "run.json").is_file() and any((path / "checkpoints").glob("*.ckpt")))
 
@@ -112,21 +114,23 @@ def _name_of(path: Path) -> str:
     return path.parent.name if path.is_file() else path.name
 
 
-def _runs_beside(path: Path) -> list[str]:
+def _sibling_models(path: Path) -> list[str]:
     folder = path.parent
     return [str(child) for child in folder.iterdir() if _is_model(child)] if folder.is_dir() else []
 
 
 def load_model(name: str, path: Path, limits: Limits, *, device: str | None = None) -> ServedModel:
-    """Load a model; its loop is not yet started.
+    """Load a model; its scheduler is not started yet.
 
     Raises:
-        UserError: it is damaged, or its chat template is.
+        UserError: the model or its chat template is damaged.
     """
     generator = run_in_thread(TextGenerator.from_path, path, device=device)
-    loop = Scheduler(generator, slots=limits.slots, queue=limits.queue)
+    scheduler = Scheduler(generator, slots=limits.slots, queue=limits.queue)
     template = load_chat_template(_template_folder(path), generator.tokenizer)
-    return ServedModel(name, generator, loop, template, int(_written(path)), run_in_thread(_digest, generator.model))
+    return ServedModel(
+        name, generator, scheduler, template, int(_modified_at(path)), run_in_thread(_digest, generator.model)
+    )
 
 
 def _digest(model: Transformer) -> str:
@@ -137,41 +141,41 @@ def _digest(model: Transformer) -> str:
 
 
 def _cache_bytes(model: Transformer) -> int:
-    """Return the bytes of a text's keys and values, by numbers alone: only the loop's thread may make tensors."""
+    """Return the bytes of the KV cache of one slot, without tensors: only the scheduler's thread may compute."""
     config = model.config
-    numbers = 2 * config.n_layers * config.kv_heads * config.head_size * config.context_length
-    return numbers * model.token_emb.weight.element_size()
+    num_values = 2 * config.n_layers * config.kv_heads * config.head_size * config.context_length
+    return num_values * model.token_emb.weight.element_size()
 
 
 def check_memory(models: Sequence[ServedModel], limits: Limits) -> int:
-    """Return the bytes that the keys and values of all texts at once take, which each model takes at its first request.
+    """Return the bytes of all KV caches, which each model allocates at its first request.
 
     Raises:
-        UserError: they are more than is free.
+        UserError: they exceed the free memory.
     """
-    taken = limits.slots * sum(_cache_bytes(model.generator.model) for model in models)
+    needed = limits.slots * sum(_cache_bytes(model.generator.model) for model in models)
     try:
         free = free_memory(cast(Device, models[0].generator.model.token_emb.weight.device.type))
-    except UserError:  # this system does not tell
-        return taken
-    if taken > free:
+    except UserError:  # unknown on this system
+        return needed
+    if needed > free:
         raise UserError(
-            f"keys and values of {limits.slots} texts at once take {taken / 2**20:,.0f} MiB, and "
+            f"the KV caches of {limits.slots} slots take {needed / 2**20:,.0f} MiB, and "
             f"{free / 2**20:,.0f} are free: choose fewer --slots"
         )
-    return taken
+    return needed
 
 
 def _template_folder(path: Path) -> Path:
-    """Return the folder in which a model's tokenizer lies."""
+    """Return the folder of a model's tokenizer."""
     if path.suffix == ".ckpt":
         return Run(run_folder_of(path)).tokenizer
     folder = path.parent if path.is_file() else path
     return folder if (folder / "config.json").is_file() else Run(folder).tokenizer
 
 
-def _written(path: Path) -> float:
-    """Return when the weights of a model were written."""
+def _modified_at(path: Path) -> float:
+    """Return the modification time of a model's weights."""
     if path.is_file():
         return path.stat().st_mtime
     is_export = (path / "config.json").is_file()

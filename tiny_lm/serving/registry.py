@@ -1,4 +1,4 @@
-"""What all routes of a server share: its models, its limits and its figures."""
+"""What all routes of a server share: its models, limits and metrics."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,22 +6,22 @@ from tiny_lm.errors import UserError
 from tiny_lm.inference import GenerationConfig
 from tiny_lm.serving.errors import ApiError
 from tiny_lm.serving.generation import Generation
-from tiny_lm.serving.limits import MOST_PROMPTS, Limits
+from tiny_lm.serving.limits import MAX_SEQUENCES, Limits
 from tiny_lm.serving.metrics import Metrics
 from tiny_lm.serving.models import ServedModel
-from tiny_lm.serving.scheduler import RequestHandle
+from tiny_lm.serving.request_handle import RequestHandle
 
-_SEEDS = 2**63
-"""Seeds are taken modulo this; those that a C integer holds (which all clients send) are left as they are."""
+_SEED_MODULUS = 2**63
+"""Seeds are reduced modulo this, which leaves those unchanged that a C integer holds, as all clients send."""
 
 
 class ModelRegistry:
     """The models of a server, by name.
 
     Attributes:
-        models: in the order in which they were named.
+        models: in the order of the command line.
         limits: of every request.
-        metrics: what was counted.
+        metrics: counters for Prometheus.
     """
 
     def __init__(self, models: Iterable[ServedModel], limits: Limits) -> None:
@@ -31,10 +31,10 @@ class ModelRegistry:
         self._by_name = {model.name: model for model in self.models}
 
     def find(self, name: str) -> ServedModel:
-        """Return the model of that name; the tag ``:latest``, which Ollama's clients add, may be left out or not.
+        """Return the model of that name, with or without the tag ``:latest``, which Ollama's clients add.
 
         Raises:
-            ApiError: there is none.
+            ApiError: no model has that name.
         """
         model = self._by_name.get(name) or self._by_name.get(name.removesuffix(":latest"))
         if model is None:
@@ -42,50 +42,52 @@ class ModelRegistry:
             raise ApiError(404, f"model {name!r} not found; there are: {known}", param="model", code="model_not_found")
         return model
 
-    def begin(
+    def submit(
         self,
         model: ServedModel,
         prompts: Sequence[list[int]],
-        request: GenerationConfig,
+        config: GenerationConfig,
         *,
         seconds: float,
         n: int = 1,
         seed: int | None = None,
-        scores_prompts: bool = False,
+        score_prompts: bool = False,
     ) -> Generation:
-        """Hand prompts to the loop of a model.
+        """Queue prompts in the scheduler of a model.
 
         Args:
-            model: tells the texts.
+            model: which generates.
             prompts: ids, one or more for each prompt.
-            request: how to go on.
-            seconds: the time that is left for the texts.
-            n: texts for each prompt; text i of a prompt has ``seed + i``.
-            seed: any integer; None for another text each time.
-            scores_prompts: tell the log-probabilities of the prompts' tokens too.
+            config: how to generate.
+            seconds: time left for the request.
+            n: completions of each prompt; completion i has ``seed + i``.
+            seed: any integer; None for different texts each time.
+            score_prompts: also return the log-probabilities of the prompts' tokens.
 
         Raises:
-            UserError: there are too many texts, or the loop refuses one.
-            QueueFull: as :meth:`Scheduler.submit`; no text of the request is begun then.
+            UserError: there are too many sequences, or the scheduler refuses one.
+            QueueFull: as :meth:`Scheduler.submit`; then no sequence of the request is queued.
         """
-        if len(prompts) * n > MOST_PROMPTS:
+        if len(prompts) * n > MAX_SEQUENCES:
             raise UserError(
-                f"{len(prompts)} prompts with {n} texts each are too many: at most {MOST_PROMPTS} texts in all"
+                f"{len(prompts)} prompts with {n} texts each are too many: at most {MAX_SEQUENCES} texts in all"
             )
-        tickets: list[RequestHandle] = []
+        handles: list[RequestHandle] = []
         try:
             for ids in prompts:
-                score = model.generator.new_score(ids, top=request.logprobs or 0) if scores_prompts else None
-                for number in range(n):
-                    own_seed = None if seed is None else seed % _SEEDS + number
-                    tickets.append(model.loop.submit(ids, request, seed=own_seed, score=score))
+                scorer = None
+                if score_prompts:
+                    scorer = model.generator.new_prompt_scorer(ids, top_logprobs=config.logprobs or 0)
+                for index in range(n):
+                    own_seed = None if seed is None else seed % _SEED_MODULUS + index
+                    handles.append(model.scheduler.submit(ids, config, seed=own_seed, prompt_scorer=scorer))
         except Exception:
-            for ticket in tickets:
-                ticket.cancel()
+            for handle in handles:
+                handle.cancel()
             raise
         return Generation(
-            tickets,
+            handles,
             sum(map(len, prompts)),
             seconds=seconds,
-            on_first=lambda seconds: self.metrics.first_token(model.name, seconds),
+            on_first=lambda seconds: self.metrics.record_first_token(model.name, seconds),
         )

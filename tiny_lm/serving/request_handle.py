@@ -1,4 +1,4 @@
-"""A request in the model loop, as the one sees it who asked."""
+"""Client-side handle of a sequence queued in the scheduler."""
 
 import asyncio
 import threading
@@ -6,166 +6,178 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-from tiny_lm.inference import Completion
-from tiny_lm.inference.decoding import Drawn
-from tiny_lm.inference.request import FinishReason, GrowingText
-from tiny_lm.inference.scoring import PromptScore, ReadToken
+from tiny_lm.inference.request import Completion, FinishReason, TokenLogprobs
+from tiny_lm.inference.scoring import PromptScorer
+from tiny_lm.inference.sequence import SequenceState
 
 Waiter = asyncio.Future[None] | threading.Event
 
 
 class RequestCancelledError(Exception):
-    """The text was given up before its end."""
+    """The request was cancelled before its end."""
 
 
 class SchedulerFailedError(Exception):
-    """The model loop ended by an error, which is the cause of this one."""
+    """The scheduler ended with an error, which is the cause of this one."""
 
 
 @dataclass(frozen=True)
 class StreamChunk:
-    """What has been added to a text since the last piece.
+    """What was generated since the last chunk; a whole response is one merged chunk.
 
     Attributes:
         text: whole characters; may be empty.
-        drawn: the tokens, if log-probabilities were asked for.
-        finish_reason: in the last piece, how the text ended; else None.
-        end: in the last piece, the token that ended the text, if one did and log-probabilities were asked for.
-        prompt: in the first piece, the tokens of the prompt, if their log-probabilities were asked for.
+        logprobs: of the tokens, if requested.
+        finish_reason: in the last chunk, why generation ended; else None.
+        stop_logprobs: in the last chunk, those of the token that ended the text, if one did and they were requested.
+        prompt_logprobs: in the first chunk, those of the prompt's tokens, if requested.
     """
 
-    text: str
-    drawn: tuple[Drawn, ...]
-    finish_reason: FinishReason | None
-    end: Drawn | None = None
-    prompt: tuple[ReadToken, ...] = ()
+    text: str = ""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+
+    def __add__(self, other: "StreamChunk") -> "StreamChunk":
+        return StreamChunk(
+            self.text + other.text,
+            self.logprobs + other.logprobs,
+            other.finish_reason or self.finish_reason,
+            other.stop_logprobs or self.stop_logprobs,
+            self.prompt_logprobs + other.prompt_logprobs,
+        )
 
 
 class RequestHandle:
-    """A text that the loop tells. It is read once: piece by piece, in a thread or in asyncio, or as a whole.
+    """A future that streams one sequence. It is read once: chunk by chunk, in a thread or in asyncio, or as a whole.
 
-    Who reads slowly finds more in a piece. Where reading is broken off, the text is given up.
+    A slow reader gets larger chunks. Abandoning the iteration cancels the request.
 
     Attributes:
-        text: what the loop works on.
-        score: the log-probabilities of the prompt, which the loop computes first, if they were asked for.
-        prompt_tokens: tokens of the prompt.
+        sequence: what the scheduler decodes.
+        prompt_scorer: computes the prompt's log-probabilities before decoding, if they were requested.
+        prompt_tokens: number of tokens of the prompt.
     """
 
     def __init__(
-        self, text: GrowingText, leave: Callable[["RequestHandle"], None], score: PromptScore | None = None
+        self,
+        sequence: SequenceState,
+        on_cancel: Callable[["RequestHandle"], None],
+        prompt_scorer: PromptScorer | None = None,
     ) -> None:
-        """Wait for ``text``; ``leave`` is called when it is given up."""
-        self.text, self.score = text, score
-        self.prompt_tokens = len(text.wanted.prompt)
-        self._leave = leave
-        self._lock = threading.Lock()  # holds what follows
-        self._shown = self._taken = 0  # steps of the text that may be read, and that were
-        self._ended = self._cancelled = self._read = self._begun = False
+        """Wait for ``sequence``; ``on_cancel`` is called when the request is cancelled."""
+        self.sequence, self.prompt_scorer = sequence, prompt_scorer
+        self.prompt_tokens = len(sequence.prompt_ids)
+        self._on_cancel = on_cancel
+        self._lock = threading.Lock()  # protects the following
+        self._num_published = self._num_read = 0  # sampled tokens that may be read, and that were
+        self._ended = self._cancelled = self._done_reading = self._started_reading = False
         self._error: BaseException | None = None
         self._waiters: list[Waiter] = []
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens drawn so far, the one that ended the text included."""
-        return self.text.tokens
+        """Number of tokens sampled so far, the one that ended the text included."""
+        return self.sequence.num_generated
 
     def cancel(self) -> None:
-        """Give the text up; its slot is free within a step. Nothing happens to one that has ended."""
+        """Cancel the request; its slot is free within a step. Does nothing if it has ended."""
         with self._lock:
             if self._ended or self._cancelled:
                 return
             self._cancelled = True
-            waiters = self._woken()
-        self._leave(self)
-        wake(waiters)
+            waiters = self._pop_waiters()
+        self._on_cancel(self)
+        notify(waiters)
 
     def __iter__(self) -> Iterator[StreamChunk]:
-        """Yield piece after piece as they come; nothing more when the text is given up.
+        """Yield chunks as they come; stop early if the request is cancelled.
 
         Raises:
-            SchedulerFailedError: the loop ended by an error.
+            SchedulerFailedError: the scheduler ended with an error.
         """
         try:
-            while not self._read:
+            while not self._done_reading:
                 arrived = threading.Event()
-                if self._await(arrived):
+                if self._add_waiter(arrived):
                     arrived.wait()
-                if piece := self._take():
-                    yield piece
+                if chunk := self._next_chunk():
+                    yield chunk
         finally:
             self.cancel()
 
     async def __aiter__(self) -> AsyncIterator[StreamChunk]:
-        """Do in asyncio what iterating does in a thread."""
+        """Yield chunks as they come, as :meth:`__iter__` does."""
         try:
-            while not self._read:
+            while not self._done_reading:
                 arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-                if self._await(arrived):
+                if self._add_waiter(arrived):
                     await arrived
-                if piece := self._take():
-                    yield piece
+                if chunk := self._next_chunk():
+                    yield chunk
         finally:
             self.cancel()
 
     def result(self) -> Completion:
-        """Wait for the whole text, in a thread.
+        """Block until generation has ended and return the completion.
 
         Raises:
-            RequestCancelledError: it was given up.
-            SchedulerFailedError: the loop ended by an error.
+            RequestCancelledError: the request was cancelled.
+            SchedulerFailedError: the scheduler ended with an error.
         """
         for _ in self:
             pass
         if self._cancelled:
-            raise RequestCancelledError("the text was given up before its end")
-        return self.text.completion()
+            raise RequestCancelledError("the request was cancelled before its end")
+        return self.sequence.completion()
 
-    def _await(self, waiter: Waiter) -> bool:
-        """Let ``waiter`` be woken when there is something to take; return whether there is nothing yet."""
+    def _add_waiter(self, waiter: Waiter) -> bool:
+        """Notify ``waiter`` of the next chunk; return False if there is one already."""
         with self._lock:
-            nothing = not (self._shown > self._taken or self._ended or self._cancelled)
-            if nothing:
+            empty = not (self._num_published > self._num_read or self._ended or self._cancelled)
+            if empty:
                 self._waiters.append(waiter)
-            return nothing
+            return empty
 
-    def _take(self) -> StreamChunk | None:
-        """Return what is new to the reader; None once the text is given up."""
+    def _next_chunk(self) -> StreamChunk | None:
+        """Return what is new to the reader; None if the request was cancelled."""
         with self._lock:
-            self._read = self._ended or self._cancelled
+            self._done_reading = self._ended or self._cancelled
             if self._error is not None:
-                raise SchedulerFailedError("the model loop ended by an error") from self._error
+                raise SchedulerFailedError("the scheduler ended with an error") from self._error
             if self._cancelled:
                 return None
-            new = slice(self._taken, self._shown)
-            self._taken = self._shown
-            reason, end = (self.text.finish_reason, self.text.end) if self._ended else (None, None)
-            prompt = tuple(self.score.tokens) if self.score and not self._begun else ()
-            self._begun = True
-        return StreamChunk("".join(self.text.pieces[new]), tuple(self.text.drawn[new]), reason, end, prompt)
+            new = slice(self._num_read, self._num_published)
+            self._num_read = self._num_published
+            sequence = self.sequence
+            reason, stop_logprobs = (sequence.finish_reason, sequence.stop_logprobs) if self._ended else (None, None)
+            scored = tuple(self.prompt_scorer.tokens) if self.prompt_scorer and not self._started_reading else ()
+            self._started_reading = True
+        return StreamChunk("".join(sequence.chunks[new]), tuple(sequence.logprobs[new]), reason, stop_logprobs, scored)
 
-    def _woken(self) -> list[Waiter]:
+    def _pop_waiters(self) -> list[Waiter]:
         waiters, self._waiters = self._waiters, []
         return waiters
 
-    # --- called by the loop; who is to be woken is left to it, so that many are woken at once ------------------------
+    # --- called by the scheduler, which notifies the returned waiters of many requests at once ------------------------
 
-    def show(self, *, end: bool = False) -> list[Waiter]:
-        """Let the text so far be read, to its ``end`` if this is it; return who waits for it."""
+    def publish(self, *, end: bool = False) -> list[Waiter]:
+        """Let readers see the sequence so far; ``end`` if it has ended. Return the waiters to notify."""
         with self._lock:
-            self._shown = self.text.tokens
+            self._num_published = self.sequence.num_generated
             self._ended = self._ended or (end and not self._cancelled)
-            return self._woken()
+            return self._pop_waiters()
 
     def fail(self, error: BaseException) -> list[Waiter]:
-        """Tell who reads that the loop has ended; return who waits for it."""
+        """Let readers raise :class:`SchedulerFailedError`; return the waiters to notify."""
         with self._lock:
             self._error, self._ended = error, True
-            return self._woken()
+            return self._pop_waiters()
 
 
-def wake(waiters: Iterable[Waiter]) -> None:
-    """Wake those who wait, each event loop once; any thread may."""
+def notify(waiters: Iterable[Waiter]) -> None:
+    """Wake waiters from any thread, with one call for each event loop."""
     loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
     for waiter in waiters:
         if isinstance(waiter, threading.Event):
@@ -173,7 +185,7 @@ def wake(waiters: Iterable[Waiter]) -> None:
         else:
             loops.setdefault(waiter.get_loop(), []).append(waiter)
     for loop, futures in loops.items():
-        with suppress(RuntimeError):  # that loop is closed: nobody waits
+        with suppress(RuntimeError):  # the event loop is closed: nobody waits
             loop.call_soon_threadsafe(_resolve, futures)
 
 

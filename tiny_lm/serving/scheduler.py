@@ -1,11 +1,11 @@
-"""Many requests in one model loop: they join and leave between its steps (continuous batching, Orca: Yu et al. 2022).
+"""Continuous batching (Orca: Yu et al. 2022): sequences of many requests share the steps of one model.
 
-The loop is a thread that owns the batch and its cache. It never waits for those who read what it makes, and wakes them
-at most every few hundredths of a second, so that they do not take its time.
+The scheduler's thread owns the batch and its cache. It never waits for readers, and notifies them at most every few
+hundredths of a second, so that they do not take its time.
 
-A thread that has computed keeps a pool of OpenMP threads as long as it lives, and where all pools together have more
-threads than the machine has cores, the threads of GNU's OpenMP sleep between two products instead of spinning: half as
-many tokens a second. So a loop without work gives its thread up, and :func:`run_in_thread` computes for others.
+A thread that has computed keeps a pool of OpenMP threads as long as it lives. If all pools together have more threads
+than the machine has cores, the threads of GNU's OpenMP sleep between two products instead of spinning, which halves the
+throughput. So an idle scheduler ends its thread, and :func:`run_in_thread` computes for other threads.
 """
 
 import logging
@@ -18,64 +18,45 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from tiny_lm.inference import GenerationConfig, TextGenerator
-from tiny_lm.inference.batch import TextBatch
-from tiny_lm.inference.request import GrowingText
-from tiny_lm.inference.scoring import PromptScore
-from tiny_lm.serving.request_handle import (
-    RequestCancelledError,
-    RequestHandle,
-    SchedulerFailedError,
-    StreamChunk,
-    Waiter,
-    wake,
-)
-
-__all__ = [
-    "QueueFull",
-    "RequestCancelledError",
-    "RequestHandle",
-    "Scheduler",
-    "SchedulerFailedError",
-    "SchedulerStats",
-    "SchedulerStoppedError",
-    "StreamChunk",
-    "run_in_thread",
-]
+from tiny_lm.inference.batch import BatchDecoder
+from tiny_lm.inference.scoring import PromptScorer
+from tiny_lm.inference.sequence import SequenceState
+from tiny_lm.serving.request_handle import RequestHandle, SchedulerFailedError, Waiter, notify
 
 _T = TypeVar("_T")
 
 _LOG = logging.getLogger(__name__)
 
-_PROMPT_TOKENS = 256
-"""So many tokens of prompts are read in a step: running texts go on while a long prompt is read."""
+_MAX_PREFILL_TOKENS = 256
+"""Prompt tokens processed in a step, at most: running sequences are not stalled while a long prompt is prefilled."""
 
-_REFRESH_SECONDS = 0.05
-"""Readers are woken so often: text flows at that rate, and 32 readers take little of the processor's time."""
+_PUBLISH_SECONDS = 0.05
+"""Interval at which readers are notified: text flows at that rate, and 32 readers take little processor time."""
 
 _IDLE_SECONDS = 2.0
-"""After so long without work the thread of a loop ends, until there is work again."""
+"""The thread ends after this time without work, and is started again for the next request."""
 
 
-class QueueFull(Exception):  # noqa: N818  # the name of the condition, as in the standard library's queue.Full
-    """There are as many requests waiting as may."""
+class QueueFull(Exception):  # noqa: N818  # as the standard library's queue.Full
+    """The maximum number of requests is waiting already."""
 
 
 class SchedulerStoppedError(Exception):
-    """The loop takes no more requests."""
+    """The scheduler accepts no more requests."""
 
 
 @dataclass(frozen=True)
 class SchedulerStats:
-    """What a loop does, and what it has done.
+    """Gauges and counters of a scheduler.
 
     Attributes:
-        running: texts that are being told.
-        waiting: texts that wait for a slot.
-        tokens: tokens told so far, of all requests.
-        prompt_tokens: tokens of the prompts of all requests that were begun.
+        running: sequences that have a slot.
+        waiting: sequences that wait for one.
+        tokens: tokens generated so far.
+        prompt_tokens: tokens of all prompts that got a slot.
         steps: steps of the model.
-        finished: texts that were told to their end.
-        cancelled: texts that were given up.
+        finished: sequences that were generated to their end.
+        cancelled: sequences that were cancelled.
     """
 
     running: int = 0
@@ -94,7 +75,7 @@ def run_in_thread(function: Callable[..., _T], /, *arguments: Any, **options: An
 
 
 class Scheduler:
-    """Continues the texts of all requests, in a thread of its own that owns model and cache."""
+    """Moves waiting sequences into free slots and decodes them, in a thread that owns model and cache."""
 
     def __init__(
         self,
@@ -102,160 +83,161 @@ class Scheduler:
         *,
         slots: int = 32,
         queue: int = 256,
-        refresh: float = _REFRESH_SECONDS,
-        prompt_tokens: int = _PROMPT_TOKENS,
+        publish_seconds: float = _PUBLISH_SECONDS,
+        max_prefill_tokens: int = _MAX_PREFILL_TOKENS,
     ) -> None:
-        """Prepare; nothing is told before :meth:`start`.
+        """Keep the arguments; requests wait until :meth:`start`.
 
         Args:
-            generator: whose model and tokenizer are used; others may use them meanwhile.
-            slots: most texts at once; the others wait.
-            queue: most texts that wait.
-            refresh: seconds between two pieces for the reader of a text; first and last piece come at once.
-            prompt_tokens: most tokens of prompts that are read in a step.
+            generator: its model and tokenizer are used; other threads may use them, too.
+            slots: maximum number of running sequences.
+            queue: maximum number of waiting ones.
+            publish_seconds: interval between two chunks of a stream; the first and the last one are sent at once.
+            max_prefill_tokens: maximum number of prompt tokens processed in a step.
         """
         self._generator = generator
-        self._slots, self._queue, self._refresh, self._prompt_tokens = slots, queue, refresh, prompt_tokens
-        self._lock = threading.Condition()  # holds what threads share: the next few
+        self._slots, self._queue = slots, queue
+        self._publish_seconds, self._max_prefill_tokens = publish_seconds, max_prefill_tokens
+        self._lock = threading.Condition()  # protects what threads share, which is the following:
         self._waiting: deque[RequestHandle] = deque()
-        self._left: list[RequestHandle] = []  # cancelled, and not yet taken out
+        self._to_remove: list[RequestHandle] = []  # cancelled, and still in the queue or the batch
         self._deadline: float | None = None  # set when stopping
         self._error: BaseException | None = None
         self._started = False
         self._thread: threading.Thread | None = None
-        # Only the loop's thread writes these.
-        self._batch: TextBatch | None = None
-        self._running: dict[GrowingText, RequestHandle] = {}
-        self._scoring: deque[RequestHandle] = deque()  # those of them whose prompt is still to be scored
-        self._tokens = self._read = self._steps = self._finished = self._cancelled = 0
+        # Written by the scheduler's thread only:
+        self._batch: BatchDecoder | None = None
+        self._running: dict[SequenceState, RequestHandle] = {}
+        self._scoring: deque[RequestHandle] = deque()  # those of them whose prompt has yet to be scored
+        self._tokens = self._prompt_tokens = self._steps = self._num_finished = self._num_cancelled = 0
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start to work on requests."""
         with self._lock:
             self._started = True
-            self._see_to_thread()
+            self._ensure_thread()
 
     @property
     def stats(self) -> SchedulerStats:
-        """The figures of this moment."""
+        """The current figures."""
         return SchedulerStats(
             running=len(self._running),
             waiting=len(self._waiting),
             tokens=self._tokens,
-            prompt_tokens=self._read,
+            prompt_tokens=self._prompt_tokens,
             steps=self._steps,
-            finished=self._finished,
-            cancelled=self._cancelled,
+            finished=self._num_finished,
+            cancelled=self._num_cancelled,
         )
 
     @property
     def failed(self) -> bool:
-        """Whether the loop ended by an error."""
+        """Whether the thread ended with an error."""
         return self._error is not None
 
     def submit(
         self,
         prompt: str | Sequence[int],
-        request: GenerationConfig,
+        config: GenerationConfig,
         *,
         seed: int | None = None,
-        score: PromptScore | None = None,
+        prompt_scorer: PromptScorer | None = None,
     ) -> RequestHandle:
-        """Hand in a text to continue; any thread may.
+        """Queue a prompt, from any thread.
 
         Args:
-            prompt: text, or ids, which are taken as they are.
-            request: how to go on.
-            seed: the same seed gives the same text, whoever else is there; None for another one each time.
-            score: of the prompt; it is computed before the text is begun, unless it is there.
+            prompt: text, or ids, which are used as they are.
+            config: how to generate.
+            seed: the same seed gives the same text, whatever else is running; None for a different one each time.
+            prompt_scorer: of the prompt; it is run before the prompt is prefilled, unless it is done.
 
         Raises:
             UserError: as :meth:`TextGenerator.new_sequence`.
-            QueueFull: as many requests wait as may.
-            SchedulerStoppedError: the loop stops, or has stopped.
-            SchedulerFailedError: the loop ended by an error.
+            QueueFull: the maximum number of requests is waiting.
+            SchedulerStoppedError: the scheduler stops or has stopped.
+            SchedulerFailedError: the scheduler ended with an error.
         """
-        text = self._generator.new_sequence(prompt, request, seed=seed)
-        ticket = RequestHandle(text, self._leave, score)
-        if text.finish_reason is not None and score is None:
-            ticket.show(end=True)
-            return ticket
+        sequence = self._generator.new_sequence(prompt, config, seed=seed)
+        handle = RequestHandle(sequence, self._on_cancel, prompt_scorer)
+        if sequence.finish_reason is not None and prompt_scorer is None:
+            handle.publish(end=True)
+            return handle
         with self._lock:
             if self._error is not None:
-                raise SchedulerFailedError("the model loop ended by an error") from self._error
+                raise SchedulerFailedError("the scheduler ended with an error") from self._error
             if self._deadline is not None:
-                raise SchedulerStoppedError("the model loop takes no more requests")
+                raise SchedulerStoppedError("the scheduler accepts no more requests")
             if len(self._waiting) >= self._queue + self._slots - len(self._running):
-                raise QueueFull(f"{self._queue} requests wait already")
-            self._waiting.append(ticket)
-            self._see_to_thread()
-        return ticket
+                raise QueueFull(f"{self._queue} requests are waiting already")
+            self._waiting.append(handle)
+            self._ensure_thread()
+        return handle
 
     def stop(self, *, grace: float) -> None:
-        """Refuse new requests, let those that were taken end within ``grace`` seconds, cancel the rest, and return."""
+        """Refuse new requests, cancel those that have not ended within ``grace`` seconds, and return."""
         with self._lock:
             if self._deadline is None:
                 self._deadline = time.monotonic() + grace
             self._lock.notify()
             thread = self._thread
-            unheard = [] if thread else list(self._waiting)
-        for ticket in unheard:  # it was never started
-            ticket.cancel()
+            never_started = [] if thread else list(self._waiting)
+        for handle in never_started:
+            handle.cancel()
         if thread:
             thread.join()
 
-    def _leave(self, ticket: RequestHandle) -> None:
+    def _on_cancel(self, handle: RequestHandle) -> None:
         with self._lock:
-            self._left.append(ticket)
+            self._to_remove.append(handle)
             self._lock.notify()
 
-    def _see_to_thread(self) -> None:
-        """Wake the thread, or start one where there is work and none to do it."""
+    def _ensure_thread(self) -> None:
+        """Wake the thread, or start one if there is work for it."""
         self._lock.notify()
         if self._started and self._waiting and self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="model-loop", daemon=True)
+            self._thread = threading.Thread(target=self._work, name="scheduler", daemon=True)
             self._thread.start()
 
-    # --- the loop's thread -----------------------------------------------------------------------------------------
+    # --- the scheduler's thread --------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         try:
             if self._batch is None:
-                self._batch = self._generator.new_batch(self._slots, prompt_tokens=self._prompt_tokens)
-            shown = 0.0
-            while self._admit(self._batch):
-                self._score(self._batch)
+                self._batch = self._generator.new_batch(self._slots, max_prefill_tokens=self._max_prefill_tokens)
+            last_published = 0.0
+            while self._schedule(self._batch):
+                self._score_prompt(self._batch)
                 now = time.monotonic()
-                everyone = now - shown >= self._refresh
-                self._advance(self._batch, everyone=everyone)
-                shown = now if everyone else shown
+                publish_all = now - last_published >= self._publish_seconds
+                self._step(self._batch, publish_all=publish_all)
+                last_published = now if publish_all else last_published
         except BaseException as error:
-            _LOG.exception("the loop of a model ended by an error; the model answers no more")
+            _LOG.exception("the scheduler of a model ended with an error; the model accepts no more requests")
             with self._lock:
                 self._error = error
-                tickets = [*self._running.values(), *self._waiting]
+                handles = [*self._running.values(), *self._waiting]
                 self._running.clear()
                 self._scoring.clear()
                 self._waiting.clear()
-            wake([waiter for ticket in tickets for waiter in ticket.fail(error)])
+            notify([waiter for handle in handles for waiter in handle.fail(error)])
 
-    def _admit(self, batch: TextBatch) -> bool:
-        """Let texts leave and join; return whether there is a step to make, and wait a while for one."""
+    def _schedule(self, batch: BatchDecoder) -> bool:
+        """Remove cancelled sequences and fill free slots; wait for work, and return False if there is none."""
         idle = False
         with self._lock:
             while True:
-                late = self._deadline is not None and time.monotonic() >= self._deadline
-                for ticket in [*self._waiting, *self._running.values()] if late else []:
-                    ticket.cancel()
-                self._take_out(batch)
+                expired = self._deadline is not None and time.monotonic() >= self._deadline
+                for handle in [*self._waiting, *self._running.values()] if expired else []:
+                    handle.cancel()
+                self._remove_cancelled(batch)
                 while self._waiting and len(self._running) < self._slots:
-                    ticket = self._waiting.popleft()
-                    self._running[ticket.text] = ticket
-                    self._read += ticket.prompt_tokens
-                    if ticket.score is None:
-                        batch.join(ticket.text)
+                    handle = self._waiting.popleft()
+                    self._running[handle.sequence] = handle
+                    self._prompt_tokens += handle.prompt_tokens
+                    if handle.prompt_scorer is None:
+                        batch.add(handle.sequence)
                     else:
-                        self._scoring.append(ticket)
+                        self._scoring.append(handle)
                 if self._running:
                     return True
                 if self._deadline is not None or idle:
@@ -263,50 +245,51 @@ class Scheduler:
                     return False
                 idle = not self._lock.wait(_IDLE_SECONDS)
 
-    def _take_out(self, batch: TextBatch) -> None:
-        """Give the places of cancelled texts back."""
-        for ticket in self._left:
-            if self._running.pop(ticket.text, None):
-                if ticket in self._scoring:
-                    self._scoring.remove(ticket)
+    def _remove_cancelled(self, batch: BatchDecoder) -> None:
+        for handle in self._to_remove:
+            if self._running.pop(handle.sequence, None):
+                if handle in self._scoring:
+                    self._scoring.remove(handle)
                 else:
-                    batch.leave(ticket.text)
-            elif ticket in self._waiting:
-                self._waiting.remove(ticket)
+                    batch.remove(handle.sequence)
+            elif handle in self._waiting:
+                self._waiting.remove(handle)
             else:
                 continue
-            self._cancelled += 1
-        self._left.clear()
+            self._num_cancelled += 1
+        self._to_remove.clear()
 
-    def _score(self, batch: TextBatch) -> None:
-        """Read a part of the prompt whose turn it is to be scored; behind its last part its text is begun."""
+    def _score_prompt(self, batch: BatchDecoder) -> None:
+        """Score a part of the first prompt that needs it; add its sequence to the batch after the last part."""
         if not self._scoring:
             return
-        ticket = self._scoring[0]
-        assert ticket.score is not None
-        ticket.score.advance(self._prompt_tokens)
-        if not ticket.score.done:
+        handle = self._scoring[0]
+        assert handle.prompt_scorer is not None
+        handle.prompt_scorer.advance(self._max_prefill_tokens)
+        if not handle.prompt_scorer.done:
             return
         self._scoring.popleft()
-        if ticket.text.finish_reason is None:
-            batch.join(ticket.text)
-        else:  # no token was asked for
-            del self._running[ticket.text]
-            self._finished += 1
-            wake(ticket.show(end=True))
+        if handle.sequence.finish_reason is None:
+            batch.add(handle.sequence)
+        else:  # max_new_tokens is 0
+            self._finish(handle, waiters := [])
+            notify(waiters)
 
-    def _advance(self, batch: TextBatch, *, everyone: bool) -> None:
-        """Make a step; show the readers of all texts what is new, or only of those that begin or end."""
-        told = batch.step()
+    def _step(self, batch: BatchDecoder, *, publish_all: bool) -> None:
+        """Decode one token for each sequence; publish all sequences, or only those that start or end."""
+        updated = batch.step()
         self._steps += 1
-        self._tokens += len(told)
+        self._tokens += len(updated)
         waiters: list[Waiter] = []
-        for text, _ in told:
-            ticket = self._running[text]
-            if text.finish_reason is not None:
-                del self._running[text]
-                self._finished += 1
-                waiters += ticket.show(end=True)
-            elif everyone or text.tokens == 1:
-                waiters += ticket.show()
-        wake(waiters)
+        for sequence in updated:
+            handle = self._running[sequence]
+            if sequence.finish_reason is not None:
+                self._finish(handle, waiters)
+            elif publish_all or sequence.num_generated == 1:
+                waiters += handle.publish()
+        notify(waiters)
+
+    def _finish(self, handle: RequestHandle, waiters: list[Waiter]) -> None:
+        del self._running[handle.sequence]
+        self._num_finished += 1
+        waiters += handle.publish(end=True)

@@ -1,4 +1,4 @@
-"""Running the application: the socket it listens at, and how it stops."""
+"""Running the application: its socket, limits of headers, and graceful shutdown."""
 
 import asyncio
 import errno
@@ -16,27 +16,26 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from tiny_lm.errors import UserError
-from tiny_lm.serving.middleware import Gate
+from tiny_lm.serving.middleware import ShutdownState
 
-_LAST_SECONDS = 5
-"""Time for the last bytes of answers to be sent, after the stories have ended."""
+_FLUSH_SECONDS = 5
+"""Time to send the last bytes of responses after generation has ended."""
 
-_HEADER_BYTES = 2**16
-"""Most bytes of headers that are waited for."""
+_MAX_HEADER_BYTES = 2**16
 
 _RESET_SECONDS = 0.1
-"""How often to look whether a client that sends nothing more has gone away."""
+"""Interval of checks whether a client that sends nothing more has disconnected."""
 
 _SWITCH_SECONDS = 0.0005
-"""After so long the thread of the requests leaves Python to that of the model, and the other way round. With Python's
-own 5 ms, a step of 3 ms waits longer for its turn than it computes."""
+"""Python's thread switch interval. With the default of 5 ms, a decode step of 3 ms waits longer for the GIL than it
+computes."""
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens at an address; port 0 takes a free one.
+    """Return a socket that listens at an address; port 0 chooses a free one.
 
     Raises:
-        UserError: the port is in use, or the address is none of this machine's.
+        UserError: the port is in use, or the address does not belong to this machine.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
@@ -50,7 +49,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def url_of(listening: socket.socket) -> str:
-    """Return the address of a server as clients write it."""
+    """Return the URL of a server."""
     host, port = listening.getsockname()[:2]
     if host in ("0.0.0.0", "::"):
         host = "localhost"
@@ -58,73 +57,74 @@ def url_of(listening: socket.socket) -> str:
 
 
 class _CycleWithoutChunks(RequestResponseCycle):
-    """Answers a client of HTTP/1.0, which does not know chunks: what has no length ends with the connection."""
+    """Response to an HTTP/1.0 client, which lacks chunked encoding: a stream ends with the connection."""
 
     _has_length = False
 
     async def send(self, message: Any) -> None:
-        """Send a part of the answer."""
+        """Send a part of the response."""
         if message["type"] == "http.response.start":
             self._has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", []))
             self.chunked_encoding = None if self._has_length else False
         elif not self._has_length:
-            self.expected_content_length = len(message.get("body", b""))  # whatever comes is right
+            self.expected_content_length = len(message.get("body", b""))  # any length is right
         await super().send(message)
 
 
 class _Protocol(HttpToolsProtocol):
-    """HTTP with an end to headers, in bytes and in time: they are kept until the last one is there."""
+    """HTTP protocol that caps size and arrival time of headers, which are buffered until they are complete."""
 
-    _unparsed = 0  # bytes since a request, or a part of its body, was last complete
-    _head: asyncio.TimerHandle | None = None  # ends the time for headers that are waited for
+    _unparsed = 0  # bytes since the last complete headers or part of a body
+    _header_timeout: asyncio.TimerHandle | None = None  # timeout of incomplete headers
 
-    def __init__(self, *, head_seconds: float, **options: Any) -> None:
-        """Take what uvicorn gives, and the most seconds that headers take."""
+    def __init__(self, *, header_seconds: float, **options: Any) -> None:
+        """Add the maximum time of headers to uvicorn's own options."""
         super().__init__(**options)
-        self._head_seconds = head_seconds
+        self._header_seconds = header_seconds
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
-        """Wait for the headers of the first request."""
+        """Start the timeout for the headers of the first request."""
         super().connection_made(transport)
-        self._wait_for_head()
+        self._start_header_timeout()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait no more."""
-        self._head_came()
+        """Cancel the timeout."""
+        self._cancel_header_timeout()
         super().connection_lost(exc)
 
-    def _wait_for_head(self) -> None:
-        if self._head is None:
-            self._head = self.loop.call_later(self._head_seconds, self.transport.close)
+    def _start_header_timeout(self) -> None:
+        if self._header_timeout is None:
+            self._header_timeout = self.loop.call_later(self._header_seconds, self.transport.close)
 
-    def _head_came(self) -> None:
-        if self._head is not None:
-            self._head.cancel()
-            self._head = None
+    def _cancel_header_timeout(self) -> None:
+        if self._header_timeout is not None:
+            self._header_timeout.cancel()
+            self._header_timeout = None
 
     def data_received(self, data: bytes) -> None:
-        """Read what came, unless it is too much of what is no body."""
+        """Parse received bytes, and refuse headers that are too large."""
         self._unparsed += len(data)
         super().data_received(data)
-        if self._unparsed > _HEADER_BYTES and not self.transport.is_closing():
+        if self._unparsed > _MAX_HEADER_BYTES and not self.transport.is_closing():
             self.send_400_response("The headers are too large.")
         elif self.cycle is None or self.cycle.response_complete:
-            self._wait_for_head()
+            self._start_header_timeout()
 
     def eof_received(self) -> bool:  # type: ignore[override]  # uvicorn's own always closes
-        """Keep the connection of a client that has sent its whole request and waits for the answer; close any other."""
+        """Keep the connection of a client that has sent its whole request and waits for the response; close others."""
         cycle = self.cycle
         if cycle is None or cycle.response_complete or cycle.more_body:
             return False
         cycle.keep_alive = False
         if cycle.scope["http_version"] == "1.1" and not cycle.response_started and not self.pipeline:
-            # A client that has closed its socket altogether answers any bytes with a reset; HTTP lets us send these.
+            # If the client has closed its socket completely, its system responds to any bytes with a reset. HTTP allows
+            # to send these.
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._close_when_reset()
         return True
 
     def _close_when_reset(self) -> None:
-        """Look now and then whether the client is still there: after the end of its input, nothing else says it."""
+        """Check for a reset at intervals: after the end of the input, nothing else reveals that the client is gone."""
         if self.transport.is_closing():
             return
         if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
@@ -133,15 +133,15 @@ class _Protocol(HttpToolsProtocol):
         self.loop.call_later(_RESET_SECONDS, self._close_when_reset)
 
     def on_headers_complete(self) -> None:
-        """Begin the request."""
+        """Start the request."""
         self._unparsed = 0
-        self._head_came()
+        self._cancel_header_timeout()
         super().on_headers_complete()
         if self.cycle is not None and self.cycle.scope["http_version"] == "1.0":
-            self.cycle.__class__ = _CycleWithoutChunks  # before it sends: its task has not begun
+            self.cycle.__class__ = _CycleWithoutChunks  # its task has not started yet, so nothing was sent
 
     def on_body(self, body: bytes) -> None:
-        """Take a part of the body, which the application limits."""
+        """Receive a part of the body, whose size the application limits."""
         self._unparsed = 0
         super().on_body(body)
 
@@ -152,50 +152,50 @@ class _Protocol(HttpToolsProtocol):
 
 
 def stop_at_once(sig: int) -> NoReturn:
-    """End the process quietly after a second signal, with the exit code that a shell shows for it.
+    """Exit immediately after a second signal, with the exit code that a shell shows for it.
 
-    Unwinding would print a traceback for each answer that is broken off. The server writes no files.
+    Unwinding would print a traceback for each interrupted response. The server writes no files.
     """
     os._exit(128 + sig)
 
 
 class Server(uvicorn.Server):
-    """A server that, asked to stop, refuses new requests and lets the running ones end.
+    """A server that refuses new requests and finishes the active ones when it is stopped.
 
-    It goes on to listen meanwhile, so that clients and load balancers are told instead of turned away. A second signal
-    ends it at once.
+    It keeps listening meanwhile, so that clients and load balancers get an error instead of a refused connection. A
+    second signal exits immediately.
     """
 
     def __init__(
         self,
         config: uvicorn.Config,
-        gate: Gate,
+        shutdown: ShutdownState,
         *,
         grace: float,
-        end_stories: Callable[[], None],
-        tell: Callable[[str], None],
+        cancel_all: Callable[[], None],
+        log: Callable[[str], None],
     ) -> None:
         super().__init__(config)
-        self._gate, self._grace, self._end_stories, self._tell = gate, grace, end_stories, tell
+        self._state, self._grace, self._cancel_all, self._log = shutdown, grace, cancel_all, log
         self._deadline = 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to stop."""
-        if self._gate.closed:
+        """Start the shutdown."""
+        if self._state.stopping:
             stop_at_once(sig)
-        self._gate.closed = True
+        self._state.stopping = True
         self._deadline = time.monotonic() + self._grace
-        if self._gate.inside:
-            self._tell(f"stopping: what runs has {self._grace:g} s to end; again to stop at once")
+        if self._state.active:
+            self._log(f"stopping: active requests have {self._grace:g} s to finish; press Ctrl-C again to stop now")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End what still runs, so that its clients are told, and close."""
-        await asyncio.to_thread(self._end_stories)
+        """Cancel what still runs, so that its clients get an error, and close."""
+        await asyncio.to_thread(self._cancel_all)
         await super().shutdown(sockets)
 
     async def on_tick(self, counter: int) -> bool:
-        """Exit when nothing runs any more, or the time for that has passed."""
-        if self._gate.closed and (not self._gate.inside or time.monotonic() >= self._deadline):
+        """Exit when no request is active, or the grace period has passed."""
+        if self._state.stopping and (not self._state.active or time.monotonic() >= self._deadline):
             self.should_exit = True
         return await super().on_tick(counter)
 
@@ -203,34 +203,34 @@ class Server(uvicorn.Server):
 def run(
     app: FastAPI,
     listening: socket.socket,
-    gate: Gate,
+    shutdown: ShutdownState,
     *,
-    head_seconds: float,
+    header_seconds: float,
     grace: float,
-    end_stories: Callable[[], None],
-    tell: Callable[[str], None],
+    cancel_all: Callable[[], None],
+    log: Callable[[str], None],
 ) -> None:
-    """Serve ``app`` until a signal comes.
+    """Serve ``app`` until a signal arrives.
 
     Args:
         app: the application.
-        listening: where clients come in.
-        gate: that the application was built with.
-        head_seconds: most seconds in which the headers of a request come; then the connection is closed.
-        grace: seconds that running requests have to end.
-        end_stories: ends what still runs after these.
-        tell: is given lines for the user.
+        listening: the socket to accept connections from.
+        shutdown: that the application was built with.
+        header_seconds: time for the headers of a request to arrive; then the connection is closed.
+        grace: seconds for active requests to finish.
+        cancel_all: cancels what still runs after these.
+        log: prints a line for the user.
     """
     config = uvicorn.Config(
         app,
-        http=partial(_Protocol, head_seconds=head_seconds),  # type: ignore[arg-type]  # all that is asked is a call
+        http=partial(_Protocol, header_seconds=header_seconds),  # type: ignore[arg-type]  # only called
         log_level="warning",
         access_log=False,
         ws="none",
         proxy_headers=False,
         server_header=False,
-        timeout_graceful_shutdown=_LAST_SECONDS,
+        timeout_graceful_shutdown=_FLUSH_SECONDS,
     )
     sys.setswitchinterval(_SWITCH_SECONDS)
-    server = Server(config, gate, grace=grace, end_stories=end_stories, tell=tell)
+    server = Server(config, shutdown, grace=grace, cancel_all=cancel_all, log=log)
     server.run(sockets=[listening])

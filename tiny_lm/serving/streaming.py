@@ -1,4 +1,4 @@
-"""Answers that are sent while they are made, and clients that go away."""
+"""Streamed responses, and clients that disconnect."""
 
 import asyncio
 import time
@@ -16,11 +16,11 @@ from tiny_lm.serving.limits import Limits
 _T = TypeVar("_T")
 
 _SLOW_READER_SECONDS = 5
-"""So long after its time a request is dropped whose client does not even read that its time is up."""
+"""How long after its timeout a request is dropped whose client does not read even the error."""
 
 
 class TextStream(StreamingResponse):
-    """Sends what is made of a generation, which ends with the response, whatever ends that."""
+    """Streams a generation, which is cancelled when the response ends, for whatever reason."""
 
     def __init__(self, lines: AsyncIterator[str], generation: Generation, media_type: str) -> None:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -28,7 +28,7 @@ class TextStream(StreamingResponse):
         self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until all is said, the client is gone, or its time is up."""
+        """Send until the generation has ended, the client disconnects, or the request times out."""
         try:
             with suppress(asyncio.TimeoutError):
                 seconds = self._generation.seconds + _SLOW_READER_SECONDS
@@ -38,10 +38,10 @@ class TextStream(StreamingResponse):
 
 
 async def while_connected(request: HttpRequest, generation: Generation, work: Coroutine[Any, Any, _T]) -> _T:
-    """Wait for ``work`` on ``generation``, but no longer than the client of ``request`` does.
+    """Wait for ``work`` on ``generation`` as long as the client is connected.
 
     Raises:
-        ClientDisconnectedError: it went away.
+        ClientDisconnectedError: it disconnected.
     """
     try:
         return await _wait(request, work, None)
@@ -50,10 +50,10 @@ async def while_connected(request: HttpRequest, generation: Generation, work: Co
 
 
 async def prepare(request: HttpRequest, limits: Limits, work: Coroutine[Any, Any, _T]) -> _T:
-    """Wait for ``work`` that comes before the generation, as long as the client does and the time of a request lasts.
+    """Wait for ``work`` that precedes generation, as long as the client is connected and the request has time left.
 
     Raises:
-        ClientDisconnectedError: the client went away.
+        ClientDisconnectedError: the client disconnected.
         RequestTimeoutError: the time of the request has passed.
     """
     return await _wait(request, work, seconds_left(request, limits))
@@ -66,17 +66,17 @@ def seconds_left(request: HttpRequest, limits: Limits) -> float:
 
 
 async def _wait(request: HttpRequest, work: Coroutine[Any, Any, _T], seconds: float | None) -> _T:
-    answer, gone = asyncio.ensure_future(work), asyncio.ensure_future(_until_gone(request))
+    result, disconnected = asyncio.ensure_future(work), asyncio.ensure_future(_until_disconnected(request))
     try:
-        await asyncio.wait((answer, gone), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if answer.done():
-            return answer.result()
-        raise ClientDisconnectedError if gone.done() else RequestTimeoutError
+        await asyncio.wait((result, disconnected), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if result.done():
+            return result.result()
+        raise ClientDisconnectedError if disconnected.done() else RequestTimeoutError
     finally:
-        answer.cancel()
-        gone.cancel()
+        result.cancel()
+        disconnected.cancel()
 
 
-async def _until_gone(request: HttpRequest) -> None:
+async def _until_disconnected(request: HttpRequest) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

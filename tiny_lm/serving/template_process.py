@@ -1,4 +1,4 @@
-"""Rendering a chat template in a process of its own, with an end in time and memory."""
+"""Rendering chat templates in a child process with limits of time and memory."""
 
 import asyncio
 import json
@@ -17,33 +17,33 @@ _COMMAND = "from tiny_lm.serving.template_worker import main; main()"
 _PACKAGE_PARENT = Path(__file__).parents[2]
 
 _START_SECONDS = 60.0
-"""Most time for Python and Jinja to start, on a busy machine."""
+"""Timeout for starting Python and Jinja, on a busy machine."""
 
 
 class TemplateFailedError(Exception):
-    """A chat template took more time or memory than it may, so its process was ended."""
+    """A chat template exceeded its limits of time or memory, so its process was killed."""
 
 
 class TemplateProcess:
-    """Renders one template in a child process, which is started again after a rendering that had to be ended."""
+    """Renders one template in a child process, which is restarted after it had to be killed."""
 
     def __init__(self, source: str) -> None:
         """Start the process and compile ``source``.
 
         Raises:
             UserError: it does not compile.
-            TemplateFailedError: compiling takes more time or memory than it may.
+            TemplateFailedError: compiling exceeds the limits of time or memory.
         """
         self._source = source
-        self._lock = threading.Lock()  # held while a request is answered
-        self._children: list[subprocess.Popen[str]] = []  # one, or none
+        self._lock = threading.Lock()  # held while a request is handled
+        self._children: list[subprocess.Popen[str]] = []  # one or none
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="chat-template")
         self._close = weakref.finalize(self, _end, self._children, self._executor)
         with self._lock:
             self._start()
 
     def close(self) -> None:
-        """End the process and whatever it renders."""
+        """Kill the process."""
         self._close()
 
     def render(self, **values: Any) -> str:
@@ -51,30 +51,30 @@ class TemplateProcess:
 
         Raises:
             UserError: the template refuses ``values``.
-            TemplateFailedError: it takes more time or memory than it may.
+            TemplateFailedError: it exceeds its limits of time or memory.
         """
         return self._render(values, threading.Event())
 
     async def render_async(self, **values: Any) -> str:
-        """Render in a thread of this template; where the caller is cancelled, what it waits for is ended.
+        """Render in a thread of this template; kill the process if the caller is cancelled.
 
         Raises:
             UserError, TemplateFailedError: as :meth:`render`.
         """
-        given_up = threading.Event()
-        job = self._executor.submit(self._render, values, given_up)
+        cancelled = threading.Event()
+        job = self._executor.submit(self._render, values, cancelled)
         try:
             return await asyncio.wrap_future(job)
         except asyncio.CancelledError:
-            given_up.set()
+            cancelled.set()
             if job.running():
                 _kill(self._children)
             raise
 
-    def _render(self, values: dict[str, Any], given_up: threading.Event) -> str:
+    def _render(self, values: dict[str, Any], cancelled: threading.Event) -> str:
         with self._lock:
-            if given_up.is_set():
-                raise TemplateFailedError("nobody waits for this chat any more")
+            if cancelled.is_set():
+                raise TemplateFailedError("the request was cancelled")
             if not self._children or self._children[0].poll() is not None:
                 self._start()
             return self._exchange(values, RENDER_SECONDS)
@@ -95,17 +95,17 @@ class TemplateProcess:
         self._exchange({"source": self._source}, _START_SECONDS)
 
     def _exchange(self, request: dict[str, Any], seconds: float) -> str:
-        """Send one request, and end the process where the answer does not come in time."""
+        """Send one request, and kill the process if the response does not come in time."""
         [child] = self._children
         assert child.stdin is not None and child.stdout is not None
-        late = threading.Event()
+        timed_out = threading.Event()
 
-        def end() -> None:
-            late.set()
+        def kill() -> None:
+            timed_out.set()
             child.kill()
 
-        # The child's own timer is faster where the system has it.
-        timer = threading.Timer(seconds + 1, end)
+        # The child's own timer fires first, on systems that have one.
+        timer = threading.Timer(seconds + 1, kill)
         timer.daemon = True
         timer.start()
         line = ""
@@ -118,13 +118,13 @@ class TemplateProcess:
         finally:
             timer.cancel()
         if line.endswith("\n"):
-            answer: dict[str, str] = json.loads(line)
-            if "error" in answer:
-                raise UserError(answer["error"])
-            return answer["text"]
+            response: dict[str, str] = json.loads(line)
+            if "error" in response:
+                raise UserError(response["error"])
+            return response["text"]
         child.kill()
         exit_code = child.wait()
-        took_too_long = late.is_set() or exit_code == -_SIGALRM
+        took_too_long = timed_out.is_set() or exit_code == -_SIGALRM
         limit = f"took longer than {RENDER_SECONDS:g} seconds" if took_too_long else "crashed or ran out of memory"
         raise TemplateFailedError(f"the chat template of this model {limit}, so it was stopped")
 
@@ -138,7 +138,7 @@ def _kill(children: list["subprocess.Popen[str]"]) -> None:
 
 
 def _reap(children: list["subprocess.Popen[str]"]) -> None:
-    """End processes and close their pipes."""
+    """Kill processes and close their pipes."""
     _kill(children)
     for child in children:
         child.communicate()

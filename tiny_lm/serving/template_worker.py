@@ -1,7 +1,7 @@
-"""The child process that renders chat templates: a downloaded template is a program, so it runs where it can be ended.
+"""The child process that renders chat templates: a downloaded template is a program, so it runs where it can be killed.
 
 It imports nothing of the package but this file. Each line on standard input is a request in JSON, the first one the
-template itself, and each is answered by a line on standard output.
+template itself; each gets a line on standard output in response.
 """
 
 import json
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
     from jinja2 import Template
 
 RENDER_SECONDS = 5.0
-"""Most time of one rendering; usual templates take less than a millisecond."""
+"""Timeout of one rendering; usual templates take less than a millisecond."""
 
 MAX_OUTPUT = 2**22
-"""Most characters of a rendered prompt: four times the largest request body."""
+"""Characters of a rendered prompt: four times the largest request body."""
 
 _MEMORY_BYTES = 2**29
-"""Most address space of this process, of which Python and Jinja take about 50 MB."""
+"""Address space of this process, of which Python and Jinja take about 50 MB."""
 
 _MAX_ERROR = 300
 
 
 def main() -> None:
     """Compile the template of the first line, then render the messages of each further one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which closes our input
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which closes standard input
     import jinja2.sandbox  # before memory is limited
 
     _limit_memory()
@@ -46,8 +46,8 @@ def main() -> None:
 
     work = compile_template
     for line in sys.stdin:
-        answer = _answer(work, json.loads(line), jinja2.TemplateError)
-        sys.stdout.write(json.dumps(answer) + "\n")
+        response = _respond(work, json.loads(line), jinja2.TemplateError)
+        sys.stdout.write(json.dumps(response) + "\n")
         sys.stdout.flush()
         work = render
 
@@ -60,10 +60,12 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
 
 
-def _answer(work: Callable[[dict[str, Any]], str], request: dict[str, Any], refusal: type[Exception]) -> dict[str, str]:
-    """Return the text that ``work`` makes of a request, or why it failed; the process dies where it takes too long."""
+def _respond(
+    work: Callable[[dict[str, Any]], str], request: dict[str, Any], refusal: type[Exception]
+) -> dict[str, str]:
+    """Return the text that ``work`` makes of a request, or its error; the process dies if it takes too long."""
     if hasattr(signal, "setitimer"):
-        # The default action ends the process even inside one long call into C, and where our parent is dead.
+        # The default action ends the process even inside a long call into C, and after its parent has died.
         signal.setitimer(signal.ITIMER_REAL, RENDER_SECONDS)
     try:
         return {"text": work(request)}
@@ -88,7 +90,7 @@ def _environment() -> Any:
 
 
 def _render(template: "Template", request: dict[str, Any]) -> str:
-    """Render messages, and stop where a template writes without end."""
+    """Render messages, and stop a template that writes without end."""
     parts, size = [], 0
     for part in template.generate(**request):
         parts.append(part)
@@ -96,7 +98,7 @@ def _render(template: "Template", request: dict[str, Any]) -> str:
         if size > MAX_OUTPUT:
             raise ValueError(f"it writes more than {MAX_OUTPUT:,} characters")
     text = "".join(parts)
-    text.encode()  # a template can write lone surrogates, which no tokenizer encodes
+    text.encode()  # fails on lone surrogates, which no tokenizer encodes
     return text
 
 

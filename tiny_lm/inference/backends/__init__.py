@@ -1,1 +1,1 @@
-"""Layouts of the model in which decoding is fast on a CPU."""
+"""Copies of the model whose layers are optimized for decoding on a CPU."""

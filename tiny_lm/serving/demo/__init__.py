@@ -1,4 +1,4 @@
-"""A page in the browser on which models tell stories; it asks nothing of any other machine."""
+"""The demo: a page in the browser on which models write stories, without requests to other machines."""
 
 from tiny_lm.serving.demo.server import serve_demo
 

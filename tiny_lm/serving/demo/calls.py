@@ -1,4 +1,4 @@
-"""Calls of the page's events, checked before Gradio sees them: forged ones make it print tracebacks."""
+"""Validation of event calls before Gradio handles them: forged ones make it print tracebacks."""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ _SESSION_CHARACTERS = 64
 
 
 class Calls:
-    """The events of a page that have a function behind them, and the values that each takes."""
+    """The events of a page that call a function, and the inputs of each."""
 
     def __init__(self, page: "gradio.Blocks") -> None:
         self._inputs: dict[int, list[Any]] = {
@@ -18,7 +18,7 @@ class Calls:
         }
 
     def problem(self, body: bytes) -> str | None:
-        """Return what is wrong with the body of a call, or None where the page itself could have sent it."""
+        """Return what is wrong with the body of a call, or None if the page itself could have sent it."""
         try:
             call = json.loads(body)
         except (ValueError, RecursionError):
@@ -38,20 +38,22 @@ class Calls:
         if not isinstance(values, list) or len(values) != len(inputs):
             return f"data: must be a list of {len(inputs)} values"
         wrong = [
-            str(component.label) for component, value in zip(inputs, values, strict=True) if not _fits(component, value)
+            str(component.label)
+            for component, value in zip(inputs, values, strict=True)
+            if not _is_valid(component, value)
         ]
-        return f"data: {wrong[0]!r} does not admit this value" if wrong else None
+        return f"data: {wrong[0]!r} does not accept this value" if wrong else None
 
 
-def _fits(component: Any, value: object) -> bool:
-    """Return whether a component of the page could hold ``value``."""
+def _is_valid(component: Any, value: object) -> bool:
+    """Return whether ``value`` is a possible value of a component."""
     import gradio as gr
 
     if isinstance(component, gr.Slider):
-        kinds = (int,) if isinstance(component.step, int) else (int, float)
-        return isinstance(value, kinds) and type(value) is not bool and component.minimum <= value <= component.maximum
+        types = (int,) if isinstance(component.step, int) else (int, float)
+        return isinstance(value, types) and type(value) is not bool and component.minimum <= value <= component.maximum
     if not isinstance(value, str) or any(0xD800 <= ord(character) <= 0xDFFF for character in value):
         return False
     if isinstance(component, gr.Dropdown):
         return value in [choice for _, choice in component.choices]
-    return True  # too long a text gets an answer in words from the event itself
+    return True  # for a text that is too long, the event itself returns a readable error

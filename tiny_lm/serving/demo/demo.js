@@ -1,16 +1,16 @@
 const sheet = element.querySelector(".sheet"), find = (name) => sheet.querySelector(name);
 const story = find(".story"), text = find(".tokens"), note = find(".note"), resting = note.innerHTML;
-let number = 0, tokens = [], told;
+let number = 0, tokens = [], completion;
 
-const begin = (view) => {
+const reset = (view) => {
   number = view.story;
   sheet.dataset.story = number;
   tokens = [];
-  told = document.createTextNode("");
-  const beginning = () => surprise.make("b", view.prompt);
+  completion = document.createTextNode("");
+  const prompt = () => surprise.make("b", view.prompt);
   find(".model").textContent = view.model;
-  story.replaceChildren(beginning(), told);
-  text.replaceChildren(beginning());
+  story.replaceChildren(prompt(), completion);
+  text.replaceChildren(prompt());
   note.innerHTML = resting;
 };
 
@@ -25,9 +25,9 @@ const show = () => {
   const view = props.value;
   sheet.dataset.state = view.state;
   if (view.state === "none") return;
-  if (view.story !== number) begin(view);
-  told.data = view.text;
-  view.tokens.slice(tokens.length).forEach((token, place) => add(token, tokens.length + place));
+  if (view.story !== number) reset(view);
+  completion.data = view.text;
+  view.tokens.slice(tokens.length).forEach((token, index) => add(token, tokens.length + index));
   tokens = view.tokens;
   find(".facts").textContent = view.facts;
 };

@@ -1,4 +1,4 @@
-"""The server behind the page: on this machine only, and no more of Gradio's routes than the page uses."""
+"""The server of the page: on this machine only, and with no more of Gradio's routes than the page uses."""
 
 import logging
 import socket
@@ -22,22 +22,22 @@ _ICON = Path(__file__).parent / "favicon.svg"
 
 _log = logging.getLogger("uvicorn.error")
 
-_BODY_LIMIT = 64 * 2**10
-_PATH_LIMIT = 250
-_OPEN = {
+_MAX_BODY_BYTES = 64 * 2**10
+_MAX_PATH_LENGTH = 250
+_ALLOWED_PATHS = {
     "GET": (
         "/assets/", "/static/", "/theme.css", "/favicon.ico", "/manifest.json",
         "/gradio_api/queue/data", "/gradio_api/heartbeat/",
     ),
     "POST": ("/gradio_api/queue/join", "/gradio_api/run/predict"),
 }  # fmt: skip
-"""What the page asks for. Gradio has routes for much more: files, uploads, an API."""
+"""The routes that the page uses. Gradio has many more: files, uploads, an API."""
 
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data:; font-src 'self' data:; object-src 'none'; frame-ancestors 'none'; form-action 'none'"
 )
-"""The browser itself keeps the page from asking anything of other machines."""
+"""With it the browser blocks requests of the page to other machines."""
 
 _HEADERS = [
     (b"content-security-policy", _POLICY.encode()),
@@ -50,15 +50,15 @@ _Receive = Callable[[], Awaitable[dict[str, Any]]]
 _Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 
-class Gate:
-    """Lets through what the page itself asks for and refuses the rest, before Gradio sees it."""
+class RouteAllowlist:
+    """Passes what the page itself requests to Gradio, and refuses everything else."""
 
     def __init__(self, app: Any, port: int, calls: Calls) -> None:
-        """Stand before ``app``, an ASGI application at ``port`` of this machine whose events are ``calls``."""
+        """Wrap ``app``, an ASGI application at ``port`` of this machine whose events are ``calls``."""
         self._app, self._port, self._calls = app, port, calls
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
-        """Answer one connection."""
+        """Handle one connection."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
@@ -86,60 +86,60 @@ class Gate:
             receive = _replay(body, receive)
         try:
             await self._app(scope, receive, send_with_headers)
-        except Exception as error:  # Gradio raises where a client asks for what is not there any more
+        except Exception as error:  # Gradio raises if a client requests what no longer exists
             _log.warning("%s %s failed (%s)", scope["method"], scope["path"][:100], type(error).__name__)
             if not started:
                 await _refuse(send, 500)
 
     def _refusal(self, scope: _Scope) -> int:
-        """Return the status with which a request is refused; 0: it is not."""
+        """Return the status of the refusal; 0 if the request is allowed."""
         headers = dict(scope["headers"])
         names = [name for name, _ in scope["headers"]]
-        if names.count(b"host") != 1 or not self._is_ours(headers[b"host"]):
-            return 421  # another name that leads here: a page elsewhere tries to reach us through it
-        if b"origin" in headers and not self._is_ours(headers[b"origin"].removeprefix(b"http://")):
-            return 403  # a page elsewhere
+        if names.count(b"host") != 1 or not self._is_this_machine(headers[b"host"]):
+            return 421  # DNS rebinding: a page of another site uses its own name for this machine
+        if b"origin" in headers and not self._is_this_machine(headers[b"origin"].removeprefix(b"http://")):
+            return 403  # a page of another site
         path, method = scope["path"], scope["method"].replace("HEAD", "GET")
         is_page = path == "/" and method == "GET"
-        if len(path) > _PATH_LIMIT:
+        if len(path) > _MAX_PATH_LENGTH:
             return 404
-        if not is_page and (".." in path or not path.startswith(_OPEN.get(method, ()))):
+        if not is_page and (".." in path or not path.startswith(_ALLOWED_PATHS.get(method, ()))):
             return 404
         if method == "POST" and not _is_small(headers.get(b"content-length", b"")):
             return 413
         return 0
 
-    def _is_ours(self, address: bytes) -> bool:
-        """Return whether an address names this machine, at the port of the page."""
+    def _is_this_machine(self, address: bytes) -> bool:
+        """Return whether an address is that of the page."""
         text = address.decode("latin-1")
         return host_name(text) in (HOST, "localhost") and text.endswith(f":{self._port}")
 
 
 def _is_small(length: bytes) -> bool:
-    return length.isdigit() and int(length) <= _BODY_LIMIT
+    return length.isdigit() and int(length) <= _MAX_BODY_BYTES
 
 
 async def _read_body(receive: _Receive) -> bytes | None:
-    """Return a whole body, or None where it is larger than admitted."""
+    """Return the whole body, or None if it is too large."""
     body, more = b"", True
     while more:
         message = await receive()
         body += message.get("body", b"")
         more = message.get("more_body", False)
-        if len(body) > _BODY_LIMIT:
+        if len(body) > _MAX_BODY_BYTES:
             return None
     return body
 
 
 def _replay(body: bytes, receive: _Receive) -> _Receive:
-    """Return a ``receive`` that gives ``body`` first."""
-    given = False
+    """Return a ``receive`` that returns ``body`` first."""
+    sent = False
 
     async def replayed() -> dict[str, Any]:
-        nonlocal given
-        if given:
+        nonlocal sent
+        if sent:
             return await receive()
-        given = True
+        sent = True
         return {"type": "http.request", "body": body, "more_body": False}
 
     return replayed
@@ -152,34 +152,34 @@ async def _refuse(send: _Send, status: int, detail: str = "") -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-def build_app(tellers: DemoBackend, port: int) -> Gate:
+def build_app(backend: DemoBackend, port: int) -> RouteAllowlist:
     """Return the page as an ASGI application for ``port`` of this machine."""
     import fastapi
     import gradio as gr
 
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    page = build_page(tellers)
+    page = build_page(backend)
     gr.mount_gradio_app(
         app, page, "/", theme=build_theme(), head=f"<style>{page_style()}</style>",
         favicon_path=str(_ICON), server_name=HOST, server_port=port, footer_links=[], show_error=False,
         max_file_size=1, run_history=False, enable_monitoring=False, mcp_server=False, ssr_mode=False, pwa=False,
     )  # fmt: skip
-    return Gate(app, port, Calls(page))
+    return RouteAllowlist(app, port, Calls(page))
 
 
 def serve_demo(models: Mapping[str, TextGenerator], port: int, *, on_start: Callable[[str], None]) -> None:
     """Serve the page on this machine until the process is interrupted.
 
     Args:
-        models: who tells, by the names of the menu.
-        port: where; 0 for any that is free.
-        on_start: is given the address once the page can be opened.
+        models: by the names that the page shows.
+        port: to listen at; 0 chooses a free one.
+        on_start: called with the URL once the page can be opened.
 
     Raises:
-        UserError: the port is taken, or Gradio is not installed.
+        UserError: the port is in use, or Gradio is not installed.
     """
     try:
-        import gradio  # noqa: F401  (heavy: fails here, before models start)
+        import gradio  # noqa: F401  (fails here if it is missing, before the models start)
         import uvicorn
     except ImportError:
         raise UserError("the demo needs Gradio: pip install 'tiny-lm[demo]'") from None
@@ -196,12 +196,12 @@ def serve_demo(models: Mapping[str, TextGenerator], port: int, *, on_start: Call
             super().handle_exit(sig, frame)
 
     with listen(HOST, port) as listening:
-        tellers = DemoBackend(models)
+        backend = DemoBackend(models)
         try:
-            app: Any = build_app(tellers, listening.getsockname()[1])
+            app: Any = build_app(backend, listening.getsockname()[1])
             config = uvicorn.Config(
                 app, log_level="warning", ws="none", timeout_graceful_shutdown=2, limit_concurrency=200
             )
             Server(config).run(sockets=[listening])
         finally:
-            tellers.close()
+            backend.close()

@@ -1,4 +1,4 @@
-"""Gradio's parts in the colours and typefaces of our pages, for both schemes."""
+"""Gradio theme with the colors and fonts of our pages, light and dark."""
 
 from typing import TYPE_CHECKING
 
@@ -8,8 +8,8 @@ if TYPE_CHECKING:
 _SANS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "sans-serif"]
 _MONO = ["ui-monospace", "SF Mono", "Menlo", "Consolas", "Liberation Mono", "monospace"]
 
-# The variables are those of tiny_lm/pages/page.css, which change with the scheme themselves.
-_COLOURS = {
+# The variables are those of tiny_lm/pages/page.css, which adapt to the color scheme themselves.
+_COLORS = {
     "body_background_fill": "var(--paper)",
     "body_text_color": "var(--ink)",
     "body_text_color_subdued": "var(--soft)",
@@ -63,7 +63,7 @@ _COLOURS = {
     "error_icon_color": "var(--val)",
 }
 _SIZES = {
-    "color_accent": "var(--train)",  # has no second value for the dark scheme
+    "color_accent": "var(--train)",  # has no separate value for the dark scheme
     "block_border_width": "0px",
     "block_label_border_width": "0px",
     "block_title_border_width": "0px",
@@ -90,10 +90,10 @@ _SIZES = {
 
 
 def build_theme() -> "Base":
-    """Return the theme; its typefaces are those that the machine has, so that none is fetched."""
+    """Return the theme; it uses system fonts, so that none is downloaded."""
     from gradio.themes import Base
     from gradio.themes.utils import sizes
 
-    dark = {f"{name}_dark": value for name, value in _COLOURS.items()}
+    dark = {f"{name}_dark": value for name, value in _COLORS.items()}
     theme = Base(font=_SANS, font_mono=_MONO, radius_size=sizes.radius_md, text_size=sizes.text_md)
-    return theme.set(**_COLOURS, **dark, **_SIZES)
+    return theme.set(**_COLORS, **dark, **_SIZES)

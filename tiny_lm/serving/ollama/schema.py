@@ -1,33 +1,33 @@
-"""What requests to the API of Ollama hold, and what its answers do."""
+"""Request and response bodies of Ollama's API."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
-from tiny_lm.serving.limits import PROMPT_CHARACTERS
-from tiny_lm.serving.openai.schema import StopString, Strict
+from tiny_lm.serving.limits import MAX_PROMPT_CHARACTERS
+from tiny_lm.serving.openai.schema import StopString, StrictBody
 
-_Text = Annotated[str, Field(max_length=PROMPT_CHARACTERS)]
+_Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
 _Name = Annotated[str, Field(max_length=1024)]
 
 
-def _admit_nulls(schema: dict[str, Any]) -> None:
-    """Say in the schema of a body that each of its fields may be null."""
+def _make_nullable(schema: dict[str, Any]) -> None:
+    """Declare each field of a body nullable in its schema."""
     for name, field in schema["properties"].items():
         kind = {key: value for key, value in field.items() if key not in ("title", "description", "default")}
         shown = {key: value for key, value in field.items() if key not in kind}
         schema["properties"][name] = {"anyOf": [kind, {"type": "null"}], **shown}
 
 
-class OllamaOptions(Strict):
-    """How to draw tokens; the defaults are Ollama's.
+class OllamaOptions(StrictBody):
+    """Sampling parameters; the defaults are Ollama's.
 
-    Options of its engine alone (``num_ctx`` and so on) are passed over.
+    Options of Ollama's own engine (``num_ctx`` and so on) are ignored.
     """
 
-    model_config = ConfigDict(json_schema_extra=_admit_nulls)
+    model_config = ConfigDict(json_schema_extra=_make_nullable)
 
-    num_predict: int = Field(-1, ge=-(2**31), lt=2**31, description="below 0: as many as the context holds")
+    num_predict: int = Field(-1, ge=-(2**31), lt=2**31, description="negative: as many as the context holds")
     temperature: float = Field(0.8, ge=0, le=100)
     top_k: int = Field(40, ge=-(2**31), lt=2**31, description="0 or less for all tokens")
     top_p: float = Field(0.9, ge=0, le=1)
@@ -35,18 +35,18 @@ class OllamaOptions(Strict):
     repeat_penalty: float = Field(1.1, ge=0.01, le=100)
     presence_penalty: float = Field(0.0, ge=-100, le=100)
     frequency_penalty: float = Field(0.0, ge=-100, le=100)
-    seed: int = Field(-1, description="below 0: another text each time")
+    seed: int = Field(-1, description="negative: a different text each time")
     stop: list[StopString] = Field([], max_length=16)
 
 
-class ModelRequest(Strict):
-    """What every request names."""
+class ModelRequest(StrictBody):
+    """A request that names a model."""
 
     model: _Name = Field(validation_alias=AliasChoices("model", "name"))  # the older name that some clients send
 
 
 class OllamaRequest(ModelRequest):
-    """What both kinds of generation take."""
+    """Fields of generate and chat requests."""
 
     stream: bool | None = None
     options: OllamaOptions | None = None
@@ -57,18 +57,18 @@ class OllamaRequest(ModelRequest):
 
 
 class OllamaGenerateRequest(OllamaRequest):
-    """A beginning that is gone on with."""
+    """Completion request."""
 
     prompt: _Text | None = None
     system: _Text | None = None
-    raw: bool | None = Field(None, description="leave the chat template out")
+    raw: bool | None = Field(None, description="do not apply the chat template")
     suffix: Annotated[str, Field(max_length=0)] | None = Field(None, description="must be empty")
     template: Annotated[str, Field(max_length=0)] | None = Field(None, description="must be empty")
     context: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="must be empty")
     images: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="must be empty")
 
 
-class OllamaMessage(Strict):
+class OllamaMessage(StrictBody):
     """A message of a chat."""
 
     role: Annotated[str, Field(max_length=64)]
@@ -77,14 +77,14 @@ class OllamaMessage(Strict):
 
 
 class OllamaChatRequest(OllamaRequest):
-    """Messages that are answered."""
+    """Chat request."""
 
     messages: Annotated[list[OllamaMessage], Field(max_length=1024)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = Field(None, description="must be empty")
 
 
 class Details(BaseModel):
-    """What kind of model it is."""
+    """Format and family of a model."""
 
     parent_model: str
     format: str
@@ -95,7 +95,7 @@ class Details(BaseModel):
 
 
 class ListedModel(BaseModel):
-    """A model that is served."""
+    """A served model."""
 
     name: str
     model: str
@@ -106,7 +106,7 @@ class ListedModel(BaseModel):
 
 
 class ListedModels(BaseModel):
-    """All models that are served."""
+    """The served models."""
 
     models: list[ListedModel]
 
@@ -125,13 +125,13 @@ class RunningModel(BaseModel):
 
 
 class RunningModelList(BaseModel):
-    """All models in memory, which are all that are served."""
+    """The models in memory, which are all served ones."""
 
     models: list[RunningModel]
 
 
 class ModelInfo(BaseModel):
-    """What there is to know about a model."""
+    """Information about a model."""
 
     modelfile: str
     parameters: str
@@ -143,13 +143,13 @@ class ModelInfo(BaseModel):
 
 
 class Version(BaseModel):
-    """A version."""
+    """Version of the API."""
 
     version: str
 
 
 class Statistics(BaseModel):
-    """What ends an answer; times in nanoseconds."""
+    """Fields of the last line of a response; durations are in nanoseconds."""
 
     model: str
     created_at: str
@@ -164,25 +164,25 @@ class Statistics(BaseModel):
 
 
 class OllamaGenerateResponse(Statistics):
-    """A text that goes on from a prompt."""
+    """Completion response."""
 
     response: str
 
 
 class OllamaResponseMessage(BaseModel):
-    """An answer."""
+    """A reply of the model."""
 
     role: str
     content: str
 
 
 class OllamaChatResponse(Statistics):
-    """An answer to messages."""
+    """Chat response."""
 
     message: OllamaResponseMessage
 
 
 class OllamaErrorResponse(BaseModel):
-    """A request that was refused."""
+    """Error response."""
 
     error: str

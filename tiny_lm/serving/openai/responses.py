@@ -1,4 +1,4 @@
-"""Generated text in the words of OpenAI's API: whole answers, and events of a stream."""
+"""Generated text in the format of OpenAI's API: whole responses, and events of a stream."""
 
 import secrets
 import time
@@ -8,76 +8,75 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tiny_lm.files import to_json
-from tiny_lm.inference.decoding import Drawn
-from tiny_lm.inference.scoring import ReadToken
-from tiny_lm.serving.errors import describe, error_body
-from tiny_lm.serving.generation import Choice, Generation
+from tiny_lm.inference.request import TokenLogprobs
+from tiny_lm.serving.errors import describe_error, error_body
+from tiny_lm.serving.generation import Generation
 from tiny_lm.serving.models import ServedModel
-from tiny_lm.serving.scheduler import StreamChunk
+from tiny_lm.serving.request_handle import StreamChunk
 from tiny_lm.tokenizer import StreamDecoder, Tokenizer
 
-_LEAST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON lacks."""
+_MIN_LOGPROB = -9999.0
+"""Replaces minus infinity, which JSON cannot express."""
 
 
-class Answers(ABC):
-    """Puts the texts of one request into words.
+class ResponseFormatter(ABC):
+    """Formats the generated texts of one request.
 
     Attributes:
-        prefix: of the id.
-        whole_object: the ``object`` of a whole answer.
-        event_object: the ``object`` of an event.
+        id_prefix: of the response's id.
+        response_object: ``object`` of a whole response.
+        event_object: ``object`` of an event.
     """
 
-    prefix: ClassVar[str]
-    whole_object: ClassVar[str]
+    id_prefix: ClassVar[str]
+    response_object: ClassVar[str]
     event_object: ClassVar[str]
 
-    def __init__(self, model: ServedModel, *, tells_logprobs: bool) -> None:
+    def __init__(self, model: ServedModel, *, logprobs: bool) -> None:
         self._tokenizer = model.generator.tokenizer
-        self._tells_logprobs = tells_logprobs
+        self._has_logprobs = logprobs
         self._head = {
-            "id": f"{self.prefix}-{secrets.token_hex(12)}",
+            "id": f"{self.id_prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": model.name,
         }
 
     @abstractmethod
-    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        """Return a finished text."""
+    def choice(self, index: int, result: StreamChunk) -> dict[str, Any]:
+        """Return a whole text as a choice."""
 
     @abstractmethod
-    def beginning(self) -> list[dict[str, Any]]:
-        """Return the choices that a stream begins with, before anything is generated."""
+    def first_choices(self) -> list[dict[str, Any]]:
+        """Return the choices that a stream starts with, before anything is generated."""
 
     @abstractmethod
-    def piece(self, index: int, piece: StreamChunk) -> dict[str, Any]:
-        """Return a piece of a text as a choice of an event."""
+    def delta(self, index: int, chunk: StreamChunk) -> dict[str, Any]:
+        """Return a chunk as a choice of an event."""
 
-    def _likeliest(self, token: Drawn | ReadToken) -> list[tuple[int, float]]:
-        """Return the likeliest tokens in the place of one; the model may have rows that are no token."""
+    def _top_logprobs(self, token: TokenLogprobs) -> list[tuple[int, float]]:
+        """Return the likeliest alternatives without ids beyond the tokenizer, which the model may have."""
         return [(id_, logprob) for id_, logprob in token.top if id_ < self._tokenizer.vocab_size]
 
-    def whole(self, choices: Sequence[Choice], generation: Generation) -> dict[str, Any]:
-        """Return an answer that comes whole."""
-        told = [self.choice(index, choice) for index, choice in enumerate(choices)]
-        return {**self._head, "object": self.whole_object, "choices": told, "usage": _usage(generation)}
+    def response(self, results: Sequence[StreamChunk], generation: Generation) -> dict[str, Any]:
+        """Return a whole response."""
+        choices = [self.choice(index, result) for index, result in enumerate(results)]
+        return {**self._head, "object": self.response_object, "choices": choices, "usage": _usage(generation)}
 
-    async def events(self, generation: Generation, *, tells_usage: bool) -> AsyncIterator[str]:
-        """Yield server-sent events; what goes wrong on the way becomes an event too, since the status is sent."""
-        head = {**self._head, "object": self.event_object, **({"usage": None} if tells_usage else {})}
+    async def events(self, generation: Generation, *, include_usage: bool) -> AsyncIterator[str]:
+        """Yield server-sent events; errors become events, too, since the status has been sent."""
+        head = {**self._head, "object": self.event_object, **({"usage": None} if include_usage else {})}
         try:
-            for choice in self.beginning():
+            for choice in self.first_choices():
                 yield _event({**head, "choices": [choice]})
-            async for index, piece in generation.pieces():
-                if piece.text or piece.finish_reason or (self._tells_logprobs and piece.drawn):
-                    yield _event({**head, "choices": [self.piece(index, piece)]})
-            if tells_usage:
+            async for index, chunk in generation.chunks():
+                if chunk.text or chunk.finish_reason or (self._has_logprobs and chunk.logprobs):
+                    yield _event({**head, "choices": [self.delta(index, chunk)]})
+            if include_usage:
                 yield _event({**head, "choices": [], "usage": _usage(generation)})
         except Exception as error:
-            told = describe(error)
-            yield _event(error_body("/v1", told.status, told.message, code=told.code))
-            if told.status == 500:
+            described = describe_error(error)
+            yield _event(error_body("/v1", described.status, described.message, code=described.code))
+            if described.status == 500:
                 raise
             return
         yield "data: [DONE]\n\n"
@@ -85,123 +84,126 @@ class Answers(ABC):
 
 @dataclass(frozen=True)
 class Echo:
-    """What is told of a prompt before its texts.
+    """The part of a completion that repeats its prompt.
 
     Attributes:
-        text: the prompt itself, or nothing.
-        unsaid: tokens at the beginning of the prompt that are not the client's: the bos that is put before a text.
+        text: the prompt, or nothing.
+        num_added_tokens: tokens at the start of the prompt that the client did not send: the bos before a text.
     """
 
     text: str = ""
-    unsaid: int = 0
+    num_added_tokens: int = 0
 
 
-class CompletionAnswers(Answers):
-    """Answers to ``/v1/completions``."""
+class CompletionFormatter(ResponseFormatter):
+    """Formats responses of ``/v1/completions``."""
 
-    prefix, whole_object, event_object = "cmpl", "text_completion", "text_completion"
+    id_prefix, response_object, event_object = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, model: ServedModel, n: int, echoes: Sequence[Echo], *, tells_logprobs: bool) -> None:
-        """Tell ``n`` texts for each prompt; ``echoes`` are told before each prompt's texts."""
-        super().__init__(model, tells_logprobs=tells_logprobs)
+    def __init__(self, model: ServedModel, n: int, echoes: Sequence[Echo], *, logprobs: bool) -> None:
+        """Take the echo of each prompt, which has ``n`` completions."""
+        super().__init__(model, logprobs=logprobs)
         self._echoes = [echo for echo in echoes for _ in range(n)]
         self._offsets = [len(echo.text) for echo in self._echoes]
         self._decoders = [self._tokenizer.stream_decoder() for _ in self._echoes]
 
-    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        """Return a finished text."""
-        return self._choice(index, self._echoes[index].text + choice.text, choice)
+    def choice(self, index: int, result: StreamChunk) -> dict[str, Any]:
+        """Return a whole text as a choice."""
+        return self._choice(index, self._echoes[index].text + result.text, result)
 
-    def beginning(self) -> list[dict[str, Any]]:
-        """Return the echoes of the prompts; with log-probabilities they come when these are there."""
-        if self._tells_logprobs:
+    def first_choices(self) -> list[dict[str, Any]]:
+        """Return the echoes of the prompts; with log-probabilities they are part of the first chunk."""
+        if self._has_logprobs:
             return []
-        return [self._choice(index, echo.text, Choice()) for index, echo in enumerate(self._echoes) if echo.text]
+        return [self._choice(index, echo.text, StreamChunk()) for index, echo in enumerate(self._echoes) if echo.text]
 
-    def piece(self, index: int, piece: StreamChunk) -> dict[str, Any]:
-        """Return a piece of a text."""
-        return self._choice(index, self._echoes[index].text + piece.text if piece.prompt else piece.text, piece)
+    def delta(self, index: int, chunk: StreamChunk) -> dict[str, Any]:
+        """Return a chunk as a choice of an event."""
+        return self._choice(
+            index, self._echoes[index].text + chunk.text if chunk.prompt_logprobs else chunk.text, chunk
+        )
 
-    def _choice(self, index: int, text: str, part: StreamChunk | Choice) -> dict[str, Any]:
-        logprobs = self._logprobs(index, part) if self._tells_logprobs else None
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": part.finish_reason}
+    def _choice(self, index: int, text: str, chunk: StreamChunk) -> dict[str, Any]:
+        logprobs = self._logprobs(index, chunk) if self._has_logprobs else None
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": chunk.finish_reason}
 
-    def _logprobs(self, index: int, part: StreamChunk | Choice) -> dict[str, Any]:
-        """Return the log-probabilities of the tokens of a part, with the one that ends the text, as usage counts it."""
-        unsaid = self._echoes[index].unsaid
-        read, drawn = part.prompt[unsaid:], [*part.drawn, *([part.end] if part.end else [])]
-        offsets, _ = self._offsets_of(part.prompt, self._tokenizer.stream_decoder(), 0)
-        drawn_offsets, self._offsets[index] = self._offsets_of(drawn, self._decoders[index], self._offsets[index])
-        told: list[Drawn | ReadToken] = [*read, *drawn]
-        tops = [self._top(token) for token in told]
-        logprobs = [None if token.logprob is None else _finite(token.logprob) for token in told]
-        if read:  # nothing of the client's stands before it
+    def _logprobs(self, index: int, chunk: StreamChunk) -> dict[str, Any]:
+        """Return the log-probabilities of a chunk; the token that ends the text is included, as usage counts it."""
+        num_added = self._echoes[index].num_added_tokens
+        prompt = chunk.prompt_logprobs[num_added:]
+        sampled = [*chunk.logprobs, *([chunk.stop_logprobs] if chunk.stop_logprobs else [])]
+        offsets, _ = self._text_offsets(chunk.prompt_logprobs, self._tokenizer.stream_decoder(), 0)
+        own_offsets, self._offsets[index] = self._text_offsets(sampled, self._decoders[index], self._offsets[index])
+        tokens = [*prompt, *sampled]
+        tops: list[dict[str, float] | None] = [self._top_by_text(token) for token in tokens]
+        logprobs = [None if token.logprob is None else _finite(token.logprob) for token in tokens]
+        if prompt:  # the client's first token follows nothing of the client's
             tops[0] = logprobs[0] = None
         return {
-            "tokens": [self._tokenizer.token_text(token.id) for token in told],
+            "tokens": [self._tokenizer.token_text(token.id) for token in tokens],
             "token_logprobs": logprobs,
             "top_logprobs": tops,
-            "text_offset": offsets[unsaid:] + drawn_offsets,
+            "text_offset": offsets[num_added:] + own_offsets,
         }
 
-    def _top(self, token: Drawn | ReadToken) -> dict[str, float] | None:
-        """Return the likeliest tokens in the place of one, and that token itself."""
+    def _top_by_text(self, token: TokenLogprobs) -> dict[str, float]:
+        """Return the log-probabilities of a token and its likeliest alternatives, by text."""
         top: dict[str, float] = {}
-        for id_, logprob in (*self._likeliest(token), (token.id, token.logprob)):
-            top.setdefault(self._tokenizer.token_text(id_), _finite(logprob))  # of two that look alike the likelier
+        for id_, logprob in (*self._top_logprobs(token), (token.id, token.logprob)):
+            top.setdefault(self._tokenizer.token_text(id_), _finite(logprob))  # the likelier of two with equal texts
         return top
 
     @staticmethod
-    def _offsets_of(tokens: Sequence[Drawn | ReadToken], decoder: StreamDecoder, begin: int) -> tuple[list[int], int]:
-        """Return where each token begins in a text, the first one at ``begin``, and where the last one ends."""
+    def _text_offsets(tokens: Sequence[TokenLogprobs], decoder: StreamDecoder, start: int) -> tuple[list[int], int]:
+        """Return where each token starts in a text, the first one at ``start``, and where the last one ends."""
         offsets = []
         for token in tokens:
-            offsets.append(begin)
-            begin += len(decoder.push(token.id))
-        return offsets, begin
+            offsets.append(start)
+            start += len(decoder.push(token.id))
+        return offsets, start
 
 
-class ChatAnswers(Answers):
-    """Answers to ``/v1/chat/completions``."""
+class ChatFormatter(ResponseFormatter):
+    """Formats responses of ``/v1/chat/completions``."""
 
-    prefix, whole_object, event_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    id_prefix, response_object, event_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, model: ServedModel, n: int, *, tells_logprobs: bool) -> None:
-        super().__init__(model, tells_logprobs=tells_logprobs)
+    def __init__(self, model: ServedModel, n: int, *, logprobs: bool) -> None:
+        super().__init__(model, logprobs=logprobs)
         self._n = n
 
-    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        """Return a finished answer."""
+    def choice(self, index: int, result: StreamChunk) -> dict[str, Any]:
+        """Return a whole reply as a choice."""
         return {
             "index": index,
-            "message": {"role": "assistant", "content": choice.text},
-            "logprobs": self._logprobs(choice.drawn),
-            "finish_reason": choice.finish_reason,
+            "message": {"role": "assistant", "content": result.text},
+            "logprobs": self._logprobs(result.logprobs),
+            "finish_reason": result.finish_reason,
         }
 
-    def beginning(self) -> list[dict[str, Any]]:
-        """Return the roles, which come before the words."""
-        return [self._event(index, {"role": "assistant", "content": ""}, (), None) for index in range(self._n)]
+    def first_choices(self) -> list[dict[str, Any]]:
+        """Return the roles, which are sent before the text."""
+        return [
+            self._event_choice(index, {"role": "assistant", "content": ""}, StreamChunk()) for index in range(self._n)
+        ]
 
-    def piece(self, index: int, piece: StreamChunk) -> dict[str, Any]:
-        """Return a piece of an answer."""
-        delta = {"content": piece.text} if piece.text or not piece.finish_reason else {}
-        return self._event(index, delta, piece.drawn, piece.finish_reason)
+    def delta(self, index: int, chunk: StreamChunk) -> dict[str, Any]:
+        """Return a chunk as a choice of an event."""
+        delta = {"content": chunk.text} if chunk.text or not chunk.finish_reason else {}
+        return self._event_choice(index, delta, chunk)
 
-    def _event(
-        self, index: int, delta: dict[str, str], drawn: Sequence[Drawn], finish_reason: str | None
-    ) -> dict[str, Any]:
-        logprobs = self._logprobs(drawn) if drawn else None
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+    def _event_choice(self, index: int, delta: dict[str, str], chunk: StreamChunk) -> dict[str, Any]:
+        logprobs = self._logprobs(chunk.logprobs) if chunk.logprobs else None
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": chunk.finish_reason}
 
-    def _logprobs(self, drawn: Sequence[Drawn]) -> dict[str, Any] | None:
-        if not self._tells_logprobs:
+    def _logprobs(self, tokens: Sequence[TokenLogprobs]) -> dict[str, Any] | None:
+        if not self._has_logprobs:
             return None
-        told = []
-        for token in drawn:
-            tops = [_chat_token(self._tokenizer, id_, logprob) for id_, logprob in self._likeliest(token)]
-            told.append({**_chat_token(self._tokenizer, token.id, token.logprob), "top_logprobs": tops})
-        return {"content": told}
+        content = []
+        for token in tokens:
+            tops = [_chat_token(self._tokenizer, id_, logprob) for id_, logprob in self._top_logprobs(token)]
+            content.append({**_chat_token(self._tokenizer, token.id, token.logprob), "top_logprobs": tops})
+        return {"content": content}
 
 
 def _chat_token(tokenizer: Tokenizer, token_id: int, logprob: float | None) -> dict[str, Any]:
@@ -210,7 +212,7 @@ def _chat_token(tokenizer: Tokenizer, token_id: int, logprob: float | None) -> d
 
 
 def _finite(logprob: float | None) -> float:
-    return _LEAST_LOGPROB if logprob is None else max(logprob, _LEAST_LOGPROB)
+    return _MIN_LOGPROB if logprob is None else max(logprob, _MIN_LOGPROB)
 
 
 def _usage(generation: Generation) -> dict[str, int]:

@@ -1,29 +1,29 @@
-"""What requests to the API of OpenAI hold, and what its answers do.
+"""Request and response bodies of OpenAI's API.
 
-Fields that this server has no use for (``user``, ``metadata`` and so on) are passed over, as other servers do; those
-that would change the answer and cannot be honoured must be empty.
+Fields that do not affect the response (``user``, ``metadata`` and so on) are ignored, as other servers do; unsupported
+ones that would change it must be empty.
 """
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from tiny_lm.serving.limits import MOST_CHOICES, MOST_LOGPROBS, MOST_PROMPTS, PROMPT_CHARACTERS
+from tiny_lm.serving.limits import MAX_N, MAX_PROMPT_CHARACTERS, MAX_SEQUENCES, MAX_TOP_LOGPROBS
 
-PromptText = Annotated[str, Field(max_length=PROMPT_CHARACTERS)]
+PromptText = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-PromptIds = Annotated[list[TokenId], Field(min_length=1, max_length=PROMPT_CHARACTERS)]
+PromptIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS)]
 Prompt = (
     PromptText
-    | Annotated[list[PromptText], Field(min_length=1, max_length=MOST_PROMPTS)]
+    | Annotated[list[PromptText], Field(min_length=1, max_length=MAX_SEQUENCES)]
     | PromptIds
-    | Annotated[list[PromptIds], Field(min_length=1, max_length=MOST_PROMPTS)]
+    | Annotated[list[PromptIds], Field(min_length=1, max_length=MAX_SEQUENCES)]
 )
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-_DEEPEST_LIST = 2
-"""Lists of numbers stand inside each other so often, at most (several prompts of token ids)."""
+_MAX_LIST_DEPTH = 2
+"""Maximum nesting of lists of numbers (several prompts of token ids)."""
 
 
 def _whole_numbers_as_integers(value: object, *, depth: int) -> object:
@@ -32,49 +32,49 @@ def _whole_numbers_as_integers(value: object, *, depth: int) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-class Strict(BaseModel):
-    """A body whose types are taken by the letter: the string ``"3"`` is no number."""
+class StrictBody(BaseModel):
+    """Strictly typed request body: ``"3"`` is not a number."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, values: object) -> object:
-        """Treat a field that is null as absent: clients send null for what their user has not set."""
+        """Treat null as absent: clients send it for fields that their user has not set."""
         if not isinstance(values, dict):
             return values
         return {name: value for name, value in values.items() if value is not None}
 
     @field_validator("*", mode="before")
     @classmethod
-    def _take_whole_numbers_as_integers(cls, value: object) -> object:
-        """JSON knows one kind of numbers: 1.0 is an integer too, and some clients write it that way."""
-        return _whole_numbers_as_integers(value, depth=_DEEPEST_LIST)
+    def _accept_whole_numbers(cls, value: object) -> object:
+        """JSON has one kind of numbers: 1.0 is an integer, too, and some clients write it that way."""
+        return _whole_numbers_as_integers(value, depth=_MAX_LIST_DEPTH)
 
 
-class StreamOptions(Strict):
-    """How a text is streamed."""
+class StreamOptions(StrictBody):
+    """Options of a stream."""
 
     include_usage: bool | None = None
 
 
-class ResponseFormat(Strict):
-    """The form of an answer, which is text."""
+class ResponseFormat(StrictBody):
+    """Format of the response; only text is supported."""
 
     type: Literal["text"]
 
 
-class SampledRequest(Strict):
-    """What both kinds of completions take.
+class SampledRequest(StrictBody):
+    """Fields of completion and chat requests.
 
-    ``top_k``, ``min_p``, ``repetition_penalty`` and ``min_tokens`` are what vLLM takes besides OpenAI's.
+    ``top_k``, ``min_p``, ``repetition_penalty`` and ``min_tokens`` are vLLM's additions to OpenAI's API.
     """
 
-    model: str = Field(max_length=1024, description="a name out of /v1/models")
+    model: str = Field(max_length=1024, description="a model id of /v1/models")
     max_tokens: int | None = Field(None, ge=0, lt=2**31)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    n: int | None = Field(None, ge=1, le=MAX_N)
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     seed: int | None = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -90,25 +90,25 @@ class SampledRequest(Strict):
 
 
 class CompletionRequest(SampledRequest):
-    """A beginning that is gone on with."""
+    """Completion request."""
 
     prompt: Prompt | None = Field(
-        None, description="a text, several, token ids, or several lists of these; nothing for a text from nothing"
+        None, description="a text, token ids, or a list of either; empty to generate from scratch"
     )
-    echo: bool | None = Field(None, description="tell the prompt too")
-    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    echo: bool | None = Field(None, description="return the prompt, too")
+    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     best_of: int | None = Field(None, ge=1, le=1, description="must be 1")
     suffix: str | None = Field(None, max_length=0, description="must be empty")
 
 
-class ContentPart(Strict):
+class ContentPart(StrictBody):
     """A part of a message."""
 
     type: Literal["text"]
     text: PromptText
 
 
-class ChatMessage(Strict):
+class ChatMessage(StrictBody):
     """A message of a chat."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
@@ -116,20 +116,20 @@ class ChatMessage(Strict):
 
 
 class ChatCompletionRequest(SampledRequest):
-    """Messages that are answered."""
+    """Chat request."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
-    max_completion_tokens: int | None = Field(None, ge=0, lt=2**31, description="goes before max_tokens")
+    max_completion_tokens: int | None = Field(None, ge=0, lt=2**31, description="overrides max_tokens")
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS, description="implies logprobs, if not false")
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS, description="implies logprobs, if not false")
     modalities: list[Literal["text"]] | None = Field(None, max_length=16)
-    tools: list[dict[str, Any]] | None = Field(None, max_length=1024, description="read, and never called")
+    tools: list[dict[str, Any]] | None = Field(None, max_length=1024, description="ignored: the model calls no tools")
     tool_choice: Literal["none", "auto"] | None = None
-    function_call: Literal["none", "auto"] | None = Field(None, description="an older name of tool_choice")
+    function_call: Literal["none", "auto"] | None = Field(None, description="older name of tool_choice")
 
 
 class Usage(BaseModel):
-    """Tokens of a request and its answer."""
+    """Number of tokens of prompt and completion."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -146,7 +146,7 @@ class CompletionLogprobs(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """A text."""
+    """A completion of one prompt."""
 
     index: int
     text: str
@@ -155,7 +155,7 @@ class CompletionChoice(BaseModel):
 
 
 class CompletionResponse(BaseModel):
-    """Texts that go on from prompts."""
+    """Completion response."""
 
     id: str
     object: Literal["text_completion"]
@@ -166,7 +166,7 @@ class CompletionResponse(BaseModel):
 
 
 class TopLogprob(BaseModel):
-    """A token that could have stood in a place."""
+    """A likely token at a position."""
 
     token: str
     logprob: float
@@ -174,26 +174,26 @@ class TopLogprob(BaseModel):
 
 
 class TokenLogprob(TopLogprob):
-    """A token that was drawn, with the likeliest ones in its place."""
+    """A sampled token, with the likeliest alternatives."""
 
     top_logprobs: list[TopLogprob]
 
 
 class ChatLogprobs(BaseModel):
-    """Log-probabilities of an answer."""
+    """Log-probabilities of a reply, token by token."""
 
     content: list[TokenLogprob]
 
 
 class ResponseMessage(BaseModel):
-    """An answer."""
+    """A reply of the model."""
 
     role: Literal["assistant"]
     content: str
 
 
 class ChatChoice(BaseModel):
-    """An answer, and how it ended."""
+    """A reply, and why it ended."""
 
     index: int
     message: ResponseMessage
@@ -202,7 +202,7 @@ class ChatChoice(BaseModel):
 
 
 class ChatCompletionResponse(BaseModel):
-    """Answers to messages."""
+    """Chat response."""
 
     id: str
     object: Literal["chat.completion"]
@@ -213,7 +213,7 @@ class ChatCompletionResponse(BaseModel):
 
 
 class ModelCard(BaseModel):
-    """A model that is served."""
+    """A served model."""
 
     id: str
     object: Literal["model"]
@@ -223,14 +223,14 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All models that are served."""
+    """The served models."""
 
     object: Literal["list"]
     data: list[ModelCard]
 
 
 class ErrorDetail(BaseModel):
-    """What is wrong."""
+    """What is wrong, and with which field."""
 
     message: str
     type: str
@@ -239,6 +239,6 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """A request that was refused."""
+    """Error response."""
 
     error: ErrorDetail
