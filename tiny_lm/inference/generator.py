@@ -370,7 +370,7 @@ def _with_options(config: GenerationConfig | None, options: dict[str, Any]) -> G
 
     Raises:
         UserError: a value is out of range.
-        TypeError: there is no such field.
+        TypeError: an option is unknown.
     """
     known = [field.name for field in fields(GenerationConfig)]
     for name in options:

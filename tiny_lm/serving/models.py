@@ -67,7 +67,7 @@ def find_models(arguments: Sequence[str]) -> dict[str, Path]:
             is named after its folder, or by ``NAME=PATH``.
 
     Raises:
-        UserError: there is no such model, or two models have the same name.
+        UserError: a model does not exist, or two models have the same name.
     """
     found: dict[str, Path] = {}
     for argument in arguments:
