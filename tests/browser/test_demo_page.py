@@ -244,7 +244,7 @@ def test_too_long_a_beginning_is_refused_in_words(open_page: Callable[..., Opene
     page.get_by_label("Prompt").evaluate("(area) => area.removeAttribute('maxlength')")
     page.get_by_label("Prompt").fill("x" * 3000)
     page.locator("#generate").click()
-    expect(page.get_by_text("3,000 characters; 2,000 are the most")).to_be_visible()
+    expect(page.get_by_text("3,000 characters; the maximum is 2,000")).to_be_visible()
 
 
 @pytest.fixture

@@ -228,7 +228,7 @@ def test_an_engine_that_ends_by_itself(gguf: Path, tmp_path: Path) -> None:
     path = put_on_path(tmp_path / "bin", "#!/bin/sh\necho 'out of memory' >&2\nexit 7\n")
     with engine_process("llamacpp", gguf, tmp_path, PATH=path) as engine:
         assert engine.process.wait(timeout=60) == 2
-        assert "error: --engine llamacpp: ended with exit code 7 before it answered" in engine.log.read_text()
+        assert "error: --engine llamacpp: exited with code 7 while starting" in engine.log.read_text()
 
 
 def test_files_that_cannot_be_served(gguf: Path, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_files_that_cannot_be_served(gguf: Path, tmp_path: Path) -> None:
     broken.write_bytes(b"not GGUF at all, and long enough for its header")
     with engine_process("llamacpp", tmp_path, tmp_path / "bin", PATH=path) as engine:
         assert engine.process.wait(timeout=60) == 2
-        assert "holds several GGUF files; name one of them: bear.gguf, broken.gguf" in engine.log.read_text()
+        assert "contains several GGUF files; choose one: bear.gguf, broken.gguf" in engine.log.read_text()
     with engine_process("llamacpp", broken, tmp_path, PATH=path) as engine:
         assert engine.process.wait(timeout=60) == 2
         assert "broken.gguf: is no GGUF file of a language model" in engine.log.read_text()

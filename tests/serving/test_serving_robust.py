@@ -126,7 +126,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(narrow: Served, head: str) 
         answer = b""
         while part := connection.recv(4096):  # until the server closes
             answer += part
-    assert answer.startswith(b"HTTP/1.1 408") and b"the body did not come within 2 seconds" in answer
+    assert answer.startswith(b"HTTP/1.1 408") and b"the body did not arrive within 2 seconds" in answer
 
 
 def test_headers_have_an_end(server: Served) -> None:
