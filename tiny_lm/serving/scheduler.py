@@ -272,7 +272,8 @@ class Scheduler:
         if handle.sequence.finish_reason is None:
             batch.add(handle.sequence)
         else:  # max_new_tokens is 0
-            self._finish(handle, waiters := [])
+            waiters: list[Waiter] = []
+            self._finish(handle, waiters)
             notify(waiters)
 
     def _step(self, batch: BatchDecoder, *, publish_all: bool) -> None:
