@@ -132,7 +132,7 @@ class PromptScorer:
         values, top_ids = (part.tolist() for part in logprobs.topk(self._num_top, dim=-1))
         for token, logprob, *top in zip(targets, own, top_ids, values, strict=True):
             self.tokens.append(TokenLogprobs(token, logprob, tuple(zip(*top, strict=True))))
-        if self.done:
+        if len(self.tokens) == len(self._ids):
             self._cache = None
 
 

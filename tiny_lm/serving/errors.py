@@ -11,7 +11,8 @@ from starlette.requests import Request as HttpRequest
 
 from tiny_lm.errors import UserError
 from tiny_lm.serving.generation import ClientDisconnectedError, GenerationStoppedError, RequestTimeoutError
-from tiny_lm.serving.scheduler import QueueFull, SchedulerFailedError, SchedulerStoppedError
+from tiny_lm.serving.request_handle import SchedulerFailedError
+from tiny_lm.serving.scheduler import QueueFull, SchedulerStoppedError
 from tiny_lm.serving.template_process import TemplateFailedError
 
 RETRY_SECONDS = 2

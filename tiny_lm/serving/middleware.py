@@ -146,8 +146,8 @@ class RequestMiddleware:
             try:
                 message = await asyncio.wait_for(receive(), started + self._body_seconds - time.monotonic())
             except asyncio.TimeoutError:
-                message = f"the body did not arrive within {self._body_seconds:g} seconds"
-                raise HTTPException(408, message, headers={"connection": "close"}) from None
+                detail = f"the body did not arrive within {self._body_seconds:g} seconds"
+                raise HTTPException(408, detail, headers={"connection": "close"}) from None
             received += len(message.get("body", b""))
             if received > self._body_bytes:
                 raise HTTPException(413, self._too_large(), headers={"connection": "close"})

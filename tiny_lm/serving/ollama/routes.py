@@ -68,8 +68,8 @@ def ollama_router(registry: ModelRegistry) -> APIRouter:
             stop_tokens: tuple[str, ...] = ()
         else:
             system = [Message("system", body.system)] if body.system else []
-            encoding = encode_messages(model, [*system, Message("user", body.prompt)])
-            prompt, stop_tokens = await prepare(request, registry.limits, encoding)
+            rendering = encode_messages(model, [*system, Message("user", body.prompt)])
+            prompt, stop_tokens = await prepare(request, registry.limits, rendering)
         return await _respond(registry, model, prompt, stop_tokens, body, request, lambda text: {"response": text})
 
     @router.post("/chat", response_model=None, responses=_responses(schema.OllamaChatResponse))
