@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_lm.config import nearest
+from tiny_lm.console import shell_command
 from tiny_lm.errors import UserError
 from tiny_lm.files import write_json
 from tiny_lm.locks import lock_file, lock_folder
@@ -232,6 +233,9 @@ def open_run(path: str | Path) -> Run:
         raise UserError(f"{folder}: no such run folder{nearest(str(folder), known)}")
     run = Run(folder)
     if not run.metadata_file.is_file():
+        if is_huggingface_folder(folder):
+            command = shell_command("tiny-lm", "import", folder)
+            raise UserError(f"{folder}: is a model in Hugging Face layout; import it as a run first: {command}")
         raise UserError(f"{folder}: is not a run folder (it has no run.json)")
     return run
 

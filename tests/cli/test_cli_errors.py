@@ -113,6 +113,17 @@ def test_a_tokenizer_config_that_was_changed_after_the_training(files: Path, cli
     assert "train it again with `tiny-lm tokenizer train --config bpe.yaml`" in result.stderr
 
 
+@pytest.mark.parametrize("command", ["eval", "report", "export huggingface --output-dir out"])
+def test_commands_for_runs_name_import_for_a_hugging_face_folder(
+    command: str, files: Path, cli: Callable[..., object]
+) -> None:
+    (files / "their model").mkdir()
+    (files / "their model" / "config.json").write_text("{}")
+    result = cli(*command.split(), "their model")
+    assert (result.code, result.stderr.count("\n")) == (2, 1), result.stderr
+    assert result.stderr.endswith("import it as a run first: tiny-lm import 'their model'\n"), result.stderr
+
+
 def test_a_checkpoint_outside_a_run_is_not_gone_on_from(files: Path, cli: Callable[..., object]) -> None:
     cli(*TOKENIZER)
     cli("tokenize", "--config", "bpe.yaml")

@@ -137,6 +137,7 @@ def write_folder(folder: Path, config, state, **changes):
         ("smalllm", {"num_key_value_heads": 2}, "num_key_value_heads is 2, but smalllm requires 4"),
         ("smalllm", {"sliding_window": 8}, "sliding_window is 8"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window is True"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types is"),
         ("qwen3", {"quantization_config": {"bits": 4}}, "the weights are quantized"),
     ],
 )

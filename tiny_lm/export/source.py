@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 
-from tiny_lm.console import shell_command
 from tiny_lm.data import BinDataConfig
 from tiny_lm.data.bin.stream import open_stream, read_in_order
 from tiny_lm.dataset.stories import generate_stories
 from tiny_lm.errors import UserError
 from tiny_lm.model import ModelConfig, Transformer, load_model_config
 from tiny_lm.model.checkpoint import load_checkpoint_model
-from tiny_lm.runs import Run, is_checkpoint, is_huggingface_folder, open_run, read_metrics, run_folder_of
+from tiny_lm.runs import Run, is_checkpoint, open_run, read_metrics, run_folder_of
 from tiny_lm.tokenizer import Tokenizer, check_same_tokenizer, load_tokenizer
 
 _VALIDATION_TOKENS = 32_768
@@ -85,9 +84,6 @@ def load_source(path: str | Path) -> ExportSource:
         return load_checkpoint_source(path, run.tokenizer, model_config=_config_of(run))
     if path.is_file():
         raise UserError(f"{path}: is neither a run folder nor a .ckpt file")
-    if is_huggingface_folder(path) and not Run(path).metadata_file.is_file():
-        command = shell_command("tiny-lm", "import", path)
-        raise UserError(f"{path}: is a model in Hugging Face layout; import it as a run first: {command}")
     run = open_run(path)
     with run.claim_to_read():
         return load_checkpoint_source(run.model_checkpoint(), run.tokenizer, model_config=_config_of(run))

@@ -176,6 +176,9 @@ def from_huggingface_config(content: Mapping[str, Any], *, source: str = "config
         value = content.get(fixed.theirs, fixed.default)
         if value not in (fixed.value, *fixed.equals):
             raise UserError(f"{source}: {fixed.theirs} is {shorten(value)}, but {family} only supports {fixed.value!r}")
+    kinds = content.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise UserError(f"{source}: layer_types is {shorten(kinds)}, but only full_attention is supported")
     if content.get("quantization_config"):
         raise UserError(f"{source}: the weights are quantized; export or download the model without quantization")
     values: dict[str, Any] = {"architecture": family}
