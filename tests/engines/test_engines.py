@@ -112,13 +112,8 @@ def test_vllm_refuses_heads_that_it_cannot_run(d_model: int, refused: bool, tmp_
     )
     write_json(tmp_path / "config.json", to_huggingface_config(config, bos_id=1, eos_id=2, pad_id=0))
     if refused:
-<<<<<<< HEAD
         with pytest.raises(UserError, match="vLLM does not support the head size 16"):
-            vllm(tmp_path, Place("127.0.0.1", 8000, "python"))
-=======
-        with pytest.raises(UserError, match="vLLM has no attention for heads of 16"):
             vllm(tmp_path, EngineAddress("127.0.0.1", 8000, "python"))
->>>>>>> ca0bc5a (One sequence from the request to its token; the engine, the server, the demo and generate in the field's terms)
     else:
         assert "--max-model-len 48" in " ".join(vllm(tmp_path, EngineAddress("127.0.0.1", 8000, "python")).words)
 

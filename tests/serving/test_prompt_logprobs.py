@@ -129,15 +129,9 @@ def test_long_prompts_are_scored_in_parts_while_others_go_on(generator: TextGene
         [token.logprob for token in whole.tokens[1:]], abs=1e-4
     )
     with pytest.raises(UserError, match="the prompt has 65 tokens"):
-<<<<<<< HEAD
-        generator.new_score([*ids, 1])
-    with pytest.raises(UserError, match="is out of range"):
-        generator.new_score([512])
-=======
         generator.new_prompt_scorer([*ids, 1])
-    with pytest.raises(UserError, match="is no token id"):
+    with pytest.raises(UserError, match="is out of range"):
         generator.new_prompt_scorer([512])
->>>>>>> ca0bc5a (One sequence from the request to its token; the engine, the server, the demo and generate in the field's terms)
 
     loop = Scheduler(generator, slots=2, max_prefill_tokens=8)
     greedy = GenerationConfig(max_new_tokens=60, min_new_tokens=60, temperature=0.0)
