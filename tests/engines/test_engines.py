@@ -235,7 +235,7 @@ def test_files_that_cannot_be_served(gguf: Path, tmp_path: Path) -> None:
         assert "contains several GGUF files; choose one: bear.gguf, broken.gguf" in engine.log.read_text()
     with engine_process("llamacpp", broken, tmp_path, PATH=path) as engine:
         assert engine.process.wait(timeout=60) == 2
-        assert "broken.gguf: is no GGUF file of a language model" in engine.log.read_text()
+        assert "broken.gguf: is not a GGUF file of a language model" in engine.log.read_text()
 
 
 # --- the real ones ---------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_a_run_that_is_being_trained_or_has_not_begun(command: str, refused: Ref
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdin is not None and child.stdout is not None
     assert child.stdout.readline() == "ready\n"
-    assert "run: another process is training this run; wait for its end" in refused(command)
+    assert "run: another process is training this run; wait until it has finished" in refused(command)
     child.communicate("\n")
     shutil.rmtree(copied.checkpoints)
     assert "run: has no checkpoint yet" in refused(command)

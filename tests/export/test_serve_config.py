@@ -98,7 +98,7 @@ def test_what_an_engine_cannot_run_is_refused_with_the_nearest_way(trained_run: 
     assert serve_commands("llamacpp", source, "runs/x", ServeOptions()).commands  # which has them
     with pytest.raises(UserError, match=r"does not support Qwen3; serve this run with vLLM"):
         serve_commands("tgi", load_source(trained_run("qwen3").folder), "runs/x", ServeOptions())
-    with pytest.raises(UserError, match="float16 or bfloat16 only"):
+    with pytest.raises(UserError, match="float16 and bfloat16 only"):
         serve_commands("tgi", load_source(trained_run("gpt2").folder), "runs/x", ServeOptions(dtype="float32"))
     characters = load_source(trained_run("gpt2", "char").folder)
     for engine in ("llamacpp", "ollama"):

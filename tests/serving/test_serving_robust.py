@@ -220,7 +220,7 @@ def test_asked_to_stop_it_lets_stories_end_and_takes_no_new_ones(serve: Serve, r
     listener.join(timeout=60)
     assert told[-2:] == ["data: [DONE]", ""]
     assert served.process.wait(timeout=20) == 0
-    assert served.process.stderr and "what runs has 30 s to end" in served.process.stderr.read()
+    assert served.process.stderr and "active requests have 30 s to finish" in served.process.stderr.read()
 
 
 def test_a_story_without_an_end_is_told_that_the_server_stops(serve: Serve, run_folder: Path) -> None:
