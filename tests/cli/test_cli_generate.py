@@ -101,7 +101,7 @@ def test_a_prompt_beyond_the_context_is_told_or_refused(cli: Cli, run_folder: Pa
         (["--checkpoint", "x.ckpt"], "No such option: --checkpoint"),
         (["--num-samples", "0"], "Invalid value for '--num-samples'"),
         (["--device", "tpu"], "device 'tpu': not available on this machine or in this torch; available: cpu"),
-        (["--device", "meta"], "device 'meta': this machine"),
+        (["--device", "meta"], "device 'meta': not available on this machine"),
         (["--interactive", "--json"], "--interactive generates one story at a time"),
     ],
 )

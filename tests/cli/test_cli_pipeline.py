@@ -146,7 +146,7 @@ def test_quickstart_tells_three_stories(workplace: Path, cli: Callable[..., obje
     result = cli("quickstart", "--minutes", "0.05")
     assert result.code == 0, result.stderr
     assert result.stdout.count("--- ") == 3
-    assert "20,000 to train on, 100 to validate" in result.stdout
+    assert "20,000 for training, 100 for validation" in result.stdout
     assert "tiny-lm generate runs/quickstart" in result.stdout
     run = workplace / "runs" / "quickstart"
     assert (run / "plots" / "loss.png").exists()

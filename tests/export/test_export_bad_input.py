@@ -111,7 +111,7 @@ def test_a_checkpoint_of_another_family_than_its_config(command: str, refused: R
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_vocabulary_that_does_not_match(command: str, refused: Refused, copied: Run, trained_run: TrainedRun) -> None:
     shutil.rmtree(copied.tokenizer)
-    assert "run/tokenizer: has no tokenizer" in refused(command)
+    assert "run/tokenizer: no such tokenizer folder" in refused(command)
     shutil.copytree(trained_run("llama3", "char").tokenizer, copied.tokenizer)
     assert "run/tokenizer: tokenizer does not match run/checkpoints/best.ckpt" in refused(command)
     shutil.rmtree(copied.tokenizer)

@@ -255,7 +255,7 @@ def test_without_a_library_the_extra_is_named(
 def test_a_model_too_large_for_one_file(
     trained_run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_export, "_LARGEST_FILE", 1000)
+    monkeypatch.setattr(onnx_export, "_MAX_FILE_SIZE", 1000)
     with pytest.raises(UserError, match="an ONNX file can have at most"):
         export_onnx(load_source(trained_run().folder), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -112,7 +112,7 @@ def test_wrong_words(
 ) -> None:
     folder = trained_run().folder
     for words, told in (
-        (("sglang", folder), "there are: vllm, tgi, llamacpp, ollama"),
+        (("sglang", folder), "choose from: vllm, tgi, llamacpp, ollama"),
         (("vllm", folder, "--dtype", "int8"), "--dtype int8: unknown"),
         (("vllm", folder, "--device", "tpu"), "--device tpu: unknown"),
         (("llamacpp", folder, "--outtype", "Q9"), "unknown GGUF type"),

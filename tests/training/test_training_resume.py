@@ -285,7 +285,7 @@ def test_a_write_that_goes_wrong_is_noticed_and_leaves_the_good_one(
         file.write(b"\0" * 512)
 
     monkeypatch.setattr(torch, "save", save_badly)
-    with pytest.raises(UserError, match=r"/best.ckpt: was not read back .*; the last good checkpoint is \S+4.ckpt"):
+    with pytest.raises(UserError, match=r"/best.ckpt: could not be read back after writing.*; the last good checkpoint is \S+4.ckpt"):
         fit(resume_from=run.last_checkpoint)
     assert run.last_checkpoint.read_bytes() == good
     assert names(run) == ["best.ckpt", "last.ckpt", "step-00000004.ckpt"]
@@ -341,7 +341,7 @@ def test_what_must_not_change(fit: Fit, run: Run) -> None:
         UserError, match="is at step 12 of max_steps 12, so nothing is left to train; to continue, raise"
     ):
         fit(resume_from=run.last_checkpoint)
-    with pytest.raises(UserError, match="trained with optimizer adamw and not muon: the state in the checkpoint"):
+    with pytest.raises(UserError, match="trained with optimizer adamw and not muon: the checkpoint holds the state"):
         fit(resume_from=run.last_checkpoint, optimizer="muon", max_steps=20)
     with pytest.raises(UserError, match="trained with seed 0 and not 1: the order of batches would change"):
         fit(resume_from=run.last_checkpoint, seed=1, max_steps=20)

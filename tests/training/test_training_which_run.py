@@ -99,7 +99,7 @@ def test_a_copied_folder_is_not_the_run_while_the_original_is_there(project: Pro
 def test_where_several_fit_they_are_listed(project: Project) -> None:
     project.begin("a", status="stopped")
     project.begin("b", status="finished")
-    with pytest.raises(UserError, match="2 runs fit") as caught:
+    with pytest.raises(UserError, match="2 runs match") as caught:
         project.find()
     for part in ("runs/a (step 4, stopped)", "runs/b (step 4, finished)", "--resume runs/b"):
         assert part in str(caught.value)
