@@ -150,7 +150,7 @@ def test_quickstart_tells_three_stories(workplace: Path, cli: Callable[..., obje
     assert "tiny-lm generate runs/quickstart" in result.stdout
     run = workplace / "runs" / "quickstart"
     assert (run / "plots" / "loss.png").exists()
-    assert "Stories" in (run / "report.html").read_text()
+    assert "Samples during training" in (run / "report.html").read_text()
     assert json.loads((run / "run.json").read_text())["status"] == "finished"
 
 
