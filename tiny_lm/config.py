@@ -277,7 +277,7 @@ def override(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[st
 
 
 def name_source(file: Path, overrides: Mapping[str, Any] | None) -> str:
-    """Return the origin of a config, as errors start with it."""
+    """Return the origin of a config, with which errors start."""
     return f"{file} with --set" if overrides else str(file)
 
 

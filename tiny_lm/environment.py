@@ -26,7 +26,7 @@ def environment() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Return name and cores of the processor; on Linux also family and model, since clouds give several one name."""
+    """Return name and cores of the processor; on Linux also family and model, since clouds name several alike."""
     name = platform.processor() or platform.machine()
     with suppress(OSError):  # not Linux
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()

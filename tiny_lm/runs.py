@@ -99,7 +99,7 @@ class Run:
 
     @property
     def metrics(self) -> Path:
-        """Log of all metrics, one JSON object a line."""
+        """Log of all metrics, one JSON object per line."""
         return self.folder / "metrics.jsonl"
 
     @property
@@ -198,12 +198,12 @@ class Run:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path that the user gave names a checkpoint file."""
+    """Return whether a path that the user gave names a checkpoint file."""
     return path.suffix == ".ckpt"
 
 
 def is_huggingface_folder(path: Path) -> bool:
-    """Whether a path is a model folder in Hugging Face's layout."""
+    """Return whether a path is a model folder in Hugging Face's layout."""
     return (path / "config.json").is_file()
 
 

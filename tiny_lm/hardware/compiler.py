@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def missing_compiler(device: str) -> str | None:
-    """Return what torch.compile is missing on a device, if anything; torch itself reports it on the first call only."""
+    """Return what torch.compile is missing on a device, if anything; torch reports it only at the first call."""
     if device == "cuda" and importlib.util.find_spec("triton") is None:
         return "torch.compile needs Triton, which is not installed"
     if device == "cpu" and not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "clang++")):

@@ -10,7 +10,7 @@ import torch
 
 from tiny_lm.hardware.device import Precision
 
-# Dense peaks in TFLOP/s after NVIDIA's data sheets and white papers, without sparsity and with accumulation in float32,
+# Dense peaks in TFLOP/s from NVIDIA's data sheets and white papers, without sparsity and with accumulation in float32,
 # as torch multiplies: in bf16 or fp16, and for float32 matrices (TF32 where the GPU has it). The names are
 # exactly those of CUDA: a laptop's RTX 4090 or a slice of an H100 is a different device and is measured.
 _DATA_SHEETS: dict[str, tuple[float, float]] = {

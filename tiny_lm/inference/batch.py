@@ -15,8 +15,8 @@ from tiny_lm.inference.sequence import SequenceState
 from tiny_lm.model import KVCache, Transformer
 
 _MAX_PREFILL_DELAY = 8
-"""Maximum steps that a new prompt waits to be prefilled together with others, which costs little more than one alone.
-It does not wait if at least 1 in 8 sequences is a waiting prompt."""
+"""Maximum number of steps that a new prompt waits for others: prefilling several costs little more than one alone.
+It does not wait if there is at least one waiting prompt for every 8 running sequences."""
 
 
 class BatchDecoder:
@@ -27,8 +27,8 @@ class BatchDecoder:
     position 0. So learned and rotary positions are treated alike, and the oldest text is dropped half a context at a
     time.
 
-    Running sequences occupy the first rows of the cache, so that a step costs what its sequences cost: when one is
-    removed, the last one moves into its row. Prompts are prefilled into the rows behind them.
+    Running sequences occupy the first rows of the cache, so a step costs no more than these rows: when one is removed,
+    the last one moves into its row. Prompts are prefilled into the rows after them.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class BatchDecoder:
         Args:
             model: on any device, in evaluation mode.
             slots: maximum number of sequences.
-            max_length: upper bound of the tokens of a sequence, its prompt included, to allocate no more than these.
-            max_prefill_tokens: prompt tokens processed in a step at most, so that long prompts do not stall running
+            max_length: maximum tokens of a sequence, prompt included, for a smaller cache; None for the whole context.
+            max_prefill_tokens: maximum number of prompt tokens per step, so that long prompts do not stall running
                 sequences; None for no limit.
             step: replacement of :func:`decode_step`.
         """
@@ -58,7 +58,7 @@ class BatchDecoder:
         self._device = self._cache.keys[0].device
         self._free_slots = list(range(slots))[::-1]
         self._running: list[SequenceState] = []  # by cache row
-        self._waiting: deque[SequenceState] = deque()  # to be prefilled; only the first one may be so in part
+        self._waiting: deque[SequenceState] = deque()  # to be prefilled; only the first one may be partly prefilled
         self._prefill_delay = 0  # steps that the first of them has waited for others
         # Added to logits [slots, V]: minus infinity for tokens that must not be sampled.
         self._biases = torch.zeros(slots, model.config.vocab_size, device=self._device)
@@ -110,7 +110,7 @@ class BatchDecoder:
 
     @torch.inference_mode()
     def step(self) -> list[SequenceState]:
-        """Append a token to each sequence whose prompt is prefilled, and remove those that it ends; return them all."""
+        """Sample a token for each sequence whose prompt is prefilled and remove those that it ends; return them all."""
         self._slide_windows()
         logits = [self._decode_step(self._model, *self._last_tokens())] if self._running else []
         for sequence in self._running:
@@ -135,14 +135,14 @@ class BatchDecoder:
         ), self._cache_view
 
     def _slide_windows(self) -> None:
-        """Let sequences whose context is full prefill the later half of their tokens again."""
+        """Queue sequences whose context is full to prefill the later half of their context again."""
         for sequence in [each for each in self._running[::-1] if each.num_cached == self._context_length]:
             self._stop_running(sequence)
             sequence.context, sequence.num_cached = sequence.token_ids[-((self._context_length + 1) // 2) :], 0
             self._waiting.append(sequence)
 
     def _stop_running(self, sequence: SequenceState) -> None:
-        """Take a sequence off the running ones, and close the gap in the cache."""
+        """Remove a running sequence and close its gap in the cache."""
         row, last = self._running.index(sequence), len(self._running) - 1
         if row != last:
             self._running[row] = self._running[last]
@@ -156,11 +156,7 @@ class BatchDecoder:
         self._cache_view, self._groups = None, {}
 
     def _prefill(self) -> list[Tensor]:
-        """Prefill waiting prompts, and move those that are complete to the running ones; return their logits.
-
-        Returns:
-            tensors ``[B, V]`` whose rows are those of the sequences that became running, in order.
-        """
+        """Prefill waiting prompts and run the complete ones; return their logits ``[B, V]``, in order, by prefill."""
         if self._delay_prefill():
             return []
         budget, logits = self._max_prefill_tokens, []
@@ -181,7 +177,7 @@ class BatchDecoder:
         return logits
 
     def _delay_prefill(self) -> bool:
-        """Return whether to decode only in this step, so that more prompts are prefilled together later."""
+        """Return whether this step only decodes, so that more prompts are prefilled together later."""
         few = 0 < len(self._waiting) * _MAX_PREFILL_DELAY < len(self._running)
         started = few and self._waiting[0].num_cached > 0
         delay = few and not started and self._prefill_delay < _MAX_PREFILL_DELAY
@@ -235,7 +231,7 @@ class BatchDecoder:
         return ids
 
     def _collect_logprobs(self, logits: Tensor, ids: list[int]) -> dict[int, TokenLogprobs]:
-        """Return, by row, the log-probabilities of the sampled tokens for the sequences that ask for them."""
+        """Return, by row, the log-probabilities of the sampled tokens for the sequences that request them."""
         running = enumerate(self._running)
         counts = {row: count for row, each in running if (count := each.config.logprobs) is not None}
         if not counts:

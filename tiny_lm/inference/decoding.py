@@ -11,19 +11,19 @@ from torch import Tensor
 from tiny_lm.model import KVCache, Transformer
 
 LENGTH_MULTIPLE = 16
-"""Prompts are padded to a multiple of this: oneDNN compiles, and keeps, a kernel for each new shape."""
+"""Prompts are padded to a multiple of this: oneDNN compiles and caches a kernel for each new shape."""
 
 
 def prefill_hidden(model: Transformer, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-    """Run prompts of any lengths through the model, each behind what its row of the cache holds.
+    """Run prompts of any lengths through the model, each after what its row of the cache holds.
 
     Args:
         model: on any device.
-        prompts: one or more ids for each row; the cache has room for the longest of them behind its longest row.
-        cache: of as many rows.
+        prompts: one or more ids for each row; the cache has room for the longest of them after its longest row.
+        cache: has one row for each prompt.
 
     Returns:
-        the input of the head, ``[B, T, D]``; T is at least the length of the longest prompt, and values behind the end
+        the input of the head, ``[B, T, D]``; T is at least the length of the longest prompt, and values after the end
         of a prompt are meaningless.
     """
     lengths = [len(prompt) for prompt in prompts]

@@ -170,9 +170,9 @@ class TextGenerator:
         """Continue ``prompt`` and return both.
 
         Args:
-            prompt: empty for a text from nothing.
-            max_new_tokens: generation ends here, if not at the eos token before.
-            min_new_tokens: the eos token is not sampled before this many.
+            prompt: may be empty, to generate from scratch.
+            max_new_tokens: generation ends after this many tokens, unless the eos token comes first.
+            min_new_tokens: the eos token is not sampled before this many tokens.
             temperature: divides the logits; 0 always takes the likeliest token.
             top_k: sample from the k likeliest tokens only.
             top_p: sample from the likeliest tokens that together have this probability only.

@@ -20,12 +20,12 @@ class GenerationConfig(SamplingParams):
     """How to generate: the fields of :class:`SamplingParams` and these.
 
     Attributes:
-        max_new_tokens: generation ends after this many tokens, if not at the eos token before.
-        min_new_tokens: the eos token and stop tokens are not sampled before this many.
-        stop: strings before the first of which the text ends, wherever token boundaries fall.
+        max_new_tokens: generation ends after this many tokens, unless the eos token comes first.
+        min_new_tokens: the eos token and stop tokens are not sampled before this many tokens.
+        stop: stop strings; the text ends before the first one, wherever token boundaries fall.
         stop_tokens: special tokens as text, such as ``<|im_end|>``, that end the text as eos does.
         add_bos: prepend the bos token, as each document of the training stream has it.
-        strict: refuse a prompt that is longer than the context, instead of keeping its end only.
+        strict: refuse a prompt that is longer than the context, instead of keeping only its end.
         logprobs: return the log-probability of each token, and those of this many of the likeliest alternatives.
     """
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from tiny_lm.errors import UserError
 
 _MIN_TEMPERATURE = 1e-6
-"""Dividing logits by less overflows; at this temperature sampling is greedy already."""
+"""Dividing logits by less overflows; at this temperature sampling is already greedy."""
 
 _BELOW_ONE = 1 - 2.0**-23
 """Any normal float32 gets smaller when multiplied by this."""
@@ -30,7 +30,7 @@ class SamplingParams:
             arXiv:2407.01082); 0 for all.
         repetition_penalty: divides the positive logits of tokens in the prompt or the text so far, and multiplies the
             negative ones (Keskar et al. 2019, arXiv:1909.05858); 1 for none.
-        presence_penalty: is subtracted from the logits of tokens that were generated before, as in OpenAI's API.
+        presence_penalty: subtracted from the logits of tokens that were generated before, as in OpenAI's API.
         frequency_penalty: the same, once for each occurrence.
     """
 
@@ -103,8 +103,8 @@ def sample(logits: Tensor, sampling: SamplingParams, uniform: Tensor) -> Tensor:
 def likeliest(logits: Tensor, k: int | None, p: float) -> tuple[Tensor, Tensor]:
     """Return probabilities and ids ``[B, C]`` of the likeliest tokens, in descending order.
 
-    They are the first ``k``, or enough to reach probability ``p`` in every row. Few tokens do in most texts, and a
-    top-k of a few is much faster than sorting all.
+    They are the first ``k``, or enough to reach probability ``p`` in every row. In most texts few tokens are enough,
+    and a small top-k is much faster than sorting all.
     """
     if k is not None:
         kept, ids = logits.topk(k, dim=-1)
@@ -133,7 +133,7 @@ def min_p(probabilities: Tensor, fraction: float) -> Tensor:
 
 
 def _sample_index(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Return for each row of ``[B, C]`` the first index whose cumulative weight exceeds the random number's share."""
+    """Return for each row of ``[B, C]`` the first index whose cumulative weight exceeds ``uniform`` of the total."""
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:]  # [B, 1]
     # Scaled down a little: rounding could make the product equal to the total, which no cumulative weight exceeds.

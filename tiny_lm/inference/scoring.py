@@ -33,7 +33,7 @@ class LossStats:
         return math.exp(min(self.loss, 700.0))
 
     def bits_per_byte(self, bytes_per_token: float) -> float:
-        """Bits per UTF-8 byte of text, ``loss / ln 2 / bytes_per_token``: compares across tokenizers."""
+        """Bits per UTF-8 byte of text, ``loss / ln 2 / bytes_per_token``: comparable between tokenizers."""
         return self.loss / math.log(2) / bytes_per_token
 
 
@@ -43,7 +43,7 @@ class Score:
 
     Attributes:
         ids: the tokens.
-        logprobs: the log-probability of each after those before it, in nats.
+        logprobs: the log-probability of each given those before it, in nats.
         bits_per_byte: ``-sum(logprobs) / ln 2`` over the UTF-8 bytes of the text.
     """
 
@@ -64,7 +64,7 @@ class Score:
 
 @torch.inference_mode()
 def token_logprobs(model: Transformer, ids: Sequence[int]) -> list[float]:
-    """Return the log-probability of each of ``ids`` but the first, after those before it.
+    """Return the log-probability of each of ``ids`` but the first, given those before it.
 
     A text longer than the context is scored in windows that overlap by half, so that each token after the first window
     sees at least half a context.
@@ -91,11 +91,11 @@ class PromptScorer:
     """Computes the log-probabilities of a prompt's tokens in parts, so that other sequences can decode in between.
 
     Attributes:
-        tokens: those that were scored so far.
+        tokens: the tokens scored so far.
     """
 
     def __init__(self, model: Transformer, ids: Sequence[int], *, top_logprobs: int = 0) -> None:
-        """Keep the arguments; nothing is computed yet.
+        """Store the arguments; nothing is computed yet.
 
         Args:
             model: in evaluation mode, on any device.
@@ -198,6 +198,6 @@ def token_losses(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -
 
 
 def sum_losses(parts: Iterable[LossStats]) -> LossStats:
-    """Add up sums over different targets."""
+    """Add up the losses of different targets."""
     parts = list(parts)
     return LossStats(math.fsum(part.nats for part in parts), sum(part.tokens for part in parts))

@@ -24,11 +24,11 @@ class SequenceState:
         token_ids: prompt and sampled tokens.
         chunks: for each sampled token, the text that it made final; may be empty.
         logprobs: of the sampled tokens, if ``config.logprobs`` is set.
-        stop_logprobs: of the token that ended the text, likewise.
+        stop_logprobs: of the token that ended the text, if ``config.logprobs`` is set.
         finish_reason: None until the sequence has ended.
         slot: index of its buffers in the :class:`BatchDecoder`.
         context: the tokens that must be cached before the next one is sampled.
-        num_cached: how many are.
+        num_cached: how many of these are cached.
     """
 
     def __init__(

@@ -38,11 +38,11 @@ def create_app(
     """Build the application, which starts and stops the schedulers of its models.
 
     Args:
-        models: whose schedulers are not started yet.
+        models: with schedulers that are not started yet.
         limits: of every request.
         key: the bearer token that clients must send; None for no authentication.
         hosts: host names under which clients may call the server; ``*`` for any.
-        shutdown: by which the server refuses requests when it stops.
+        shutdown: its state, which the server sets; new requests are refused while it is stopping.
     """
     limits, shutdown = limits or Limits(), shutdown or ShutdownState()
     registry = ModelRegistry(models, limits)

@@ -41,7 +41,7 @@ _WITH_PARENT = (
     "if os.getppid() == int(sys.argv[1]):\n"
     "    os.execvp(sys.argv[2], sys.argv[2:])\n"
 )
-"""Becomes the command in its arguments, which gets SIGTERM when its parent dies, by SIGKILL too (Linux)."""
+"""Execs the command in its arguments, which gets SIGTERM when its parent dies, even by SIGKILL (Linux)."""
 
 _READY_SECONDS = {"llamacpp": 120.0, "vllm": 900.0, "transformers": 300.0}
 _TERMINATE_SECONDS = 30.0
@@ -137,7 +137,7 @@ def run_engine(
 
 
 def _free_port(host: str, port: int) -> int:
-    """Return ``port``, or a free one for 0; so only the engine can respond there later.
+    """Return ``port``, or a free one for 0; nothing listens there, so later only the engine can respond.
 
     Raises:
         UserError: the port is not available.
@@ -247,18 +247,12 @@ def llama_server(program: str, file: Path, address: EngineAddress) -> EngineComm
             "--chat-template",
             STORY_TEMPLATE if metadata.bos else STORY_TEMPLATE.removeprefix("{{- bos_token }}"),
         ]
-    # Forbid web pages of other sites to call it; by a variable, since older versions lack the option.
+    # Forbid calls from web pages of other sites; by a variable, since older versions lack the option.
     return EngineCommand(words, file.stem, environment={"LLAMA_ARG_CORS_ORIGINS": "localhost"})
 
 
 def llama_cpp_server(file: Path, address: EngineAddress, folder: Path) -> EngineCommand:
-    """Return the command of llama-cpp-python's server, which processes one request at a time.
-
-    Args:
-        file: a GGUF file.
-        address: where to listen.
-        folder: for its configuration.
-    """
+    """Return the command of llama-cpp-python's server (one request at a time), whose config goes to ``folder``."""
     metadata = _read_gguf_metadata(file)
     words = [address.python, "-m", "llama_cpp.server", "--model", str(file), "--model_alias", file.stem]
     words += ["--n_ctx", str(metadata.context_length), *_host_and_port(address)]
@@ -333,7 +327,7 @@ def _read_gguf_metadata(file: Path) -> _GGUFMetadata:
 
 @contextmanager
 def _running(command: EngineCommand) -> Iterator["subprocess.Popen[bytes]"]:
-    """Start an engine with its output on standard error, and terminate it in the end."""
+    """Start an engine with its output on standard error, and terminate it at the end."""
     environment = {**os.environ, **command.environment}
     before = [sys.executable, "-I", "-c", _WITH_PARENT, str(os.getpid())] if sys.platform == "linux" else []
     # In its own session, so that Ctrl-C reaches it only once, from here.

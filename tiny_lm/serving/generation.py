@@ -1,4 +1,4 @@
-"""The sequences of one HTTP request, whichever API it came by."""
+"""The sequences of one HTTP request, whichever API it came through."""
 
 import asyncio
 import time
@@ -11,7 +11,7 @@ from tiny_lm.serving.request_handle import RequestHandle, StreamChunk
 
 
 class RequestTimeoutError(Exception):
-    """A request took longer than it may."""
+    """A request took longer than its limit."""
 
 
 class ClientDisconnectedError(Exception):
@@ -28,7 +28,7 @@ class Generation:
     Attributes:
         prompt_tokens: tokens of all prompts, each counted once.
         started: :func:`time.monotonic` at the beginning.
-        first: the same when the first chunk came; None before.
+        first: the same when the first chunk arrived; None before.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Generation:
         """Yield the chunks of all sequences as they come, each with the index of its sequence.
 
         Raises:
-            RequestTimeoutError: the time of the request has passed.
+            RequestTimeoutError: the request timed out.
             GenerationStoppedError: the server is stopping.
         """
         ended = 0
@@ -140,7 +140,7 @@ async def encode_messages(model: ServedModel, messages: Sequence[Message]) -> tu
 
     Raises:
         UserError: the chat template refuses the messages.
-        TemplateFailedError: it exceeds its limits of time or memory.
+        TemplateFailedError: it exceeds its time or memory limit.
     """
     if model.template is None:
         return await encode(model, plain_prompt(messages)), ()

@@ -8,7 +8,7 @@ MAX_N = 16
 """Completions of one prompt."""
 
 MAX_SEQUENCES = 64
-"""Prompts of one request, and its completions in all."""
+"""Completions of one request: its prompts times the completions of each."""
 
 MAX_TOP_LOGPROBS = 20
 """Likeliest alternatives that are returned for each token."""
@@ -17,7 +17,7 @@ MAX_PROMPT_CHARACTERS = 2**17
 """Of a prompt or a message: far more than fit into the context of a small model."""
 
 _ARRIVAL_SECONDS = 30.0
-"""Time for the headers of a request to arrive, and then for its body, unless the whole request has less."""
+"""Time for the headers of a request to arrive, and then for its body, unless the whole request has less time."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,6 @@ class _SchedulerCollector(Collector):
         self._models = models
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the metrics of all models."""
         running = GaugeMetricFamily("tiny_lm_texts_running", "Texts that are being generated.", labels=["model"])
         waiting = GaugeMetricFamily("tiny_lm_texts_waiting", "Texts that wait for a slot.", labels=["model"])
         tokens = CounterMetricFamily("tiny_lm_generated_tokens", "Tokens generated.", labels=["model"])

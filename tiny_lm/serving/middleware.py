@@ -39,7 +39,7 @@ class RequestMiddleware:
     """Refuses forbidden requests, and records metrics of all.
 
     ``Host`` must be a name of this server, so that a web page cannot reach it by pointing its own name to 127.0.0.1
-    (DNS rebinding). So must ``Origin`` be, since browsers send simple requests across origins without asking.
+    (DNS rebinding). So must ``Origin`` be, since browsers send simple cross-origin requests without a preflight.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         started, status = time.monotonic(), 500
-        scope.setdefault("state", {})["arrived"] = started  # from where its timeout counts
+        scope.setdefault("state", {})["arrived"] = started  # its timeout counts from here
 
         async def send_watched(message: Message) -> None:
             nonlocal status

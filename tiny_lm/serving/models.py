@@ -40,7 +40,7 @@ class ServedModel:
 
     @property
     def context_length(self) -> int:
-        """Maximum number of tokens that the model attends over."""
+        """Maximum number of tokens that the model attends to."""
         return self.generator.model.config.context_length
 
     @property

@@ -12,7 +12,7 @@ from tiny_lm.serving.models import ServedModel
 from tiny_lm.serving.request_handle import RequestHandle
 
 _SEED_MODULUS = 2**63
-"""Seeds are reduced modulo this, which leaves those unchanged that a C integer holds, as all clients send."""
+"""Seeds are reduced modulo this, which leaves unchanged those that fit a C integer, as all clients send."""
 
 
 class ModelRegistry:
@@ -56,7 +56,7 @@ class ModelRegistry:
         """Queue prompts in the scheduler of a model.
 
         Args:
-            model: which generates.
+            model: the model to generate with.
             prompts: ids, one or more for each prompt.
             config: how to generate.
             seconds: time left for the request.

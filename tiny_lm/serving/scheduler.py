@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 _LOG = logging.getLogger(__name__)
 
 _MAX_PREFILL_TOKENS = 256
-"""Prompt tokens processed in a step, at most: running sequences are not stalled while a long prompt is prefilled."""
+"""Maximum prompt tokens per step: running sequences are not stalled while a long prompt is prefilled."""
 
 _PUBLISH_SECONDS = 0.05
 """Interval at which readers are notified: text flows at that rate, and 32 readers take little processor time."""
@@ -86,10 +86,10 @@ class Scheduler:
         publish_seconds: float = _PUBLISH_SECONDS,
         max_prefill_tokens: int = _MAX_PREFILL_TOKENS,
     ) -> None:
-        """Keep the arguments; requests wait until :meth:`start`.
+        """Store the arguments; requests wait until :meth:`start`.
 
         Args:
-            generator: its model and tokenizer are used; other threads may use them, too.
+            generator: other threads may use its model and tokenizer, too.
             slots: maximum number of running sequences.
             queue: maximum number of waiting ones.
             publish_seconds: interval between two chunks of a stream; the first and the last one are sent at once.
@@ -112,14 +112,14 @@ class Scheduler:
         self._tokens = self._prompt_tokens = self._steps = self._num_finished = self._num_cancelled = 0
 
     def start(self) -> None:
-        """Start to work on requests."""
+        """Start processing requests."""
         with self._lock:
             self._started = True
             self._ensure_thread()
 
     @property
     def stats(self) -> SchedulerStats:
-        """The current figures."""
+        """The current gauges and counters."""
         return SchedulerStats(
             running=len(self._running),
             waiting=len(self._waiting),

@@ -62,7 +62,6 @@ class _CycleWithoutChunks(RequestResponseCycle):
     _has_length = False
 
     async def send(self, message: Any) -> None:
-        """Send a part of the response."""
         if message["type"] == "http.response.start":
             self._has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", []))
             self.chunked_encoding = None if self._has_length else False
@@ -78,17 +77,15 @@ class _Protocol(HttpToolsProtocol):
     _header_timeout: asyncio.TimerHandle | None = None  # timeout of incomplete headers
 
     def __init__(self, *, header_seconds: float, **options: Any) -> None:
-        """Add the maximum time of headers to uvicorn's own options."""
+        """Add the maximum arrival time of headers to uvicorn's options."""
         super().__init__(**options)
         self._header_seconds = header_seconds
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
-        """Start the timeout for the headers of the first request."""
         super().connection_made(transport)
         self._start_header_timeout()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Cancel the timeout."""
         self._cancel_header_timeout()
         super().connection_lost(exc)
 
@@ -117,8 +114,8 @@ class _Protocol(HttpToolsProtocol):
             return False
         cycle.keep_alive = False
         if cycle.scope["http_version"] == "1.1" and not cycle.response_started and not self.pipeline:
-            # If the client has closed its socket completely, its system responds to any bytes with a reset. HTTP allows
-            # to send these.
+            # If the client has closed its socket completely, its system responds with a reset to any bytes, such as
+            # these, which HTTP allows.
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self._close_when_reset()
         return True
@@ -133,7 +130,6 @@ class _Protocol(HttpToolsProtocol):
         self.loop.call_later(_RESET_SECONDS, self._close_when_reset)
 
     def on_headers_complete(self) -> None:
-        """Start the request."""
         self._unparsed = 0
         self._cancel_header_timeout()
         super().on_headers_complete()
@@ -146,7 +142,6 @@ class _Protocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """End the request."""
         self._unparsed = 0
         super().on_message_complete()
 
@@ -215,10 +210,10 @@ def run(
     Args:
         app: the application.
         listening: the socket to accept connections from.
-        shutdown: that the application was built with.
+        shutdown: the state that the application was built with.
         header_seconds: time for the headers of a request to arrive; then the connection is closed.
         grace: seconds for active requests to finish.
-        cancel_all: cancels what still runs after these.
+        cancel_all: cancels what still runs after the grace period.
         log: prints a line for the user.
     """
     config = uvicorn.Config(

@@ -16,7 +16,7 @@ from tiny_lm.serving.limits import Limits
 _T = TypeVar("_T")
 
 _SLOW_READER_SECONDS = 5
-"""How long after its timeout a request is dropped whose client does not read even the error."""
+"""Seconds after its timeout when a request is dropped because its client does not even read the error."""
 
 
 class TextStream(StreamingResponse):
@@ -54,7 +54,7 @@ async def prepare(request: HttpRequest, limits: Limits, work: Coroutine[Any, Any
 
     Raises:
         ClientDisconnectedError: the client disconnected.
-        RequestTimeoutError: the time of the request has passed.
+        RequestTimeoutError: the request timed out.
     """
     return await _wait(request, work, seconds_left(request, limits))
 

@@ -1,4 +1,4 @@
-"""Builds the loggers: ``metrics.jsonl`` always, and those that the config names as ``trackers``."""
+"""The loggers of a run: ``metrics.jsonl`` always, and those that the config names as ``trackers``."""
 
 import importlib.util
 import json

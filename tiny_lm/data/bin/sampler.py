@@ -16,9 +16,7 @@ from torch.utils.data import Sampler
 Indices = npt.NDArray[np.int64]
 _Words = npt.NDArray[np.uint64]
 
-_PREFETCH = (
-    32  # micro-batches whose indices are computed in one call: for small models a call for each would be too slow
-)
+_PREFETCH = 32  # micro-batches whose indices one call computes: for small models a call each would be too slow
 _ROUNDS = 8  # with fewer, orders of few sequences are not uniform
 
 
@@ -60,7 +58,7 @@ def _hash(x: _Words, key: np.uint64) -> _Words:
 class ShuffledBatchSampler(Sampler[Indices]):
     """The endless batches of one rank, a pure function of (seed, sequences already read).
 
-    It can start after any number of sequences: so a run resumes with exactly the sequences that come next, also with
+    It can start after any number of sequences, so a run resumes with exactly the sequences that come next, even with
     another number of ranks.
     """
 
@@ -76,10 +74,10 @@ class ShuffledBatchSampler(Sampler[Indices]):
         world_size: int = 1,
         micro_batch: int | None = None,
     ) -> None:
-        """Shuffle ``sequences`` sequences into batches.
+        """Shuffle sequences into batches.
 
         Args:
-            sequences: their number.
+            sequences: number of sequences.
             batch_size: of the data config; it determines what ``drop_last`` drops.
             seed: of the run.
             drop_last: drop the sequences at the end of an epoch that do not fill a batch; otherwise they start a batch

@@ -30,7 +30,7 @@ MappedTokens = np.memmap[Any, np.dtype[Any]]
 
 @dataclass(frozen=True)
 class FileVersion:
-    """What changes when a file is rewritten."""
+    """Size, time and inode of a file, which change when it is rewritten."""
 
     size: int
     modified: int
@@ -43,7 +43,7 @@ class FileVersion:
         return cls(status.st_size, status.st_mtime_ns, status.st_ino)
 
     def has_same_content(self, other: "FileVersion") -> bool:
-        """Whether both are one version; inodes are ignored, since some network disks change them at any time."""
+        """Return whether both are one version; inodes are ignored, since some network disks change them any time."""
         return (self.size, self.modified) == (other.size, other.modified)
 
 

@@ -157,10 +157,8 @@ class CompiledStep:
     def __call__(self, model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
         """Append one token to each row, ``[B]``, and return the logits ``[B, V]`` after it.
 
-        Args:
-            model: the same model in the layout for batches, which is used for more than one row.
-            tokens: ``[B]``.
-            cache: of as many rows, allocated for the whole context.
+        ``cache`` is allocated for the whole context. ``model``, the same one in the layout for batches, is used for
+        more than one row.
         """
         if cache.batch_size > 1:
             return decode_step(model, tokens, cache)

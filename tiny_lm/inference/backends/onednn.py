@@ -1,8 +1,8 @@
 """Decoding with oneDNN's packed weights.
 
 Decoding multiplies every matrix by a few vectors, so it is bound by memory bandwidth, and between these products even
-the overhead of Python calls counts. On x86 CPUs oneDNN reads a matrix from its own layout in half the time that
-``F.linear`` takes where that is Intel's library and the CPU is another maker's (dev/LOG.md).
+the overhead of Python calls counts. On x86 CPUs oneDNN reads a matrix from its own layout in half the time of
+``F.linear`` if that is Intel's library on another vendor's CPU (dev/LOG.md).
 
 Shapes as in :mod:`tiny_lm.model.attention`.
 """

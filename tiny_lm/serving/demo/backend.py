@@ -133,7 +133,7 @@ class DemoBackend:
             scheduler.start()
 
     def describe(self, name: str) -> str:
-        """Return one line on a model."""
+        """Describe a model in one line."""
         config = self._models[name].model.config
         size, family = short(num_parameters(config)), FAMILY_NAMES[config.architecture]
         return f"{family}, {size} parameters, context of {config.context_length:,} tokens"
