@@ -25,7 +25,7 @@ _OUTPUT_IN_USE = "another process is writing there; wait until it has finished, 
 
 _NOT_IN_JSON_TEXT = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 """What :func:`to_json` escapes besides what JSON itself requires: characters that end a line for Unicode but not for
-JSON, control characters that a terminal obeys, and lone surrogates, which UTF-8 cannot encode."""
+JSON, control characters that a terminal acts on, and lone surrogates, which UTF-8 cannot encode."""
 
 
 @contextmanager
@@ -65,11 +65,8 @@ def atomic_path(path: Path, *, exclusive: bool = False) -> Iterator[Path]:
 def scratch_folder(folder: Path | None = None, *, name: str = "scratch") -> Iterator[Path]:
     """Yield a temporary folder that only the user may read; it is removed at the end.
 
-    Those of the same name that killed processes left are removed first.
-
-    Args:
-        folder: its parent; by default the system's folder for temporary files.
-        name: part of its name.
+    It is created in ``folder``, by default the system's folder for temporary files. ``name`` is part of its name; those
+    of the same name that killed processes left are removed first.
 
     Raises:
         UserError: it cannot be created.

@@ -152,7 +152,7 @@ def is_abandoned(path: Path) -> bool:
     if not HAS_LOCKS:
         return False
     try:
-        # Open for writing, as network disks require for an exclusive lock.
+        # Opened for writing, as network disks require for an exclusive lock.
         descriptor = os.open(path, (os.O_RDONLY if path.is_dir() else os.O_RDWR) | _NO_FOLLOW | _NO_BLOCK)
     except OSError:
         return False

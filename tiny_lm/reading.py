@@ -30,9 +30,7 @@ def read_bytes(path: Path, *, limit: int) -> bytes:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading.
-
-    A pipe or a device in place of a file might never end: neither is opened.
+    """Open a file for reading, but no pipe or device, which might never end.
 
     Raises:
         UserError: the file is missing or not a regular file.
@@ -54,12 +52,9 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_text(path: Path, *, limit: int = JSON_LIMIT, errors: str = "strict") -> str:
-    """Read a UTF-8 text file, with universal newlines.
+    """Read a UTF-8 text file of at most ``limit`` bytes, with universal newlines.
 
-    Args:
-        path: the file.
-        limit: maximum size in bytes.
-        errors: ``replace`` reads bytes that are not UTF-8 as U+FFFD.
+    With ``errors="replace"``, bytes that are not UTF-8 are read as U+FFFD.
 
     Raises:
         UserError: as :func:`read_bytes` does, or the file is not UTF-8.

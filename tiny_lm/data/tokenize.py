@@ -106,7 +106,7 @@ def tokenize_corpus(
         the metadata as written.
 
     Raises:
-        UserError: a split holds no document, another process uses the stream, or the disk is full.
+        UserError: a split has no document, another process uses the stream, or the disk is full.
     """
     documents = ((name, document) for name, texts in corpus.items() for document in texts)
     return _write_stream(

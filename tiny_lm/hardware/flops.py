@@ -47,11 +47,7 @@ class PeakFlops:
 def peak_flops(device: str, precision: Precision) -> PeakFlops:
     """Return the peak of a device in ``precision``, from the table of GPUs or measured once per process.
 
-    The random state is not touched.
-
-    Args:
-        device: such as ``cuda`` or ``cpu``.
-        precision: of the matrix products.
+    ``device`` is a name such as ``cuda`` or ``cpu``. The random state is not touched.
     """
     if device.startswith("cuda"):
         known = data_sheet_peak(torch.cuda.get_device_name(device), precision)

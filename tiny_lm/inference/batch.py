@@ -22,7 +22,7 @@ It does not wait if there is at least one waiting prompt for every 8 running seq
 class BatchDecoder:
     """Decodes several sequences together; they are added and removed between steps (continuous batching).
 
-    Each gets the tokens that it would get alone: its random numbers are its own, and rows of the cache do not see each
+    Each gets the tokens that it would get alone: it has its own random numbers, and rows of the cache do not see each
     other. A sequence that outgrows the context continues in a sliding window: its later half is prefilled again, from
     position 0. So learned and rotary positions are treated alike, and the oldest text is dropped half a context at a
     time.

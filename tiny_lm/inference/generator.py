@@ -320,11 +320,9 @@ class TextGenerator:
         )
 
     def new_prompt_scorer(self, prompt: Sequence[int], *, top_logprobs: int = 0) -> PromptScorer:
-        """Return an object that computes the log-probabilities of a prompt's tokens part by part.
+        """Return a scorer that computes the log-probabilities of a prompt's tokens in parts.
 
-        Args:
-            prompt: ids, at least one.
-            top_logprobs: number of likeliest alternatives to return at each position.
+        ``prompt`` has at least one id; ``top_logprobs`` likeliest alternatives are returned at each position.
 
         Raises:
             UserError: the prompt is longer than the context, or an id is not in the vocabulary.

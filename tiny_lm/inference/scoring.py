@@ -186,10 +186,7 @@ def loss_by_position(
 def token_losses(logits: Tensor, targets: Tensor, *, ignore_index: int = -100) -> Tensor:
     """Return the negative log-likelihood of each target in nats, float32 ``[B, T]``; 0 for an ignored one.
 
-    Args:
-        logits: ``[B, T, V]``.
-        targets: int64 ``[B, T]``.
-        ignore_index: target that is not counted.
+    ``logits`` are ``[B, T, V]``, ``targets`` int64 ``[B, T]``; a target of ``ignore_index`` is ignored.
     """
     losses = F.cross_entropy(
         logits.flatten(0, 1).float(), targets.flatten(), ignore_index=ignore_index, reduction="none"

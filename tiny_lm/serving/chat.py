@@ -51,12 +51,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, *, origin: str) -> None:
-        """Compile the template in a child process.
-
-        Args:
-            source: the template itself.
-            tokenizer: of the model.
-            origin: where the template is from, for errors.
+        """Compile the template in a child process; errors start with ``origin``, which says where it is from.
 
         Raises:
             UserError: the template is invalid, or cannot render a question and its answer.
@@ -82,7 +77,7 @@ class ChatTemplate:
 
         Raises:
             UserError: the template refuses the messages.
-            TemplateFailedError: it exceeds its limits of time or memory.
+            TemplateFailedError: it exceeds its time or memory limit.
         """
         mark = secrets.token_hex(8)  # inserted into special tokens inside messages, so that they are not split off
         escaped = [Message(message.role, self._escape(message.text, mark)) for message in messages]

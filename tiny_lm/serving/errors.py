@@ -16,13 +16,13 @@ from tiny_lm.serving.scheduler import QueueFull, SchedulerStoppedError
 from tiny_lm.serving.template_process import TemplateFailedError
 
 RETRY_SECONDS = 2
-"""Value of the retry-after header for clients that are refused for now."""
+"""Value of the retry-after header for clients that are refused temporarily."""
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """A request that is refused.
+    """The request is refused.
 
     Attributes:
         status: HTTP status.

@@ -61,7 +61,7 @@ class Generation:
             handle.cancel()
 
     async def chunks(self) -> AsyncIterator[tuple[int, StreamChunk]]:
-        """Yield the chunks of all sequences as they come, each with the index of its sequence.
+        """Yield the chunks of all sequences as they arrive, each with the index of its sequence.
 
         Raises:
             RequestTimeoutError: the request timed out.

@@ -92,7 +92,7 @@ class RequestHandle:
         notify(waiters)
 
     def __iter__(self) -> Iterator[StreamChunk]:
-        """Yield chunks as they come; stop early if the request is cancelled.
+        """Yield chunks as they arrive; stop early if the request is cancelled.
 
         Raises:
             SchedulerFailedError: the scheduler ended with an error.
@@ -108,7 +108,7 @@ class RequestHandle:
             self.cancel()
 
     async def __aiter__(self) -> AsyncIterator[StreamChunk]:
-        """Yield chunks as they come, as :meth:`__iter__` does."""
+        """Yield chunks as they arrive, as :meth:`__iter__` does."""
         try:
             while not self._done_reading:
                 arrived: asyncio.Future[None] = asyncio.get_running_loop().create_future()

@@ -1,11 +1,11 @@
 """Continuous batching (Orca: Yu et al. 2022): sequences of many requests share the steps of one model.
 
 The scheduler's thread owns the batch and its cache. It never waits for readers, and notifies them at most every few
-hundredths of a second, so that they do not take its time.
+hundredths of a second, so that they do not slow it down.
 
-A thread that has computed keeps a pool of OpenMP threads as long as it lives. If all pools together have more threads
-than the machine has cores, the threads of GNU's OpenMP sleep between two products instead of spinning, which halves the
-throughput. So an idle scheduler ends its thread, and :func:`run_in_thread` computes for other threads.
+A thread that has run torch code keeps a pool of OpenMP threads as long as it lives. If all pools together have more
+threads than the machine has cores, the threads of GNU's OpenMP sleep between two products instead of spinning, which
+halves the throughput. So an idle scheduler ends its thread, and :func:`run_in_thread` computes for other threads.
 """
 
 import logging
@@ -108,7 +108,7 @@ class Scheduler:
         # Written by the scheduler's thread only:
         self._batch: BatchDecoder | None = None
         self._running: dict[SequenceState, RequestHandle] = {}
-        self._scoring: deque[RequestHandle] = deque()  # those of them whose prompt has yet to be scored
+        self._scoring: deque[RequestHandle] = deque()  # the running ones whose prompt has yet to be scored
         self._tokens = self._prompt_tokens = self._steps = self._num_finished = self._num_cancelled = 0
 
     def start(self) -> None:
@@ -174,7 +174,7 @@ class Scheduler:
         return handle
 
     def stop(self, *, grace: float) -> None:
-        """Refuse new requests, cancel those that have not ended within ``grace`` seconds, and return."""
+        """Refuse new requests, cancel those that have not ended within ``grace`` seconds, and wait for the thread."""
         with self._lock:
             if self._deadline is None:
                 self._deadline = time.monotonic() + grace

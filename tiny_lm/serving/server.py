@@ -205,16 +205,10 @@ def run(
     cancel_all: Callable[[], None],
     log: Callable[[str], None],
 ) -> None:
-    """Serve ``app`` until a signal arrives.
+    """Serve ``app``, which was built with ``shutdown``, on the socket ``listening`` until a signal arrives.
 
-    Args:
-        app: the application.
-        listening: the socket to accept connections from.
-        shutdown: the state that the application was built with.
-        header_seconds: time for the headers of a request to arrive; then the connection is closed.
-        grace: seconds for active requests to finish.
-        cancel_all: cancels what still runs after the grace period.
-        log: prints a line for the user.
+    Headers that do not arrive within ``header_seconds`` close the connection. After the signal, active requests have
+    ``grace`` seconds to finish; ``cancel_all`` cancels the rest. ``log`` prints a line for the user.
     """
     config = uvicorn.Config(
         app,

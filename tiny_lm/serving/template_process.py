@@ -1,4 +1,4 @@
-"""Rendering chat templates in a child process with limits of time and memory."""
+"""Rendering chat templates in a child process with time and memory limits."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ _START_SECONDS = 60.0
 
 
 class TemplateFailedError(Exception):
-    """A chat template exceeded its limits of time or memory, so its process was killed."""
+    """A chat template exceeded its time or memory limit, so its process was killed."""
 
 
 class TemplateProcess:
@@ -32,7 +32,7 @@ class TemplateProcess:
 
         Raises:
             UserError: it does not compile.
-            TemplateFailedError: compiling exceeds the limits of time or memory.
+            TemplateFailedError: compiling exceeds the time or memory limit.
         """
         self._source = source
         self._lock = threading.Lock()  # held while a request is handled
@@ -51,7 +51,7 @@ class TemplateProcess:
 
         Raises:
             UserError: the template refuses ``values``.
-            TemplateFailedError: it exceeds its limits of time or memory.
+            TemplateFailedError: it exceeds its time or memory limit.
         """
         return self._render(values, threading.Event())
 

@@ -90,7 +90,7 @@ def _environment() -> Any:
 
 
 def _render(template: "Template", request: dict[str, Any]) -> str:
-    """Render messages, and stop a template that writes without end."""
+    """Render messages, and stop a template whose output does not end."""
     parts, size = [], 0
     for part in template.generate(**request):
         parts.append(part)

@@ -11,7 +11,7 @@ from pytorch_lightning.loggers.logger import Logger
 
 
 class TrackioLogger(Logger):
-    """Logs to trackio, on this machine unless trackio's environment variables name a Space or a server.
+    """Logs to trackio, locally unless trackio's environment variables name a Space or a server.
 
     The project is ``TRACKIO_PROJECT``, or ``tiny-lm``. Resumes a run of the same name.
     """

@@ -27,7 +27,7 @@ from tiny_lm.data.bin.stream import (
 )
 from tiny_lm.errors import UserError
 
-_MAX_RESIDENT = 16 * 2**20  # bytes of a stream that stay in memory: dropping the pages of every batch costs time
+_MAX_RESIDENT = 16 * 2**20  # bytes of a stream that stay in memory: dropping the pages of every batch would cost time
 
 
 IGNORE_INDEX = -100
@@ -93,7 +93,7 @@ class BinTokenDataset(Dataset[tuple[Tensor, Tensor]]):
         return self.stream.files[file], int(sequence - self._first_sequence[file]) * self._stride
 
     def __getstate__(self) -> dict[str, Any]:
-        # A worker process maps the shards itself: a memory map would be pickled as a copy of all its tokens.
+        # A worker process maps the shards itself: pickling a memory map would copy all its tokens.
         return {**self.__dict__, "_maps": {}}
 
     def __getitem__(self, index: int | Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -141,10 +141,7 @@ class DemoBackend:
     def generate(self, name: str, params: DemoParams, session: str) -> Iterator[ViewState]:
         """Generate a story and yield what to show of it until it has ended.
 
-        Args:
-            name: of the model.
-            params: what is requested.
-            session: the open page, which may stop the story with :meth:`stop`.
+        ``session`` is the open page, which may stop the story with :meth:`stop`.
 
         Raises:
             UserError: the model does not exist, or the request is invalid.

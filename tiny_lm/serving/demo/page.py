@@ -156,7 +156,7 @@ def _sheet(name: str) -> Any:
 
 
 def _events(backend: DemoBackend) -> tuple[Callable[..., Iterator[ViewState]], Callable[..., None]]:
-    """Return the handlers that generate a story, and that stop the stories of a page."""
+    """Return two handlers: one generates a story, the other stops the stories of a page."""
     import gradio as gr
 
     def generate(

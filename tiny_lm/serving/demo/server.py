@@ -86,7 +86,7 @@ class RouteAllowlist:
             receive = _replay(body, receive)
         try:
             await self._app(scope, receive, send_with_headers)
-        except Exception as error:  # Gradio raises if a client requests what no longer exists
+        except Exception as error:  # Gradio raises if a client requests something that no longer exists
             _log.warning("%s %s failed (%s)", scope["method"], scope["path"][:100], type(error).__name__)
             if not started:
                 await _refuse(send, 500)

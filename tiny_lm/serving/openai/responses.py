@@ -101,7 +101,7 @@ class CompletionFormatter(ResponseFormatter):
     id_prefix, response_object, event_object = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, model: ServedModel, n: int, echoes: Sequence[Echo], *, logprobs: bool) -> None:
-        """Take the echo of each prompt, which has ``n`` completions."""
+        """Store the echo of each prompt, which has ``n`` completions."""
         super().__init__(model, logprobs=logprobs)
         self._echoes = [echo for echo in echoes for _ in range(n)]
         self._offsets = [len(echo.text) for echo in self._echoes]

@@ -23,7 +23,7 @@ _DEFAULT_MAX_TOKENS = 16
 """OpenAI's default for completions."""
 
 _MIN_TOP_P = 1e-9
-"""OpenAI admits 0, which keeps the likeliest token only, as this does."""
+"""OpenAI accepts 0, which keeps only the likeliest token, as this does."""
 
 
 def openai_router(registry: ModelRegistry) -> APIRouter:
