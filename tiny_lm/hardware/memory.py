@@ -16,6 +16,8 @@ from tiny_lm.hardware.device import Device
 def free_memory(device: Device) -> int:
     """Return the free bytes of a device; on a CPU within the limits of the cgroup.
 
+    MPS reports only its recommended maximum; on a CPU outside Linux, half of the memory is taken as free.
+
     Raises:
         UserError: this system does not report it.
     """
