@@ -231,7 +231,7 @@ def print_error(error: object) -> None:
 def make_console(*, stderr: bool = True, **options: Any) -> "Console":
     """Return a rich console that prints strings literally, also in table cells; use Text for styles.
 
-    It prints to standard error or standard output; ``options`` are those of ``rich.console.Console``.
+    Without ``stderr`` it prints to standard output; ``options`` are those of ``rich.console.Console``.
     """
     return _console_class()(stderr=stderr, **{"soft_wrap": True, **options})
 

@@ -156,7 +156,7 @@ class BatchDecoder:
         self._cache_view, self._groups = None, {}
 
     def _prefill(self) -> list[Tensor]:
-        """Prefill waiting prompts and run the complete ones; return their logits ``[B, V]``, in order, by prefill."""
+        """Prefill waiting prompts and start the complete ones; return each prefill's logits ``[B, V]``, in row order."""
         if self._delay_prefill():
             return []
         budget, logits = self._max_prefill_tokens, []

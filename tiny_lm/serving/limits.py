@@ -8,7 +8,7 @@ MAX_N = 16
 """Completions of one prompt."""
 
 MAX_SEQUENCES = 64
-"""Completions of one request: its prompts times the completions of each."""
+"""Maximum number of prompts of one request, and of its completions in total."""
 
 MAX_TOP_LOGPROBS = 20
 """Likeliest alternatives that are returned for each token."""

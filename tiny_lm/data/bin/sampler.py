@@ -23,7 +23,7 @@ _ROUNDS = 8  # with fewer, orders of few sequences are not uniform
 def permute(positions: Indices, size: int, *, seed: int, epoch: int) -> Indices:
     """Map positions ``[N]`` of an epoch to sequence indices: a permutation of ``range(size)``.
 
-    A Feistel network over two coordinates of unequal range, repeated until the result is in range (Black &
+    It is a Feistel network over two coordinates of unequal range, repeated until the result is in range (Black &
     Rogaway 2002, "Ciphers with arbitrary finite domains", methods 3 and 2): ``rows * columns`` exceeds ``size`` by
     less than one row, so hardly any position needs a second pass. A table would take 8 bytes for each sequence.
     """

@@ -2,7 +2,7 @@
 
 Decoding multiplies every matrix by a few vectors, so it is bound by memory bandwidth, and between these products even
 the overhead of Python calls counts. On x86 CPUs oneDNN reads a matrix from its own layout in half the time of
-``F.linear`` if that is Intel's library on another vendor's CPU (dev/LOG.md).
+``F.linear``, where that uses Intel's library on another vendor's CPU (dev/LOG.md).
 
 Shapes as in :mod:`tiny_lm.model.attention`.
 """
