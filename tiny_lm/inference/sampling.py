@@ -133,7 +133,7 @@ def min_p(probabilities: Tensor, fraction: float) -> Tensor:
 
 
 def _sample_index(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Return the first index of each row of ``[B, C]`` whose cumulative weight exceeds ``uniform`` of the total."""
+    """Return the first index of each row of ``[B, C]`` whose cumulative weight exceeds ``uniform`` times the total."""
     cumulative = weights.cumsum(dim=-1)
     total = cumulative[:, -1:]  # [B, 1]
     # Scaled down a little: rounding could make the product equal to the total, which no cumulative weight exceeds.
