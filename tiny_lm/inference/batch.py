@@ -156,7 +156,7 @@ class BatchDecoder:
         self._cache_view, self._groups = None, {}
 
     def _prefill(self) -> list[Tensor]:
-        """Prefill waiting prompts and start the complete ones; return the logits of each prefill, ``[B, V]``, in order."""
+        """Prefill waiting prompts and start the complete ones; return the logits ``[B, V]`` of each pass, in order."""
         if self._delay_prefill():
             return []
         budget, logits = self._max_prefill_tokens, []
