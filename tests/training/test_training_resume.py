@@ -285,7 +285,7 @@ def test_a_write_that_goes_wrong_is_noticed_and_leaves_the_good_one(
         file.write(b"\0" * 512)
 
     monkeypatch.setattr(torch, "save", save_badly)
-    with pytest.raises(UserError, match=r"/best.ckpt: could not be read back .*; the last good checkpoint is \S+4.ckpt"):
+    with pytest.raises(UserError, match=r"/best.ckpt: could not be read back.*; the last good checkpoint is \S+4.ckpt"):
         fit(resume_from=run.last_checkpoint)
     assert run.last_checkpoint.read_bytes() == good
     assert names(run) == ["best.ckpt", "last.ckpt", "step-00000004.ckpt"]
