@@ -1,7 +1,7 @@
-r"""Names of files that are not UTF-8, such as those out of old archives, as text that every file and terminal can hold.
+r"""File names that are not UTF-8, such as from old archives, as text that every file and terminal can represent.
 
-Python reads a byte that is not UTF-8 as half of a surrogate pair, which no UTF-8 file can hold. Configs, metadata and
-messages write it as ``\xe9`` instead, and such a name finds the file again.
+Python reads a byte that is not UTF-8 as half of a surrogate pair, which UTF-8 cannot encode. Configs, metadata and
+messages write it as ``\xe9`` instead, and :func:`path_from_name` finds the file again.
 """
 
 import os
@@ -18,7 +18,7 @@ def name_from_path(path: Path | str) -> str:
 
 
 def path_from_name(name: str) -> Path:
-    r"""Return the path that a name means: ``~`` is the home directory, and ``\xNN`` a byte where no file has the name.
+    r"""Return the path that a name means: ``~`` is the home directory, and ``\xNN`` a byte unless a file has that name.
 
     Raises:
         RuntimeError: the home directory of a user who does not exist.

@@ -1,4 +1,4 @@
-"""The built-in data set: children's stories put together from parts, the same on every machine.
+"""The built-in data set: children's stories assembled from parts, the same on every machine.
 
 A story is made from a *plot*, one YAML file in ``story_parts/plots/``, and from the shared material beside that folder:
 
@@ -18,13 +18,12 @@ Texts are written in a small template language:
 - ``{hero}`` is a character's name, and ``{hero.they}``, ``.them``, ``.their``, ``.theirs``, ``.themselves`` are the
   pronouns that agree with it;
 - ``{a:toy}`` puts "a" or "an" before the word, and a capital first letter (``{Toy}``, ``{A:toy}``, ``{Hero.they}``)
-  makes one in the text;
+  capitalizes the text;
 - ``[x|y|z]`` becomes one of its alternatives, picked independently each time; they nest, and one may be empty;
 - a field whose value is a list is one of its items, picked once per story.
 
-A story carries about 40 bits of choice, so that equal ones are not to be expected among some hundred thousand (a test
-looks at those of seed 0). Whether it belongs to training or to validation depends on a checksum of its first
-paragraph: the two splits cannot share a story, nor even an opening, whatever seeds they were made from.
+A story has about 40 bits of choice, so duplicates are unlikely among some hundred thousand (a test checks seed 0). Its
+split depends on a checksum of its first paragraph: the two splits share no story, nor even an opening, for any seeds.
 """
 
 import functools
@@ -123,7 +122,7 @@ def story(index: int, *, seed: int = 0, split: Split = "train", num_plots: int |
         UserError: the index is negative or 2**63 or more, or the split is unknown.
     """
     _check(index, split)
-    # Of Random, Python promises across versions only the sequence of random() for an integer seed: use nothing else.
+    # Across versions Python guarantees only the sequence of random() for an integer seed: use nothing else.
     draw = Random(((seed % 2**64) << (_INDEX_BITS + 1)) | (index << 1) | (split == "train")).random
     material = library()
     plots = material.plots[:num_plots]
@@ -158,7 +157,7 @@ def _paragraph(beats: Sequence[Sequence[Template]], scene: Scene, draw: Draw) ->
 
 
 def expand(template: Template, scene: Scene, draw: Draw) -> str:
-    """Return the text of a template, with its slots filled from the scene and its choices drawn."""
+    """Return the text of a template: fill its slots from the scene and pick its alternatives."""
     pieces = []
     for part in template:
         if isinstance(part, str):
@@ -192,7 +191,7 @@ def _bind(record: Record, draw: Draw) -> dict[str, Template]:
 
 
 def _character(pool: Sequence[Record], material: Library, draw: Draw) -> dict[str, Template]:
-    """Draw a character: a kind from the pool, a pronoun unless the kind has one, a name unless the kind has one."""
+    """Pick a character: a kind from the pool, then a pronoun and a name unless the kind has them."""
     character = _bind(_pick(pool, draw), draw)
     if "pronoun" not in character:
         character["pronoun"] = (_pick(tuple(_PRONOUNS), draw),)
@@ -207,7 +206,7 @@ def _character(pool: Sequence[Record], material: Library, draw: Draw) -> dict[st
 def _clear(character: Mapping[str, Template], cast: Sequence[Mapping[str, Template]]) -> bool:
     """Return whether readers can distinguish a character from those already cast.
 
-    No two share a name, and the first two differ in kind and pronoun, so that "he" and "she" say who is meant.
+    No two share a name, and the first two differ in kind and pronoun, so that "he" and "she" are unambiguous.
     """
     if len(cast) == 1 and any(character[field] == cast[0][field] for field in ("kind", "pronoun")):
         return False
@@ -255,7 +254,7 @@ def compile_template(text: str) -> Template:
     Raises:
         ValueError: a bracket or brace is not matched, or a slot is misspelt.
     """
-    text = re.sub(r"\s+([|\]])", r"\1", " ".join(text.split()))  # so that alternatives may stand on lines of their own
+    text = re.sub(r"\s+([|\]])", r"\1", " ".join(text.split()))  # alternatives may be on separate lines
     # One list of options per open bracket, the whole text being the only option of the outermost one.
     open_choices: list[list[list[str | Slot | Alternatives]]] = [[[]]]
     end = 0

@@ -1,4 +1,4 @@
-"""Sample quality as far as it can be counted: diversity, repetition, length, verbatim overlap and invented words."""
+"""Sample quality that can be counted: diversity, repetition, length, verbatim overlap and invented words."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict

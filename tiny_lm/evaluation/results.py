@@ -19,7 +19,7 @@ from tiny_lm.runs import Run
 _CONFIG = ConfigDict(extra="ignore", frozen=True)
 
 LONG_OVERLAP = 32
-"""Consecutive tokens of the training stream that count as memorized: longer than set phrases of stories."""
+"""Consecutive tokens of the training stream that count as memorized: longer than stock phrases of stories."""
 
 
 @dataclass(config=_CONFIG, kw_only=True)

@@ -143,11 +143,7 @@ def export_gguf(
 
 
 def check_model(config: ModelConfig) -> None:
-    """Check that llama.cpp supports the model.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Raise UserError if llama.cpp does not support the model."""
     if config.architecture == "qwen3" and config.qkv_bias:
         raise UserError("llama.cpp's qwen3 has no biases on q, k and v: train with qkv_bias: false, or as llama3")
 
@@ -202,7 +198,7 @@ def _check_weights(source: ExportSource, file: Path, kind: str) -> Check:
 def llama_cpp_reference(source: ExportSource, engine: Engine) -> Reference:
     """Return the reference for a llama.cpp ``engine``: with GELU from a lookup table if it uses one.
 
-    It does on a CPU only, so the reference that agrees better is used.
+    llama.cpp does so on a CPU only, so the reference that agrees better is used.
     """
     exact = Reference(source)
     if source.config.architecture not in ("gpt2", "smalllm"):

@@ -1,4 +1,4 @@
-"""One GGUF file of a model, written with the ``gguf`` package: no converter, no cloned repository."""
+"""Write a model as a GGUF file with the ``gguf`` package: no converter script, no clone of llama.cpp."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -22,18 +22,14 @@ ARCHITECTURES = {"gpt2": "gpt2", "llama3": "llama", "smalllm": "starcoder2", "qw
 """The equivalent architecture of llama.cpp."""
 
 BLOCKS = {"F32": 1, "F16": 1, "BF16": 1, "Q8_0": 32, "Q4_0": 32, "Q4_1": 32, "Q5_0": 32, "Q5_1": 32}
-"""The types written here, with their block size: row lengths must be multiples of it."""
+"""Block size of each type written here; row lengths must be multiples of it."""
 
 # Always float32: llama.cpp uses these without a matrix product.
 _ALWAYS_FLOAT32 = ("position_embd.weight", "_norm.weight")
 
 
 def import_gguf() -> Any:
-    """Import the ``gguf`` package.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Import the ``gguf`` package; raise UserError if it is not installed."""
     try:
         import gguf
     except ImportError:
@@ -69,7 +65,7 @@ def gguf_tensors(config: ModelConfig, state: Mapping[str, Tensor]) -> Iterator[t
 def interleave_pairs(weight: Tensor, heads: int) -> Tensor:
     """Reorder the rows of a projection to q or k, [heads*K, ...], for rotary positions on adjacent pairs.
 
-    We turn dimension i of a head together with i + K/2; llama.cpp's ``llama`` turns 2i together with 2i + 1.
+    We rotate dimension i of a head together with i + K/2; llama.cpp's ``llama`` rotates 2i together with 2i + 1.
     """
     halves = weight.reshape(heads, 2, -1, *weight.shape[1:])  # [heads, 2, K/2, ...]
     return halves.transpose(1, 2).reshape(weight.shape)
@@ -78,8 +74,8 @@ def interleave_pairs(weight: Tensor, heads: int) -> Tensor:
 def write_gguf(source: ExportSource, vocabulary: Vocabulary, file: Path, kind: str) -> None:
     """Write one file.
 
-    A tensor whose rows are no multiple of the block of its type becomes F16. Where the others have less, embedding and
-    head have Q8_0.
+    A tensor whose row length is not a multiple of its type's block size is stored as F16. In 4- and 5-bit files,
+    embedding and head are Q8_0.
 
     Args:
         source: what to export.
@@ -217,7 +213,7 @@ def read_facts(file: Path) -> FileFacts:
 def weight_errors(source: ExportSource, file: Path) -> dict[str, float]:
     """Return each tensor's error: the dequantized weights of a GGUF file compared with the model's.
 
-    The measure is the norm of the difference over the norm of the weights; a tensor that the file lacks has infinity.
+    The error is the norm of the difference over the norm of the weights; infinity for a tensor that the file lacks.
     """
     gguf = import_gguf()
     stored = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}

@@ -87,7 +87,7 @@ def _beginning(source: ExportSource) -> str:
 
 
 def figures(source: ExportSource) -> dict[str, str]:
-    """Return what is known of the model and its run, by name; what is not known is left out."""
+    """Return the known facts about the model and its run, by name; unknown ones are omitted."""
     config, record = source.config, source.record
     heads = f"{config.n_heads} heads" + ("" if config.kv_heads == config.n_heads else f" ({config.kv_heads} for k, v)")
     shape = f"{config.n_layers} layers, width {config.d_model}, {heads}, feed-forward {config.ffn_size}"
@@ -110,7 +110,7 @@ def figures(source: ExportSource) -> dict[str, str]:
 
 
 def _model_index(source: ExportSource) -> list[dict[str, Any]]:
-    """Return the scores in the form from which the Hub shows them, if there are any."""
+    """Return the scores in the Hub's ``model-index`` form; empty without scores."""
     metrics = [
         {"type": name.rpartition("validation ")[2], "name": name, "value": source.scores[key]}
         for key, name in _SCORES.items()

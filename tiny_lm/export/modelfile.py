@@ -11,12 +11,11 @@ PARAMETERS: dict[str, float] = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, 
 """Sampling parameters."""
 
 TEMPLATE = "{{ .Prompt }}"
-"""The prompt as it is, which a model without a chat template continues; where there is one, the Modelfile has no
-TEMPLATE, and Ollama takes that of the GGUF file.
+"""The bare prompt, for a model without a chat template; otherwise Ollama uses the template of the GGUF file.
 
-Ollama begins it with the beginning-of-story token, since the GGUF file says so, and in a chat puts the earlier turns
-before it: a story that goes on. Without a template, other versions of Ollama do other things, down to ChatML's markers,
-which a story model has never seen. This template has no system message, so SYSTEM is not set.
+Ollama prepends the beginning-of-story token, as the GGUF file says, and in a chat the earlier turns, which the model
+then continues. Without TEMPLATE, versions of Ollama differ, down to inserting ChatML's markers, which a story model
+has never seen. The template has no system message, so SYSTEM is not set.
 """
 
 

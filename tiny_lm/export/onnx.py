@@ -30,16 +30,16 @@ from tiny_lm.model import ModelConfig, num_parameters
 from tiny_lm.reading import read_text
 
 CACHED, PLAIN, QUANTIZED = "onnx/model.onnx", "onnx/model_no_cache.onnx", "onnx/model_quantized.onnx"
-"""The graphs of a folder; the first and the last are named as transformers.js looks for them."""
+"""The graphs of a folder; the first and the last have the names that transformers.js expects."""
 
 PROGRAM = "generate.py"
 
 _QUANTIZED_LIMIT = 0.02
-"""Maximum increase of the perplexity with eight bits."""
+"""Maximum increase of the perplexity with 8-bit weights, as a fraction."""
 
 _MAX_FILE_SIZE = 2_000_000_000  # bytes; slightly less than protobuf's limit
 _STEPS = 8
-"""Tokens that padded rows read one by one."""
+"""Tokens that padded rows decode one by one."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class OnnxFile:
 def export_onnx(source: ExportSource, folder: Path, *, force: bool = False) -> list[OnnxFile]:
     """Write the graphs and all files they need, run them in ONNX Runtime, and compare.
 
-    The folder gets its name when every check has passed; until then nothing is to be seen of it.
+    The folder appears only once every check has passed.
 
     Args:
         source: what to export.
@@ -62,7 +62,7 @@ def export_onnx(source: ExportSource, folder: Path, *, force: bool = False) -> l
         force: replace an earlier export.
 
     Returns:
-        the graphs: with a cache, without one, and with weights of eight bits.
+        the graphs: with a cache, without one, and with 8-bit weights.
 
     Raises:
         UserError: the folder is not empty, the disk is full, the extra is missing, or a check failed.
@@ -87,11 +87,7 @@ def export_onnx(source: ExportSource, folder: Path, *, force: bool = False) -> l
 
 
 def check_model(config: ModelConfig) -> None:
-    """Check that the model can be exported: dynamic lengths, and weights that fit into one file.
-
-    Raises:
-        UserError: it cannot.
-    """
+    """Raise UserError if the model cannot have dynamic lengths or its weights do not fit into one file."""
     if config.context_length < 2:
         raise UserError("a model with context_length 1 cannot have dynamic lengths: export huggingface or gguf")
     size = 4 * num_parameters(config)

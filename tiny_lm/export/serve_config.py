@@ -1,4 +1,4 @@
-"""The exact commands with which other programs serve a run, and what keeps one of them from serving it."""
+"""The exact commands to serve a run with other engines, and the checks that an engine supports it."""
 
 import re
 import shlex
@@ -17,13 +17,13 @@ from tiny_lm.model import ModelConfig
 from tiny_lm.reading import read_json
 
 PORTS: Mapping[str, int] = {"vllm": 8000, "tgi": 8080, "llamacpp": 8080, "ollama": 11434}
-"""The engines, and the port that each listens on by itself."""
+"""Default port of each engine."""
 
 VLLM_HEAD_SIZES = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)
-"""Those that vLLM 0.32 takes both on a CPU, where 16, 40 and 72 were seen to fail, and by FlashAttention on a GPU."""
+"""Supported by vLLM 0.32 both on a CPU, where 16, 40 and 72 failed when tried, and by FlashAttention on a GPU."""
 
 TGI_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 192, 256)
-"""Those of the paged attention that TGI decodes with."""
+"""Supported by the paged attention that TGI decodes with."""
 
 TGI_IMAGE = "ghcr.io/huggingface/text-generation-inference:3.3.5"
 
@@ -32,14 +32,14 @@ _MODEL_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
 @dataclass(frozen=True)
 class ServeCommands:
-    """What to type to serve a run.
+    """Shell commands that serve a run.
 
     Attributes:
-        export: writes what is served.
-        served: the file or folder that it writes and the engine loads.
+        export: command that writes ``served``.
+        served: the file or folder that the engine loads.
         commands: the engine's own, in order.
         environment: environment variables of each command.
-        exported: whether ``served`` is there already, from this checkpoint.
+        exported: whether ``served`` already exists, from this checkpoint.
     """
 
     export: list[str]
@@ -159,7 +159,7 @@ def _llamacpp(source: ExportSource, run: str, options: ServeOptions) -> ServeCom
     folder = options.folder or _exports(source, "-gguf")
     file = folder / file_name(source, options.kind)
     export = ["tiny-lm", "export", "gguf", run, "--output-dir", str(folder), *_gguf_type(options.kind)]
-    cells = LLAMACPP_SLOTS * source.config.context_length  # which llama-server divides between its slots
+    cells = LLAMACPP_SLOTS * source.config.context_length  # divided by llama-server between its slots
     command = ["llama-server", "-m", str(file), "-np", str(LLAMACPP_SLOTS), "-c", str(cells)]
     command += _address("llamacpp", options)
     return ServeCommands(export, file, [command], exported=file.is_file() and is_export_of(folder, source))
@@ -201,11 +201,7 @@ def _address(engine: str, options: ServeOptions) -> list[str]:
 
 
 def check_head_size(config: ModelConfig, engine: str, sizes: tuple[int, ...]) -> None:
-    """Check that an engine's attention supports the model's head size.
-
-    Raises:
-        UserError: it does not; suggests the nearest supported size.
-    """
+    """Raise UserError, with the nearest supported size, if an engine's attention lacks the model's head size."""
     if config.head_size not in sizes:
         larger = next((size for size in sizes if size > config.head_size), sizes[-1])
         raise UserError(

@@ -25,7 +25,7 @@ from tiny_lm.model.huggingface import Dtype
 PORT = 8080
 CONFIG_FILE = "config.properties"
 _MANIFEST = "MAR-INF/MANIFEST.json"
-_ARCHIVER_VERSION = "0.12.0"  # of the layout, which is the last one
+_ARCHIVER_VERSION = "0.12.0"  # the last version of the archive layout
 
 
 def export_torchserve(
@@ -93,8 +93,8 @@ def write_archive(archive: Path, model: Path, name: str) -> None:
 def configuration(port: int) -> str:
     """Return a ``config.properties``: everything on loopback, one worker, small requests.
 
-    Workers are reached by sockets in the temporary folder, named after numbers from ``initial_worker_port``: those
-    follow the port too, so that two servers do not take each other's.
+    TorchServe names its workers' sockets in the temporary folder by numbers from ``initial_worker_port``, which
+    therefore depends on the port too: two servers do not collide.
     """
     return f"""inference_address=http://127.0.0.1:{port}
 management_address=http://127.0.0.1:{port + 1}

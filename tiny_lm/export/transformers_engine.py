@@ -12,11 +12,7 @@ from tiny_lm.errors import UserError
 
 
 def import_transformers() -> ModuleType:
-    """Import transformers.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Import transformers; raise UserError if it is not installed."""
     try:
         import transformers
     except ImportError:
@@ -55,7 +51,7 @@ class TransformersEngine:
         self.name = f"transformers {transformers.__version__}, {type(model).__name__}"
 
     def encode(self, text: str) -> list[int]:
-        """Encode; special tokens written in the text are text."""
+        """Encode; special tokens in the text are treated as text."""
         ids: list[int] = self._tokenizer.encode(
             text, add_special_tokens=False, split_special_tokens=True, verbose=False
         )  # verbose=False: texts longer than the context are expected here

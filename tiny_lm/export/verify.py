@@ -139,7 +139,7 @@ def greedy_decode(
 
 
 def check_tokens(source: ExportSource, own: Engine, engine: Engine) -> list[Check]:
-    """Compare token ids on hard strings and on validation text, and the beginning of a text."""
+    """Compare token ids on hard strings and validation text, and the special tokens at the start of a document."""
     documents = [source.tokenizer.decode(ids) for ids in split_documents(source)]
     texts = {"hard strings": list(HARD_STRINGS), source.validation.origin: documents}
     checks = []
@@ -261,11 +261,7 @@ def show_table(title: str, checks: Iterable[Check]) -> None:
 
 
 def raise_on_failure(name: str, checks: Iterable[Check]) -> None:
-    """Raise if a check failed.
-
-    Raises:
-        UserError: a check failed; names the first one.
-    """
+    """Raise UserError, naming the first failed check, if any failed."""
     failed = [check for check in checks if not check.passed]
     if failed:
         raise UserError(

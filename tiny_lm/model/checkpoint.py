@@ -68,11 +68,7 @@ def read_checkpoint(path: Path, *, mmap: bool = True, whole: bool = False) -> di
 
 
 def _check_readable(path: Path) -> None:
-    """Check that a checkpoint is a readable file.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Raise UserError unless a checkpoint is a readable file."""
     check_name(path)
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait forever

@@ -14,7 +14,7 @@ from tiny_lm.model.config import ModelConfig
 
 @dataclass(frozen=True)
 class WeightMapping:
-    """One of their tensors: ours, concatenated along dimension 0, then transposed if they store it so."""
+    """One Hugging Face tensor: ours concatenated along dimension 0, then transposed if it is stored so there."""
 
     theirs: str
     ours: tuple[str, ...]

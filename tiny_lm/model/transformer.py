@@ -57,11 +57,7 @@ def _dropout(p: float) -> nn.Module:
 
 
 def _check_tied_head(model: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
-    """Check that the weights of a tied model have equal head and embedding: one would overwrite the other.
-
-    Raises:
-        UserError: they differ.
-    """
+    """Raise UserError if a tied model's weights have different head and embedding: one would overwrite the other."""
     head, embedding = (state.get(f"{prefix}{name}.weight") for name in ("lm_head", "token_emb"))
     if not isinstance(model, Transformer) or not model.config.tie_word_embeddings or head is None or embedding is None:
         return

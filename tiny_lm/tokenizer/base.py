@@ -113,11 +113,7 @@ class Tokenizer(ABC):
         return self.special_tokens.get("unk")
 
     def _check_clash(self, base: Iterable[str]) -> None:
-        """Check that no special token has the text of a base token as ``tokenizer.json`` writes it.
-
-        Raises:
-            UserError: one has: Hugging Face would give both the same id.
-        """
+        """Raise UserError if ``tokenizer.json`` would write a special and a base token alike: both would get one id."""
         clash = {token.text for token in self.specials}.intersection(base)
         if clash:
             raise UserError(
@@ -276,7 +272,7 @@ class Tokenizer(ABC):
     def save(self, folder: Path | str) -> None:
         """Write the tokenizer into ``folder``; other files there are kept.
 
-        ``metadata.json`` goes first and comes last, and nothing loads without it, so an interrupted save is
+        ``metadata.json`` is deleted first and written last, and nothing loads without it, so an interrupted save is
         never mistaken for a complete one.
 
         Raises:
@@ -342,11 +338,7 @@ class StreamDecoder:
 
 
 def check_text(text: str) -> None:
-    """Check that ``text`` is valid Unicode.
-
-    Raises:
-        UserError: it contains a lone surrogate.
-    """
+    """Raise UserError if ``text`` contains a lone surrogate, which is not valid Unicode."""
     if text.isascii():
         return
     try:

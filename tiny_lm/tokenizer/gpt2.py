@@ -19,7 +19,7 @@ class GPT2Tokenizer(BPETokenizer):
 
     @classmethod
     def train(cls, config: TokenizerConfig, documents: Iterable[str] = ()) -> Self:
-        """Fetch the published vocabulary; the documents play no part.
+        """Fetch the published vocabulary; ``documents`` are ignored.
 
         Raises:
             UserError: it is not in tiktoken's cache and cannot be downloaded.

@@ -93,7 +93,7 @@ def _pattern(pre_tokenizer: Any, file: Path) -> str:
 
 
 def _adds(content: dict[str, Any], token: str | None) -> bool:
-    """Return whether a ``tokenizer.json`` begins a text with ``token`` by itself."""
+    """Return whether a ``tokenizer.json`` prepends ``token`` to texts by itself."""
     processor = content.get("post_processor")
     steps = processor.get("processors", [processor]) if isinstance(processor, dict) else []
     for step in steps if isinstance(steps, list) else []:
@@ -130,8 +130,8 @@ def _merges(model: dict[str, Any], file: Path) -> list[tuple[str, str]]:
 def _roles(folder: Path, content: dict[str, Any], texts: list[str]) -> dict[str, str]:
     """Assign roles to the special tokens: those of ``tokenizer_config.json``, else one derived from the text.
 
-    The role bos means that documents begin with the token. It is that of a token that the tokenizer adds by itself
-    or that ends documents too, as in GPT-2. Without such a token documents begin with nothing.
+    Documents begin with bos, so that role requires a token that the tokenizer adds by itself or that also ends
+    documents, as in GPT-2. Without one, documents begin with nothing.
     """
     file = folder / "tokenizer_config.json"
     config = read_json(file) if file.is_file() else {}

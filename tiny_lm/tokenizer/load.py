@@ -76,11 +76,7 @@ def _special_texts(metadata: dict[str, Any]) -> dict[str, str]:
 
 
 def _check(tokenizer: Tokenizer, metadata: dict[str, Any], folder: Path) -> None:
-    """Check that the files of a folder belong together.
-
-    Raises:
-        UserError: they do not.
-    """
+    """Raise UserError unless the files of a folder belong together."""
     content = read_json(folder / "tokenizer.json")
     if not isinstance(content, dict) or content.get("added_tokens") != tokenizer.added_tokens():
         raise UserError(f"{folder / 'tokenizer.json'}: its added_tokens are not those of metadata.json")

@@ -1,4 +1,4 @@
-"""The one check that two things belong to the same tokenizer."""
+"""Check that two artifacts belong to the same tokenizer."""
 
 from tiny_lm.errors import UserError
 

@@ -1,7 +1,7 @@
 """Import a tokenizer pickled by an older program, without executing anything in the file.
 
-A pickle is a program. Of this one only the shape is accepted that pickling a ``tiktoken.Encoding`` yields: a fixed set
-of instructions, and one name, for which a recorder of plain values replaces tiktoken's own class.
+A pickle is a program. Only the shape of a pickled ``tiktoken.Encoding`` is accepted: a fixed set of instructions and one
+class name, which resolves to a recorder of plain values instead of tiktoken's class.
 """
 
 import io
@@ -51,12 +51,11 @@ def import_pickled_tokenizer(path: Path | str, special_texts: Mapping[str, str] 
 
     Args:
         path: the pickle.
-        special_texts: which texts have which role (``special_tokens`` of the tokenizer's config).
+        special_texts: text by role (``special_tokens`` of the tokenizer's config).
 
     Raises:
-        UserError: the file is anything but such a pickle (named is what it tried to load), its special tokens do not
-            follow the base vocabulary, eos (or bos, where it is named) is missing, or its split pattern is none that we
-            know.
+        UserError: the file is not such a pickle (the error names what it tried to load), its special tokens do not
+            follow the base vocabulary, eos (or bos, if it is named) is missing, or its split pattern is unknown.
     """
     path = Path(path)
     try:
@@ -91,7 +90,7 @@ class _Recorder:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Admits a single name, even if the scan before missed something."""
+    """Admits a single class, in case the scan missed something."""
 
     def find_class(self, module: str, name: str) -> Any:
         if f"{module} {name}" != _ADMITTED:

@@ -1,6 +1,6 @@
-"""SentencePiece BPE (Kudo & Richardson, 2018) with byte fallback, set up so that every text survives.
+"""SentencePiece BPE (Kudo & Richardson, 2018) with byte fallback, lossless for every text.
 
-Nothing is normalised, no space is added or dropped, and what the vocabulary lacks becomes bytes.
+Nothing is normalized, no space is added or dropped, and characters outside the vocabulary become bytes.
 """
 
 import io
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     import sentencepiece
 
 SPACE_MARK = "\u2581"
-"""How SentencePiece writes a space; in text of its own the character goes through bytes."""
+"""SentencePiece's symbol for a space; where the text itself has it, it is encoded as bytes."""
 
-# SentencePiece insists on an unknown piece at id 0. With byte fallback it is never produced; ours is a special token.
+# SentencePiece requires an unknown piece at id 0. With byte fallback it is never produced; ours is a special token.
 _UNKNOWN_PIECE = "<|sentencepiece-unk|>"
 
-# The memory of training: at most this many segments of at most this many characters are kept, a random sample.
+# Bounds the memory of training: a random sample of this many segments of at most this many characters.
 _SEGMENTS = 200_000
 _SEGMENT_LENGTH = 2048
 _SEED = 0
@@ -99,7 +99,7 @@ class SentencePieceTokenizer(Tokenizer):
                 byte_fallback=True,
                 character_coverage=0.9999,
                 split_digits=True,
-                required_chars=SPACE_MARK,  # or a space would become the bytes of its mark
+                required_chars=SPACE_MARK,  # otherwise a space would become the bytes of its symbol
                 allow_whitespace_only_pieces=True,  # indentation
                 normalization_rule_name="identity",
                 add_dummy_prefix=False,
@@ -145,7 +145,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @property
     def scores(self) -> list[float]:
-        """The score of each piece, by id: of two possible merges the one of the higher score comes first."""
+        """The score of each piece, by id: of two possible merges, the one with the higher score comes first."""
         return [self._processor.get_score(i) for i in range(len(self.pieces))]
 
     @property
@@ -236,10 +236,10 @@ def _parts(text: str) -> Iterator[str]:
 
 
 def _segments(documents: Iterable[str], failures: list[Exception]) -> Iterator[str]:
-    """Cut documents into segments that SentencePiece takes, where a line begins, else a word.
+    """Cut documents into segments that SentencePiece accepts, before a line end, else before a space.
 
-    A line end leads the next segment, so that it is learned with what follows and is not trimmed from an end. What the
-    documents raise is kept in ``failures``, since the trainer passes on only its text.
+    A line end begins the next segment, so that it is learned with what follows and not trimmed from an end. Exceptions
+    of ``documents`` are kept in ``failures``, since the trainer passes on only their text.
     """
     try:
         for document in documents:

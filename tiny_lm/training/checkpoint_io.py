@@ -37,10 +37,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def _save(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write ``checkpoint``; if the disk fails, raise its own OSError.
-
-    torch then fails to close its archive and raises a RuntimeError about that instead.
-    """
+    """Write ``checkpoint``; if the disk fails, raise its OSError, not torch's RuntimeError on closing the archive."""
     try:
         with path.open("wb") as file:
             torch.save(checkpoint, file)
@@ -56,7 +53,7 @@ def link(source: Path, target: Path) -> None:
     if target.is_file() and target.samefile(source):
         return
     with atomic_path(target) as temporary:
-        # If it is a hard link that a killed process left, copying into it would overwrite another checkpoint.
+        # A killed process may have left a hard link here: copying into it would overwrite another checkpoint.
         temporary.unlink(missing_ok=True)
         try:
             os.link(source, temporary)

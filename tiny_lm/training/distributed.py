@@ -79,7 +79,7 @@ def get_distributed_context(config: TrainingConfig, device: Device) -> Distribut
     _check_devices(devices, device)
     strategy = _choose_strategy(config, device, devices * config.num_nodes)
     rank = launch.node_rank * devices + launch.local_rank
-    # Lightning reads it from variables that may be left over, and only rank 0 writes logs.
+    # Lightning would read it from variables that may be stale, and only rank 0 writes logs.
     rank_zero_only.rank = rank  # type: ignore[attr-defined]  # Lightning sets it, too
     return DistributedContext(devices, config.num_nodes, strategy, rank, _build_environment(launch), launch.notice)
 
@@ -112,7 +112,7 @@ def _build_environment(launch: Launch) -> ClusterEnvironment:
     if launch.launcher == "srun":
         return SLURMEnvironment(auto_requeue=False)  # its requeue does not know the run folder
     if launch.launcher == "user":
-        os.environ[PARENT_KEY] = str(os.getpid())  # by which the processes that Lightning starts know their parent
+        os.environ[PARENT_KEY] = str(os.getpid())  # lets the ranks that Lightning starts recognize their parent
     return _LaunchEnvironment(launch)
 
 
@@ -310,14 +310,14 @@ def terminate_on_failure(trainer: pl.Trainer, context: DistributedContext) -> It
                 kill_workers(launcher.procs)
             elif isinstance(context.environment, LightningEnvironment):
                 time.sleep(3)
-        # NCCL has an error class of its own, gloo's is known by the file that raised it.
+        # NCCL errors have their own class; gloo's are recognized by the source file in the message.
         if isinstance(error, torch.distributed.DistError) or "/gloo/transport/" in str(error):
             raise UserError("another process of this run ended; see its message above") from None
         raise
 
 
 def kill_workers(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Kill processes without Lightning noticing, since it would then kill this process, too."""
+    """Kill workers without Lightning noticing; otherwise it would kill this process too."""
     children = list(processes)
     processes.clear()
     for child in children:

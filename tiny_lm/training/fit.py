@@ -83,7 +83,7 @@ class TrainingPlan:
     resume_from: Path | None
     device: Device
     precision: Precision
-    """The precision to train in on ``device``; the training config may name another one."""
+    """Precision used on ``device``; may differ from the training config's."""
     compiled: bool
     distributed: DistributedContext
     batch: PerRankBatch
@@ -108,7 +108,7 @@ class TrainingPlan:
 
     @property
     def checkpoint_meta(self) -> dict[str, Any]:
-        """What every checkpoint carries; resuming reports what has changed since."""
+        """Metadata of every checkpoint; resuming reports what has changed since."""
         return {
             **self.identity,
             "training": self.training.to_dict(),
@@ -120,7 +120,7 @@ class TrainingPlan:
         }
 
     def run_metadata(self) -> dict[str, Any]:
-        """Return what ``run.json`` says about the model, the data and the machine."""
+        """Return the metadata of model, data and machine for ``run.json``."""
         return {
             "seed": self.training.seed,
             "device": describe_device(self.device),
@@ -137,7 +137,7 @@ class TrainingPlan:
         }
 
     def consistency_values(self, resumed_step: int) -> dict[str, Any]:
-        """Return what all ranks must have read identically from their configs and files."""
+        """Return the values from configs and files that must be equal on all ranks."""
         settings = {f"training.{key}": value for key, value in self.training.to_dict().items()}
         train_tokens = self.data.train_stream.tokens
         return {"resumed step": resumed_step, "training tokens": train_tokens, **self.identity, **settings}
@@ -258,7 +258,7 @@ def _write_inputs(plan: TrainingPlan, **metadata: Any) -> None:
     run, tokenizer = plan.run, plan.tokenizer
     for section, config in (("model", plan.model), ("training", plan.training), ("data", plan.data.config)):
         config.save(run.configs / f"{section}.yaml")
-    tokenizer.chat_template = read_chat_template(run.tokenizer) or tokenizer.chat_template  # added by hand, perhaps
+    tokenizer.chat_template = read_chat_template(run.tokenizer) or tokenizer.chat_template  # may be added by hand
     tokenizer.save(run.tokenizer)
     run.update_metadata(status="running", environment=environment(), **metadata)
 
@@ -277,7 +277,7 @@ def _fit(
     validation = Validation(config, data.val_stream, monitor, average, samples, metrics)
     spikes = LossSpikeDetector(config, run, data, console)
     writer = CheckpointWriter(run, config.save_every_n_steps, config.keep_checkpoints, validation, monitor, spikes)
-    # They run in this order: metrics are collected before they are written, and the checkpoint is written last.
+    # Order matters: metrics are collected before they are written, and the checkpoint is written last.
     callbacks = [
         ConfigConsistencyCheck(plan.consistency_values(resumed_step), config.seed),
         spikes,
@@ -355,11 +355,7 @@ def _load_matching_tokenizer(model_config: ModelConfig, data: BinTokenDataModule
 
 
 def check_block_size(model_config: ModelConfig, data_config: BinDataConfig) -> None:
-    """Check that a sequence fits into the model's context.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Raise UserError if a sequence does not fit into the model's context."""
     if data_config.block_size > model_config.context_length:
         raise UserError(
             f"block_size {data_config.block_size} of the data config is above context_length "
@@ -369,7 +365,7 @@ def check_block_size(model_config: ModelConfig, data_config: BinDataConfig) -> N
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Silence what Lightning prints about itself: its advice concerns settings that are chosen on purpose here."""
+    """Silence Lightning's log messages and warnings: their advice concerns settings that are deliberate here."""
     levels = {logger: logger.level for logger in map(logging.getLogger, ("pytorch_lightning", "lightning_fabric"))}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric")

@@ -1,9 +1,9 @@
 """How this process was launched, from environment variables: by torchrun, by srun, by us, or by the user.
 
 Launchers describe their processes in environment variables, and schedulers, containers and earlier commands leave such
-variables behind. So one variable proves nothing: each launcher is recognized by all that it sets. Anything else is
-refused with an error that names the variables, since a process that believes it is one of several waits for the others
-forever, or trains to the end and writes nothing.
+variables behind. So no single variable is proof: each launcher is recognized by all that it sets. Anything else is
+refused with an error that names the variables, since a process that wrongly believes it is one of several waits for
+the others forever, or trains to the end and writes nothing.
 
 This module does not import Lightning, which reads some of these variables on import.
 """
@@ -16,7 +16,7 @@ from typing import Literal
 from tiny_lm.errors import UserError
 
 PARENT_KEY = "TINY_LM_PARENT"
-"""Id of the process that starts others for its devices; they find their parent here."""
+"""Variable with the id of the process that starts the other ranks of its node; they recognize their parent by it."""
 
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
 _READ_BY_LIGHTNING = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
@@ -85,7 +85,7 @@ def find_launch(devices: int | Literal["auto"], num_nodes: int) -> Launch:
     _check_other_launchers(variables)
     if num_nodes > 1:
         return _node_of_several(variables, num_nodes)
-    # Left by an earlier run in this process that launched others for its devices (a notebook that trains twice).
+    # Set by an earlier run in this process that launched other ranks (a notebook that trains twice).
     ours = variables.get(PARENT_KEY) == str(os.getpid())
     numbered = [key for key in _RANKS if _read(variables, key)]
     if devices != 1 and "LOCAL_RANK" in variables:
@@ -115,7 +115,7 @@ def _torchrun(variables: Mapping[str, str]) -> Launch:
 def _srun_tasks(variables: Mapping[str, str]) -> int | None:
     """Return the number of tasks of this process's srun step; None if srun did not start it.
 
-    Scripts of sbatch and shells of salloc have most of srun's variables, too, as process 0 of all tasks.
+    sbatch scripts and salloc shells have most of srun's variables too, as process 0 of all tasks.
     """
     if variables.get("SLURM_JOB_NAME") in ("bash", "interactive"):
         return None  # Lightning treats it as an interactive shell
@@ -143,7 +143,7 @@ def _srun(variables: Mapping[str, str], tasks: int) -> Launch:
 
 
 def _child(variables: Mapping[str, str]) -> Launch | None:
-    """Return the launch of a process that our first process started for another device; None if this is none."""
+    """Return the launch if rank 0 of this node started this process for another device, else None."""
     if variables.get(PARENT_KEY) != str(os.getppid()):
         return None
     local_rank = _read(variables, "LOCAL_RANK")
@@ -153,10 +153,7 @@ def _child(variables: Mapping[str, str]) -> Launch | None:
 
 
 def _check_other_launchers(variables: Mapping[str, str]) -> None:
-    """Refuse to be one of several processes that a launcher started with which we cannot train.
-
-    Each of them would train alone, into a folder of its own or all into one.
-    """
+    """Refuse unsupported launchers of several processes: each would train alone, into its own folder or the same."""
     for key, name in _OTHER_LAUNCHERS.items():
         size = _read(variables, key)
         if key == "WORLD_SIZE" and PARENT_KEY in variables and variables[PARENT_KEY] == str(os.getpid()):
@@ -203,11 +200,7 @@ def _describe_slurm(variables: Mapping[str, str]) -> str | None:
 
 
 def _read(variables: Mapping[str, str], key: str) -> int | None:
-    """Return a variable as a non-negative integer; None if it is not set.
-
-    Raises:
-        UserError: it is something else.
-    """
+    """Return a variable as a non-negative integer, None if unset; raise UserError if it is anything else."""
     text = variables.get(key)
     if text is None:
         return None

@@ -16,7 +16,7 @@ from tiny_lm.model.transformer import Transformer
 LossFunction = Callable[[Any, Tensor, Tensor, int], Tensor]
 """Takes a model, inputs and targets int64 ``[B, T]``, and the target to ignore."""
 
-_MAX_LOGITS = 2**28  # at a time: half a gigabyte in 16 bits, and as much for their gradient
+_MAX_LOGITS = 2**28  # per chunk: half a gigabyte in 16 bits, and as much for their gradient
 
 
 def next_token_loss(model: nn.Module, x: Tensor, y: Tensor, ignore_index: int) -> Tensor:
@@ -50,7 +50,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Return the loss, float32.
 
         Args:
-            ctx: of autograd.
+            ctx: autograd context.
             hidden: input of the head, [N, D]; products are computed in its dtype.
             weight: of the head, [V, D].
             targets: int64 [N].
@@ -85,7 +85,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def compiled_loss(precision: Precision) -> LossFunction:
     """Return the loss function for this precision, compiled together with the model passed to it."""
-    # The tanh of GELU through exp: as accurate as float32, and twice as fast on a CPU.
+    # Computes GELU's tanh via exp: accurate to float32, and twice as fast on a CPU.
     options: dict[str, Any] = {"cpp.use_decompose_tanh": True}
     loss = lean_next_token_loss if precision == "bf16-mixed" else next_token_loss
     return torch.compile(loss, dynamic=False, options=options)

@@ -9,7 +9,7 @@ from tiny_lm.hardware.device import computes_in_bf16
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon with the step size of AdamW, whose Newton-Schulz iteration uses float32 where bf16 is emulated.
+    """torch's Muon with AdamW-sized updates, and with Newton-Schulz in float32 where bf16 is emulated.
 
     torch always iterates in bf16. On a CPU without bf16 instructions that took three quarters of a quickstart step
     (dev/LOG.md). Parameter groups and state are torch's.
@@ -30,7 +30,7 @@ class Muon(torch.optim.Muon):
                 update = weight.grad.lerp(momentum, group["momentum"])  # Nesterov's
                 update = orthogonalize(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                # An RMS of 0.2, as AdamW's updates have: Liu et al. 2025, arXiv:2502.16982, section 2.2.
+                # Scale updates to an RMS of 0.2, like AdamW's: Liu et al. 2025, arXiv:2502.16982, section 2.2.
                 weight.add_(update, alpha=-group["lr"] * 0.2 * max(weight.shape) ** 0.5)
 
 

@@ -19,12 +19,10 @@ PARAM_GROUPS = ("hidden", "embeddings", "vectors")
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
     """Build the configured optimizer; weight decay applies to matrices and embeddings only.
 
-    ``adamw`` is AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) on everything. ``muon`` is Muon (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon) on the hidden matrices and AdamW on the rest. Both have one
-    parameter group each for hidden matrices, embeddings, and vectors.
+    ``adamw``: AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) on everything. ``muon``: Muon (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon) on hidden matrices, AdamW on the rest. Both have the groups of ``PARAM_GROUPS``.
     """
-    # By kind of module, not by shape: sharded weights are flat. An untied head is not a hidden matrix either; a tied
-    # one is the embedding.
+    # By module type, not by shape: sharded weights are flat. An untied head counts as an embedding; a tied one is one.
     ends = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) or name.endswith("lm_head")]
     embeddings = list({id(m.weight): m.weight for m in ends}.values())
     tables = {id(weight) for weight in embeddings}
@@ -53,8 +51,7 @@ def _other_groups(
 
 
 def _adamw(groups: list[dict[str, Any]], config: TrainingConfig) -> AdamW:
-    # The fused kernel updates all parameters in one call, on the CPU too; but it would unscale the gradients of fp16
-    # itself, after clipping.
+    # Fused: one call updates all parameters, on the CPU too. Not for fp16: it would unscale gradients after clipping.
     fused = config.precision != "16-mixed"
     return AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=fused)
 
@@ -103,7 +100,7 @@ class MuonAdamW(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, which replaces groups and state, and share the new ones."""
+        """Load a state dict, which replaces groups and state, and share the new ones."""
         super().load_state_dict(state_dict)
         self._share()
 
@@ -112,7 +109,7 @@ class Schedule(LambdaLR):
     """Sets learning rate and weight decay for each optimizer step."""
 
     def __init__(self, optimizer: Optimizer, config: TrainingConfig, *, step: int = 0) -> None:
-        """Schedule the groups of ``optimizer``, which has taken ``step`` steps; groups without decay keep none."""
+        """Schedule the groups of ``optimizer``, which has taken ``step`` steps; groups without decay stay without."""
         self._config = config
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]

@@ -28,7 +28,7 @@ from tiny_lm.training.optim import Schedule, build_optimizer, learning_rate_at
 def find_checkpoint(run: Run, console: Console) -> Path | None:
     """Return the newest checkpoint that a run can resume from, or None if it has none yet.
 
-    Each is read in full. One warning names those that are damaged, unreadable or of another model.
+    Each candidate is read in full; one warning names those that are damaged, unreadable or of another model.
 
     Raises:
         UserError: none is usable.
@@ -53,11 +53,7 @@ def find_checkpoint(run: Run, console: Console) -> Path | None:
 
 
 def _check_origin(path: Path, checkpoint: dict[str, Any], run: Run) -> None:
-    """Check that a checkpoint belongs to this run, as far as the run folder shows.
-
-    Raises:
-        UserError: it holds another model, or no optimizer state.
-    """
+    """Raise UserError if a checkpoint holds another model than the run folder's config, or no training state."""
     _check_state(path, checkpoint)
     try:
         model = load_model_config(run.configs / "model.yaml").to_dict()
@@ -68,11 +64,7 @@ def _check_origin(path: Path, checkpoint: dict[str, Any], run: Run) -> None:
 
 
 def _check_state(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Check that a checkpoint holds the full training state, not just the weights.
-
-    Raises:
-        UserError: a part is missing.
-    """
+    """Raise UserError if a checkpoint lacks part of the training state, such as one with weights only."""
     for key, kind in _STATE.items():
         if not isinstance(checkpoint.get(key), kind):
             raise UserError(
@@ -212,8 +204,8 @@ def _explain_change(key: str, before: dict[str, Any], now: dict[str, Any], step:
 def override_optimizer_hparams(checkpoint: dict[str, Any], model: nn.Module, config: TrainingConfig) -> None:
     """Replace the hyperparameters in a checkpoint's optimizer and scheduler states by those of the config.
 
-    Loading the states as they are would restore the learning rate, weight decay and so on of the earlier config. With
-    equal configs nothing changes, to the last bit.
+    Loading the states unchanged would restore the earlier config's learning rate, weight decay and so on. With equal
+    configs the result is bit-identical.
     """
     (state,), (scheduler_state,) = checkpoint["optimizer_states"], checkpoint["lr_schedulers"]
     fresh = build_optimizer(model, config)
@@ -231,7 +223,7 @@ def override_optimizer_hparams(checkpoint: dict[str, Any], model: nn.Module, con
 def truncate_run(run: Run, checkpoint: Path | None, step: int) -> None:
     """Delete what was written after ``step``, which a run resumed from ``checkpoint`` will write again.
 
-    At every moment the newest remaining checkpoint has all its metrics, so being killed in here does no harm.
+    At every moment the newest remaining checkpoint has all its metrics, so it is safe to be killed in here.
     """
     remove_leftovers(run.folder)
     _move_folders_aside(run)
@@ -261,7 +253,7 @@ def _move_folders_aside(run: Run) -> None:
 def _restore_best(run: Run, checkpoint: Path) -> None:
     """Restore the ``best.ckpt`` that a checkpoint refers to if it still exists under another name.
 
-    It may be missing: the process was killed between two links, or ``best.ckpt`` was of a later step.
+    It is missing if the process was killed between two links, or if ``best.ckpt`` was of a later step.
     """
     state = read_checkpoint(checkpoint)
     best = state["callbacks"].get("Validation", {}).get("best_step")

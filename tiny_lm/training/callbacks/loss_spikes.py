@@ -24,7 +24,7 @@ from tiny_lm.training.callbacks.base import StepCallback
 from tiny_lm.training.config import TrainingConfig
 
 _MAX_HISTORY = 100  # steps that a new loss is compared with
-_MIN_HISTORY = 20  # too few to estimate a baseline: below this, a loss is compared with the highest one
+_MIN_HISTORY = 20  # below this, too few for a baseline: a loss is compared with the highest one
 _MAX_PENDING = 1024  # losses that may stay on the device before they are checked
 
 # What is a spike unless the config sets a threshold: one nat, and far outside the noise of the steps before
@@ -53,7 +53,7 @@ class LossSpikeDetector(StepCallback):
         self._is_main = False  # whether this is rank 0
 
     def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
-        """Find out whether this is rank 0."""
+        """Record whether this is rank 0."""
         self._is_main = trainer.is_global_zero
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -57,7 +57,7 @@ class SampleWriter:
         for prompt in self._prompts:
             story = generator.generate(prompt, self._tokens, temperature=TEMPERATURE, seed=SEED)
             lines += [_quote(prompt, story), ""]
-        # Appended, since a long run's file is large. Half a section of a killed run is of a step after its checkpoint.
+        # Append: a long run's file is large. A killed run's half-written section is of a step after its checkpoint.
         text = "\n".join([*([] if self._path.exists() else [self._header()]), *lines, ""])
         try:
             with os.fdopen(open_append(self._path), "ab") as file:

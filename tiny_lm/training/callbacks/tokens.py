@@ -37,9 +37,9 @@ class TokensMonitor(StepCallback):
         self.latest: StepMetrics = {}
         self._loss_sum: Tensor | float = 0.0
         self._rates: list[float] = []
-        self._steps = 0  # since the last log, as the next two
+        self._steps = 0  # since the last log, like the next two
         self._new_tokens = 0
-        self._seconds = 0.0  # before the resumed checkpoint
+        self._seconds = 0.0  # since the last log, as saved in the resumed checkpoint
         self._started = 0.0
         self._reduce: Callable[[Any], Any] = float
 

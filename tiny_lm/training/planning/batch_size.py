@@ -1,4 +1,4 @@
-"""The largest micro-batch that fits into memory, and the fastest, found by trying with all that a run allocates.
+"""Find the largest micro-batch that fits into memory, and the fastest, by allocating all that a run does.
 
 A trial trains two optimizer steps and validates (``step_benchmark.py``). On a GPU the allocator gets a limit and raises
 an error when it is reached. On a CPU the system would kill some process instead; so the trials run in a child process

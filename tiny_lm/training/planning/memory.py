@@ -23,7 +23,7 @@ class MemoryConfig:
     """Tokens in a sequence."""
     device: Device
     precision: Precision
-    """Of training on ``device``; the config may name another one."""
+    """Used on ``device``; may differ from the config's."""
 
 
 @dataclass(frozen=True)
