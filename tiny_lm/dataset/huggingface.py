@@ -146,7 +146,7 @@ def _texts(dataset: Any, field: str, place: str) -> Iterator[str]:
     if columns is not None and field in columns:
         dataset = dataset.select_columns([field])
     row = 0
-    for batch in dataset.with_format("arrow").iter(batch_size=_BATCH):  # as strings they would take their size again
+    for batch in dataset.with_format("arrow").iter(batch_size=_BATCH):  # Python strings would take as much memory again
         if field not in batch.column_names:
             raise UserError(f"{place}: has no field {field!r}, set text_field{nearest(field, batch.column_names)}")
         for value in batch[field]:

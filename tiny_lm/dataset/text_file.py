@@ -47,7 +47,7 @@ class TextFile:
     Attributes:
         name: the path as messages show it.
         encoding: ``UTF-8``, or what the byte order mark says.
-        has_cr_ends: whether lines end with a carriage return alone, as on the first Macintosh; it becomes ``\\n``.
+        has_cr_ends: whether lines end with a carriage return alone, as on classic Mac OS; it becomes ``\\n``.
     """
 
     def __init__(self, path: Path, errors: Errors) -> None:
@@ -77,7 +77,7 @@ class TextFile:
     def chunks(self) -> Iterator[tuple[int, bytes]]:
         """Yield the file in blocks of about a megabyte, each with its byte offset.
 
-        The offset is that in the unpacked file, or where it is transcoded, that in its UTF-8.
+        The offset counts bytes of the unpacked file, or of its UTF-8 if it is transcoded.
         """
         with opened(self._path) as file:
             decoder = None if self.encoding == "UTF-8" else codecs.getincrementaldecoder(self.encoding)(self._errors)
@@ -142,7 +142,7 @@ class TextFile:
         for offset, block in self.blocks():
             start = 0
             while start < len(block):
-                if blank := _BLANK_LINES.match(block, start):  # at once: a small gzip file holds a billion
+                if blank := _BLANK_LINES.match(block, start):  # all at once: a small gzip file may hold a billion
                     number, start = number + block.count(b"\n", start, blank.end()), blank.end()
                     continue
                 end = block.find(b"\n", start) + 1 or len(block)

@@ -103,11 +103,7 @@ class Target:
     private: bool = False
 
     def __post_init__(self) -> None:
-        """Check the name by the Hub's own rules.
-
-        Raises:
-            UserError: the name is invalid.
-        """
+        """Raise UserError unless the name follows the Hub's own rules."""
         parts = self.repo_id.split("/")
         sound = all(_NAME.fullmatch(part) for part in parts) and not re.search(r"--|\.\.|\.git$", self.repo_id)
         if sound and len(parts) == 1:
@@ -127,21 +123,13 @@ class Target:
 
 
 def check_license(name: str) -> None:
-    """Check that a license is an identifier as the Hub uses them: ``mit``, ``apache-2.0``, ``cc-by-4.0``.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Raise UserError unless ``name`` is a license identifier of the Hub, such as ``mit`` or ``apache-2.0``."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,63}", name):
         raise UserError(f"--license {name}: not a license identifier such as mit, apache-2.0 or cc-by-4.0")
 
 
 def check_access(target: Target) -> None:
-    """Check with one request that the Hub is reachable and accepts the token.
-
-    Raises:
-        UserError: it is not, or does not.
-    """
+    """Raise UserError unless one request shows that the Hub is reachable and accepts the token."""
     from huggingface_hub import HfApi, get_token
 
     if get_token() is None:

@@ -44,7 +44,7 @@ def export_huggingface(
 ) -> list[Check]:
     """Write the model and its tokenizer, load them with transformers, and compare.
 
-    The folder appears under its name only when all checks have passed.
+    The folder appears only once every check has passed.
 
     Args:
         source: what to export.
@@ -93,11 +93,7 @@ def _settings(config: ModelConfig) -> dict[str, Any]:
 
 
 def check_dtype(name: str) -> Dtype:
-    """Return a dtype by name.
-
-    Raises:
-        UserError: it is not supported.
-    """
+    """Return ``name`` as a dtype; raise UserError if it is not supported."""
     if name not in DTYPES:
         raise UserError(f"--dtype {name}: unknown; choose from: {', '.join(DTYPES)}")
     chosen: Dtype = name  # type: ignore[assignment]  # just checked
@@ -105,11 +101,7 @@ def check_dtype(name: str) -> Dtype:
 
 
 def check_space(folder: Path, size: int) -> None:
-    """Check that the disk has space for ``size`` bytes of weights plus 16 MiB.
-
-    Raises:
-        UserError: it has not.
-    """
+    """Raise UserError unless the disk has space for ``size`` bytes of weights plus 16 MiB."""
     parent = next(parent for parent in folder.resolve().parents if parent.is_dir())
     free = shutil.disk_usage(parent).free
     needed = size + 2**24
@@ -118,11 +110,7 @@ def check_space(folder: Path, size: int) -> None:
 
 
 def check_finite(rounded: ExportSource, dtype: str) -> None:
-    """Check that no weight overflowed in its new dtype.
-
-    Raises:
-        UserError: one did.
-    """
+    """Raise UserError if a weight overflowed in its new dtype."""
     for name, weight in rounded.model.state_dict().items():
         if not bool(torch.isfinite(weight).all()):
             raise UserError(f"{name} has weights outside the range of {dtype}; export float32 or bfloat16")
@@ -167,10 +155,7 @@ def _write_weights(source: ExportSource, file: Path, dtype: torch.dtype) -> None
 
 
 def begin_with_bos(tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """Return the post-processor of ``tokenizer.json`` that prepends bos, as in training documents.
-
-    None if documents begin without bos.
-    """
+    """Return the post-processor of ``tokenizer.json`` that prepends bos; None if documents begin without it."""
     if tokenizer.bos_id is None:
         return None
     text = next(token.text for token in tokenizer.specials if token.role == "bos")
@@ -192,7 +177,7 @@ def begin_with_bos(tokenizer: Tokenizer) -> dict[str, Any] | None:
 
 def _special_tokens_map(tokenizer: Tokenizer) -> dict[str, str]:
     texts = {token.role: token.text for token in tokenizer.specials if token.control}
-    texts.setdefault("pad", texts["eos"])  # a batch needs one
+    texts.setdefault("pad", texts["eos"])  # padding a batch needs one
     return {f"{role}_token": text for role, text in texts.items()}
 
 

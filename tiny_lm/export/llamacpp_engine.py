@@ -18,11 +18,7 @@ _ERROR_LEVEL = 4  # ggml_log_level
 
 
 def import_llama_cpp() -> Any:
-    """Import llama-cpp-python.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Import llama-cpp-python; raise UserError if it is not installed."""
     try:
         import llama_cpp
     except ImportError:

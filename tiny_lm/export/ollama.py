@@ -92,11 +92,7 @@ def ollama_name(name: str) -> str:
 
 
 def check_name(name: str) -> str:
-    """Return ``name`` if it is valid in Ollama.
-
-    Raises:
-        UserError: it is not.
-    """
+    """Return ``name`` if it is valid in Ollama, else raise UserError."""
     if not re.fullmatch(rf"[A-Za-z0-9_][A-Za-z0-9._-]{{0,{_MAX_NAME - 1}}}", name):
         raise UserError(
             f"--name {name}: Ollama allows letters, digits, '.', '_' and '-', starting with a letter, digit or '_'"
@@ -123,11 +119,7 @@ def read_license(value: str | None) -> str:
 
 
 def find_ollama() -> str:
-    """Return the path of the program ``ollama``.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Return the path of the program ``ollama``; raise UserError if it is not installed."""
     found = shutil.which("ollama")
     if found is None:
         raise UserError("--create needs Ollama, but `ollama` is not on the PATH: install it, or omit --create")

@@ -1,6 +1,6 @@
 """Our model as an ONNX graph, and the same graph with 8-bit weights.
 
-Shapes: B rows, P tokens read before (the past), T new tokens, S = P + T, G key and value heads, K head size,
+Shapes: B rows, P cached tokens (the past), T new tokens, S = P + T, G key and value heads, K head size,
 V vocabulary.
 """
 
@@ -62,11 +62,11 @@ class _PassedCache(KVCache):
     """A KV cache whose tensors are inputs and outputs, for stateless graphs.
 
     Positions and mask follow from the attention mask: a token's position is the number of real tokens before it, and
-    padding is seen by nobody. So rows may be padded on either side, and in between.
+    no token attends to padding. So rows may be padded on either side, and in between.
     """
 
     def __init__(self, attention_mask: Tensor, past: Sequence[Tensor]) -> None:
-        """Take int64 [B, S], 1 for a token and 0 for padding; keys and values of each layer in turn, [B, G, P, K]."""
+        """Use a mask int64 [B, S], 1 for a token and 0 for padding; keys and values of each layer in turn, [B, G, P, K]."""
         # Not super().__init__(), which would allocate a fixed size.
         self.attention_mask, self.past = attention_mask, past
         self.present: list[Tensor] = []
@@ -122,7 +122,7 @@ def write_graph(model: Transformer, config: ModelConfig, file: Path, *, cached: 
     Args:
         model: in evaluation mode, float32, on the CPU.
         config: of the model.
-        file: to write; weights are inside.
+        file: to write; weights are stored inside.
         cached: with keys and values of earlier tokens as inputs and outputs.
 
     Raises:
@@ -154,7 +154,7 @@ def write_graph(model: Transformer, config: ModelConfig, file: Path, *, cached: 
             opset_version=OPSET,
             verbose=False,
         )
-        assert program is not None  # as it is with dynamo
+        assert program is not None  # it never is with dynamo
         proto = program.model_proto
     _strip(proto)
     with atomic_path(file) as temporary:
@@ -184,7 +184,7 @@ def _quiet() -> Iterator[None]:
 
 
 def quantize_graph(source: Path, target: Path) -> None:
-    """Write a copy with 8-bit matrices; activations are quantized to eight bits at run time.
+    """Write a copy with 8-bit matrices; activations are quantized to 8 bits at run time.
 
     The embedding, with a tied head, stays one tensor. Norms, biases, positions and attention stay float32.
 

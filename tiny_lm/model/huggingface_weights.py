@@ -66,7 +66,7 @@ _QWEN3_MAPPINGS = (
 _MAPPINGS = {"gpt2": _GPT2_MAPPINGS, "smalllm": _SMALLLM_MAPPINGS, "llama3": _LLAMA3_MAPPINGS, "qwen3": _QWEN3_MAPPINGS}
 
 EMBEDDING = {family: table[0].theirs for family, table in _MAPPINGS.items()}
-"""Their name of the token embedding, which is also the head of a tied model."""
+"""Hugging Face's name of the token embedding, which is also the head of a tied model."""
 
 HEAD = "lm_head.weight"
 """Their and our name of the head."""
@@ -78,7 +78,7 @@ _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 def weight_mappings(config: ModelConfig) -> Iterator[WeightMapping]:
-    """Yield a family's mappings with all placeholders filled in, one per tensor of theirs."""
+    """Yield a family's mappings with all placeholders filled in, one per Hugging Face tensor."""
     for mapping in _MAPPINGS[config.architecture]:
         for i in range(config.n_layers) if "{i}" in mapping.theirs else (0,):
             for kind in ("weight", "bias") if mapping.theirs.endswith("*") else ("",):

@@ -149,7 +149,7 @@ class BPETokenizer(Tokenizer):
         return ids
 
     def _cut_long_runs(self, text: str) -> Iterator[tuple[str, bool]]:
-        """Cut out the pieces of which a very long run of white space consists, just where the pattern cuts.
+        """Cut a very long run of white space into pieces exactly where the pattern would.
 
         All patterns leave the last white space before a word to that word; SmolLM's leaves none to a number. Those
         of Llama 3 and Qwen2 also end a piece at the last line end of the run, and let punctuation take the line ends

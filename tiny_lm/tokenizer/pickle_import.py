@@ -1,7 +1,7 @@
 """Import a tokenizer pickled by an older program, without executing anything in the file.
 
-A pickle is a program. Only the shape of a pickled ``tiktoken.Encoding`` is accepted: a fixed set of instructions and one
-class name, which resolves to a recorder of plain values instead of tiktoken's class.
+A pickle is a program. Only the shape of a pickled ``tiktoken.Encoding`` is accepted: a fixed set of instructions and
+one class name, which resolves to a recorder of plain values instead of tiktoken's class.
 """
 
 import io

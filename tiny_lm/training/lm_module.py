@@ -85,7 +85,7 @@ class CausalLMModule(pl.LightningModule):
         checkpoint["rng"] = gather_random_states(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Override hyperparameters; hold back the random state until the first batch, since setup uses random numbers."""
+        """Override hyperparameters; hold back the random state until the first batch, since setup uses it too."""
         override_optimizer_hparams(checkpoint, self.model, self.config)
         saved, rank = checkpoint["rng"], self.trainer.global_rank
         states = (

@@ -16,7 +16,7 @@ _MAX_BYTES = 400_000
 """Size of all maps together: with more heads, fewer tokens are shown."""
 
 _MIN_SHARE = 0.4
-"""Mean share of a head's attention from which the head is described by its target."""
+"""Minimum mean share of a head's attention on one target for the head to be described by it."""
 
 
 @dataclass(frozen=True)

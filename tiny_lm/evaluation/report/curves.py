@@ -8,9 +8,9 @@ from tiny_lm.evaluation.plots import SMOOTH_FROM, curve_of, smooth
 from tiny_lm.evaluation.report.charts import Chart, Curve, Line, build_chart, envelope, thin
 
 _MAX_EPOCHS = 5
-"""With more epochs their ends are not marked: they would hide the curves."""
+"""With more epochs, their ends are not marked: they would hide the curves."""
 _MAX_MARKS = 40
-"""With more validations they are not marked."""
+"""With more validations, they are not marked."""
 
 
 def training_charts(events: Sequence[dict[str, Any]], epoch: float | None = None) -> list[Chart]:
