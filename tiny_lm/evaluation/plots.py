@@ -95,7 +95,7 @@ def _plot_loss(run: Run, events: Sequence[dict[str, Any]]) -> "Figure":
     from matplotlib.figure import Figure
 
     train, val = curve_of(events, "train_loss"), curve_of(events, "val_loss")
-    figure = Figure(figsize=(8, 4.5), layout="constrained")  # pyplot would choose or change the caller's backend
+    figure = Figure(figsize=(8, 4.5), layout="constrained")  # not pyplot, which may change the caller's backend
     axes = figure.subplots()
     _line(axes, train, color=_PALE if len(train) >= SMOOTH_FROM else _TRAIN, linewidth=1.2, label="training")
     if len(train) >= SMOOTH_FROM:

@@ -1,4 +1,4 @@
-"""A tokenizer in GGUF form, with which llama.cpp yields the same ids; and which tokenizers it does not support."""
+"""Convert a tokenizer to GGUF so that llama.cpp yields the same ids, or reject it if llama.cpp does not support it."""
 
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -55,7 +55,7 @@ def to_gguf_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> Vocabulary:
 
     Args:
         tokenizer: of the model.
-        vocab_size: rows of the model's embedding; those without a token get an unused one.
+        vocab_size: rows of the model's embedding; rows without a token get an unused one.
 
     Raises:
         UserError: llama.cpp does not support the tokenizer.

@@ -123,7 +123,7 @@ class Target:
 
 
 def check_license(name: str) -> None:
-    """Raise UserError unless ``name`` is a license identifier of the Hub, such as ``mit`` or ``apache-2.0``."""
+    """Raise UserError unless ``name`` is a license identifier of the Hub: ``mit``, ``cc-by-4.0``, ..."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,63}", name):
         raise UserError(f"--license {name}: not a license identifier such as mit, apache-2.0 or cc-by-4.0")
 

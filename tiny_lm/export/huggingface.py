@@ -155,7 +155,7 @@ def _write_weights(source: ExportSource, file: Path, dtype: torch.dtype) -> None
 
 
 def begin_with_bos(tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """Return the post-processor of ``tokenizer.json`` that prepends bos; None if documents begin without it."""
+    """Return the post-processor of ``tokenizer.json`` that prepends bos as in training; None without bos."""
     if tokenizer.bos_id is None:
         return None
     text = next(token.text for token in tokenizer.specials if token.role == "bos")

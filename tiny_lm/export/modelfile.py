@@ -11,7 +11,7 @@ PARAMETERS: dict[str, float] = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, 
 """Sampling parameters."""
 
 TEMPLATE = "{{ .Prompt }}"
-"""The bare prompt, for a model without a chat template; otherwise Ollama uses the template of the GGUF file.
+"""The bare prompt, for a model without a chat template; with one, no TEMPLATE is set and Ollama uses the GGUF's.
 
 Ollama prepends the beginning-of-story token, as the GGUF file says, and in a chat the earlier turns, which the model
 then continues. Without TEMPLATE, versions of Ollama differ, down to inserting ChatML's markers, which a story model

@@ -66,7 +66,7 @@ class _PassedCache(KVCache):
     """
 
     def __init__(self, attention_mask: Tensor, past: Sequence[Tensor]) -> None:
-        """Use a mask int64 [B, S], 1 for a token and 0 for padding; keys and values of each layer in turn, [B, G, P, K]."""
+        """Take the mask, int64 [B, S], 1: token, 0: padding; and keys and values of each layer in turn [B, G, P, K]."""
         # Not super().__init__(), which would allocate a fixed size.
         self.attention_mask, self.past = attention_mask, past
         self.present: list[Tensor] = []

@@ -79,7 +79,7 @@ def _tie_head_after_loading(model: nn.Module, _: object) -> None:
 class Transformer(nn.Module):
     """A decoder-only language model, built from the parts that its config names.
 
-    Its state-dict keys are public: ``token_emb.weight``, ``pos_emb.pos_emb.weight`` (learned positions only),
+    State-dict keys are public: ``token_emb.weight``, ``pos_emb.pos_emb.weight`` (learned positions only),
     ``blocks.{i}.norm1|norm2.weight|bias``, ``blocks.{i}.attn.W_q|W_k|W_v|out_proj.weight|bias``,
     ``blocks.{i}.attn.q_norm|k_norm.weight`` (Qwen3), ``blocks.{i}.ffn.fc1|fc2`` or ``w1|w2|w3``
     (gate, down, up), ``final_norm.weight|bias`` and ``lm_head.weight``, which is ``token_emb.weight`` unless the config

@@ -53,13 +53,13 @@ SPLIT_PATTERNS: Mapping[SplitPattern, str] = {
 # Recovering a token's merge takes time quadratic in its length. A vocabulary of a million tokens has about 10^8.
 _MAX_MERGE_WORK = 2**28
 _LONGEST_TOKEN = 4096
-# A corpus with a rule of 60,000 dots yields tokens of 1, 2, 4, ... 32,768 of them, which are useless.
+# A corpus with a line of 60,000 dots yields tokens of 1, 2, 4, ... 32,768 of them, which are useless.
 _LONGEST_TRAINED_TOKEN = 512
 
 # We split longer runs of white space ourselves: the regex engine of tiktoken and rustbpe keeps a state for each
 # character that `\s+(?!\S)` passes and stops at a million of them.
 _LONG_RUN = 100_000
-# What `\s` means in Rust's regex; Python's own also takes U+001C to U+001F.
+# What `\s` matches in Rust's regex; Python's also matches U+001C to U+001F.
 _SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 _LONG_SPACE = re.compile(f"[{_SPACE}]{{{_LONG_RUN},}}")
 _LINE_ENDS = re.compile(r"[\r\n]*")
@@ -134,7 +134,7 @@ class BPETokenizer(Tokenizer):
             pattern=pattern,
         )
         ranks = sorted(trainer.get_mergeable_ranks(), key=lambda entry: entry[1])
-        # No other token is merged from those that are left out.
+        # No remaining token is merged from those that are left out.
         base = [bytes(token) for token, _ in ranks if len(token) <= _LONGEST_TRAINED_TOKEN]
         return cls(base, config.special_tokens, pattern=pattern)
 

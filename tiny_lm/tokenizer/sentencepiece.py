@@ -27,7 +27,7 @@ SPACE_MARK = "\u2581"
 # SentencePiece requires an unknown piece at id 0. With byte fallback it is never produced; ours is a special token.
 _UNKNOWN_PIECE = "<|sentencepiece-unk|>"
 
-# Bounds the memory of training: a random sample of this many segments of at most this many characters.
+# Bounds the memory of training: a random sample of at most this many segments, each of at most this many characters.
 _SEGMENTS = 200_000
 _SEGMENT_LENGTH = 2048
 _SEED = 0

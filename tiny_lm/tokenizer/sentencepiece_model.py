@@ -1,4 +1,4 @@
-"""What a ``tokenizer.model`` holds, checked before the C++ library parses it: the library trusts much of what it reads.
+"""Check a ``tokenizer.model`` before the C++ library parses it: the library trusts much of what it reads.
 
 The file is a protobuf message, ``ModelProto`` of sentencepiece_model.proto: pieces (field 1), trainer_spec (2),
 normalizer_spec (3), self_test_data (4), denormalizer_spec (5).
@@ -22,7 +22,7 @@ class _DamagedError(Exception):
 
 
 def check_sentencepiece_model(data: bytes) -> None:
-    """Check that ``data`` is a BPE model that changes no text, within limits.
+    """Check that ``data`` is a BPE model within limits that does not alter text.
 
     Raises:
         UserError: it is damaged, of another type than BPE, normalizes text, or is too large.
