@@ -1,1 +1,1 @@
-"""Looking at what training did."""
+"""Evaluate, plot and report what a training run learned."""

@@ -222,7 +222,7 @@ def _kept_nodes(graph: Any) -> list[str]:
         right = node.input[1] if node.op_type == "MatMul" else ""
         attention = node.op_type == "MatMul" and right not in weights and turned.get(right) not in weights
         is_embedding = node.op_type == "Gather" and (
-            node.input[0] in turned.values() or node.input[1] == "input_ids"  # tied to the head, or a table of its own
+            node.input[0] in turned.values() or node.input[1] == "input_ids"  # tied to the head, or a separate table
         )
         positions = node.op_type == "Gather" and not is_embedding
         if attention or positions:

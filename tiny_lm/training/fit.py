@@ -258,7 +258,7 @@ def _write_inputs(plan: TrainingPlan, **metadata: Any) -> None:
     run, tokenizer = plan.run, plan.tokenizer
     for section, config in (("model", plan.model), ("training", plan.training), ("data", plan.data.config)):
         config.save(run.configs / f"{section}.yaml")
-    tokenizer.chat_template = read_chat_template(run.tokenizer) or tokenizer.chat_template  # may be added by hand
+    tokenizer.chat_template = read_chat_template(run.tokenizer) or tokenizer.chat_template  # may be hand-written
     tokenizer.save(run.tokenizer)
     run.update_metadata(status="running", environment=environment(), **metadata)
 
