@@ -237,7 +237,7 @@ def test_other_weights_in_the_small_file_are_noticed(
     monkeypatch.setattr(
         onnx_export, "quantize_graph", lambda base, target: write_graph(other, source.config, target, cached=True)
     )
-    with pytest.raises(UserError, match=r"model_quantized.onnx does not match the trained model \(perplexity"):
+    with pytest.raises(UserError, match=r"model_quantized.onnx: does not match the trained model \(perplexity"):
         export_onnx(source, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
